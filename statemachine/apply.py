@@ -1,0 +1,105 @@
+"""``apply(state, event)``: the only way in which the state changes.
+
+Every handler first validates the event against the state and raises :class:`InvariantViolation` naming event, block
+and owner; only then it changes anything. No policy lives here: what happens was decided when the event was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from statemachine import apply_cache, apply_requests, apply_transfers
+from statemachine.errors import InvariantViolation
+from statemachine.events import (
+    AllocationRefused,
+    BlocksAllocated,
+    BlocksCached,
+    BlocksEvicted,
+    BlocksReassigned,
+    BlocksTrimmed,
+    CacheCleared,
+    DigestTaken,
+    EpochStarted,
+    Event,
+    LedgerOpened,
+    PoolResized,
+    QuarantineEnded,
+    RequestMatched,
+    RequestReleased,
+    TierLost,
+    TransferFinished,
+    TransferStarted,
+    WorkerJoined,
+    WorkerLost,
+)
+from statemachine.expect import violated
+from statemachine.state import State
+
+
+def genesis(event: Event) -> State:
+    """The state after the first event of a ledger.
+
+    Raises:
+        InvariantViolation: it is not a :class:`LedgerOpened`.
+    """
+    if not isinstance(event, LedgerOpened):
+        raise InvariantViolation(f"a ledger begins with LedgerOpened, not with {type(event).__name__}")
+    return State(event)
+
+
+def apply(state: State, event: Event) -> None:
+    """Apply one event in place.
+
+    Raises:
+        InvariantViolation: the event contradicts the state, which is then unchanged.
+    """
+    _HANDLERS[type(event)](state, event)
+
+
+def _ledger_opened(state: State, event: LedgerOpened) -> None:
+    violated(event, "a ledger is opened once")
+
+
+def _worker_joined(state: State, event: WorkerJoined) -> None:
+    if event.rank >= state.opened.ranks or event.incarnation <= state.workers.get(event.rank, 0):
+        violated(event, f"rank {event.rank} cannot join as incarnation {event.incarnation}")
+    state.workers[event.rank] = event.incarnation
+
+
+def _worker_lost(state: State, event: WorkerLost) -> None:
+    if state.workers.get(event.rank) != event.incarnation:
+        violated(event, f"rank {event.rank} has no living incarnation {event.incarnation}")
+
+
+def _epoch_started(state: State, event: EpochStarted) -> None:
+    if event.epoch <= state.epoch:
+        violated(event, f"epoch {state.epoch} is not followed by {event.epoch}")
+    state.epoch = event.epoch
+
+
+def _digest_taken(state: State, event: DigestTaken) -> None:
+    """Changes nothing; a replay compares it."""
+
+
+_HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
+    LedgerOpened: _ledger_opened,
+    RequestMatched: apply_requests.request_matched,
+    BlocksAllocated: apply_requests.blocks_allocated,
+    AllocationRefused: apply_requests.allocation_refused,
+    BlocksCached: apply_cache.blocks_cached,
+    BlocksReassigned: apply_requests.blocks_reassigned,
+    BlocksTrimmed: apply_requests.blocks_trimmed,
+    RequestReleased: apply_requests.request_released,
+    BlocksEvicted: apply_cache.blocks_evicted,
+    TransferStarted: apply_transfers.transfer_started,
+    TransferFinished: apply_transfers.transfer_finished,
+    QuarantineEnded: apply_transfers.quarantine_ended,
+    CacheCleared: apply_cache.cache_cleared,
+    PoolResized: apply_cache.pool_resized,
+    TierLost: apply_cache.tier_lost,
+    WorkerJoined: _worker_joined,
+    WorkerLost: _worker_lost,
+    EpochStarted: _epoch_started,
+    DigestTaken: _digest_taken,
+}

@@ -1,0 +1,154 @@
+"""Commands: what a caller wishes. :func:`statemachine.decide.decide` turns each into events, or rejects it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from statemachine.events import IntArray, Outcome, ReleaseReason, Tier
+
+
+class Match(NamedTuple):
+    """Begin a request: pin what is cached of its ``words`` (at most ``limit`` blocks) and swap in the host part."""
+
+    key: str
+    words: memoryview
+    namespace: bytes
+    limit: int
+
+
+class Admit(NamedTuple):
+    """Match, and allocate up to ``blocks`` blocks in all, in one transaction or not at all."""
+
+    key: str
+    words: memoryview
+    namespace: bytes
+    limit: int
+    blocks: int
+
+
+class Allocate(NamedTuple):
+    """Append ``counts[i]`` free blocks to the block table of ``keys[i]``, for all or for none."""
+
+    keys: list[str]
+    counts: list[int]
+
+
+class Cache(NamedTuple):
+    """The first ``blocks`` blocks of a request are computed: publish them. ``words``: content of generated blocks."""
+
+    key: str
+    blocks: int
+    words: bytes
+
+
+class Trim(NamedTuple):
+    """Give back all but the first ``blocks`` blocks of a block table."""
+
+    key: str
+    blocks: int
+
+
+class Reassign(NamedTuple):
+    """Move private ``blocks`` to the end of ``target``'s block table."""
+
+    key: str
+    target: str
+    blocks: IntArray
+
+
+class Release(NamedTuple):
+    """End a request. ``final``: nobody is expected to continue it."""
+
+    key: str
+    reason: ReleaseReason
+    final: bool
+
+
+class FinishTransfer(NamedTuple):
+    """All ranks have answered (or are given up): the first ``valid`` blocks arrived everywhere."""
+
+    transfer: int
+    outcome: Outcome
+    valid: int
+
+
+class EndQuarantine(NamedTuple):
+    """No rank can write the blocks of a timed-out transfer any more."""
+
+    transfer: int
+
+
+class Evict(NamedTuple):
+    """Drop up to ``blocks`` unused cached blocks of one tier, in eviction order."""
+
+    tier: Tier
+    blocks: int
+
+
+class Clear(NamedTuple):
+    """Forget the prefix tree. Requires that nobody uses it, unless ``force``."""
+
+    force: bool
+
+
+class Resize(NamedTuple):
+    """Give a tier another number of blocks; shrinking drops what is cached in the highest ids."""
+
+    tier: Tier
+    blocks: int
+
+
+class LoseTier(NamedTuple):
+    """The memory of a tier is gone."""
+
+    tier: Tier
+    reason: str
+
+
+class JoinWorker(NamedTuple):
+    """A new incarnation of a rank's transfer worker is ready."""
+
+    rank: int
+    pid: int
+
+
+class LoseWorker(NamedTuple):
+    """A rank's transfer worker died or was given up."""
+
+    rank: int
+    reason: str
+
+
+class StartEpoch(NamedTuple):
+    """A new engine process took over after event ``last_sequence``."""
+
+    epoch: int
+    last_sequence: int
+
+
+class TakeDigest(NamedTuple):
+    """Write the digest of the counters, or of the whole state, into the log."""
+
+    sequence: int
+    whole: bool
+
+
+Command = (
+    Match
+    | Admit
+    | Allocate
+    | Cache
+    | Trim
+    | Reassign
+    | Release
+    | FinishTransfer
+    | EndQuarantine
+    | Evict
+    | Clear
+    | Resize
+    | LoseTier
+    | JoinWorker
+    | LoseWorker
+    | StartEpoch
+    | TakeDigest
+)

@@ -1,0 +1,424 @@
+"""``decide(state, command)``: which events a command comes to. Reads the state, never writes it; all policy is here.
+
+The events of one command are one transaction. An impossible or invalid command raises a typed error.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from statemachine import tree
+from statemachine.apply_transfers import needs_cut
+from statemachine.commands import (
+    Admit,
+    Allocate,
+    Cache,
+    Command,
+    EndQuarantine,
+    FinishTransfer,
+    Match,
+    Reassign,
+    Release,
+    Trim,
+)
+from statemachine.decide_upkeep import UPKEEP
+from statemachine.errors import (
+    CommandRejected,
+    DuplicateRequest,
+    InvalidCommand,
+    OutOfBlocks,
+    OutOfOrder,
+    RequestNotReady,
+    UnknownRequest,
+    UnknownTransfer,
+)
+from statemachine.events import (
+    AllocationRefused,
+    BlocksAllocated,
+    BlocksCached,
+    BlocksReassigned,
+    BlocksTrimmed,
+    Direction,
+    Event,
+    EvictReason,
+    HostPolicy,
+    IntArray,
+    Outcome,
+    QuarantineEnded,
+    RequestMatched,
+    RequestReleased,
+    Tier,
+    TransferFinished,
+    TransferStarted,
+)
+from statemachine.ownership import transfer_blocks
+from statemachine.room import Supply, device_supply, evicted, host_room
+from statemachine.state import Node, Request, State, Transfer
+
+
+def decide(state: State, command: Command) -> list[Event]:
+    """The events of a command.
+
+    Raises:
+        CommandRejected: the command is impossible or invalid; the class says why, the message what to do.
+    """
+    return _DECIDERS[type(command)](state, command)
+
+
+def peek(state: State, words: memoryview, namespace: bytes, limit: int) -> tuple[int, int]:
+    """How many leading blocks a match would find now: (with a place on the device, after those on the host)."""
+    path = tree.find(state, state.roots.get(namespace), words, limit)
+    return path.device, path.host
+
+
+def request_named(state: State, key: str) -> Request:
+    """The live request of that name."""
+    id = state.keys.get(key)
+    if id is None:
+        raise UnknownRequest(f"no live request {key!r}: it was never admitted, or it was released")
+    return state.requests[id]
+
+
+def transfer_numbered(state: State, id: int) -> Transfer:
+    """The transfer of that number."""
+    transfer = state.transfers.get(id)
+    if transfer is None:
+        raise UnknownTransfer(f"no transfer {id} is in flight; it has ended, or it never began")
+    return transfer
+
+
+def available_blocks(state: State) -> int:
+    """Device blocks that are free, or that can be evicted."""
+    return len(state.device.free) + state.evictable
+
+
+def out_of_blocks(
+    state: State, wanted: int, available: int, key: str = "", request: int = 0, fitting: int = 0
+) -> OutOfBlocks:
+    """The error for a refused allocation; it carries the event that records it."""
+    in_transfer = sum(len(transfer_blocks(transfer, Tier.DEVICE)) for transfer in state.transfers.values())
+    error = OutOfBlocks(wanted, available, in_transfer, fitting)
+    error.event = AllocationRefused(request, wanted, available, key)
+    return error
+
+
+def _admit(state: State, command: Admit) -> list[Event]:
+    path = _path(state, command)
+    if command.blocks < path.device + path.host:
+        raise InvalidCommand(
+            f"{command.blocks} blocks are fewer than the {path.device + path.host} that match; "
+            "pass the number of blocks of the whole prompt, or a smaller limit"
+        )
+    kept, own = _kept(path)
+    wanted = command.blocks - path.device
+    available = available_blocks(state) - own
+    supply = None
+    events: list[Event] = [_matched(state, command, path)]
+    if wanted <= available:
+        supply = device_supply(state, wanted, kept, path.host, state.next_node + (1 if path.cut else 0))
+    if supply is None:
+        raise out_of_blocks(state, wanted, min(available, wanted - 1), command.key)
+    events += supply.events
+    if path.host:
+        events.append(_swapped_in(state, path, supply, events))
+    count = wanted - path.host
+    if count:
+        events.append(_granted(array("Q", [state.next_request]), array("I", [count]), supply, count))
+    return events
+
+
+def _match(state: State, command: Match) -> list[Event]:
+    path = _path(state, command)
+    if not path.host:
+        return [_matched(state, command, path)]
+    while True:
+        kept, own = _kept(path)
+        host = min(path.host, available_blocks(state) - own)
+        supply = None
+        if host == path.host:
+            supply = device_supply(state, host, kept, host, state.next_node + (1 if path.cut else 0))
+        if supply is not None:
+            events: list[Event] = [_matched(state, command, path), *supply.events]
+            if host:
+                events.append(_swapped_in(state, path, supply, events))
+            return events
+        # The device has no room for all of the host part now: match only what fits.
+        shorter = path.device + (host if host < path.host else 0)
+        path = tree.find(state, state.roots.get(command.namespace), command.words, max(shorter, 0))
+
+
+def _path(state: State, command: Match | Admit) -> tree.Path:
+    if command.key in state.keys:
+        raise DuplicateRequest(f"request {command.key!r} is live already: release it first, or choose another name")
+    return tree.find(state, state.roots.get(command.namespace), command.words, command.limit)
+
+
+def _kept(path: tree.Path) -> tuple[dict[Node, int], int]:
+    """The runs of a path with how many of their blocks it pins, and how many evictable blocks that takes away."""
+    kept: dict[Node, int] = {}
+    own = 0
+    node = path.leaf
+    count = path.cut or (node.size if node is not None else 0)
+    while node is not None and node.parent is not None:
+        kept[node] = count
+        if not node.pins and node.device is not None:
+            own += count
+        node = node.parent
+        count = node.size
+    return kept, own
+
+
+def _matched(state: State, command: Match | Admit, path: tree.Path) -> RequestMatched:
+    leaf = path.leaf.id if path.leaf is not None else 0
+    upper = state.next_node if path.cut else 0
+    full = len(command.words) // state.block_bytes * state.block_bytes
+    rest = bytes(command.words[(path.device + path.host) * state.block_bytes : full])
+    return RequestMatched(
+        state.next_request, leaf, path.cut, upper, path.device, path.host, command.key, command.namespace, rest
+    )
+
+
+def _swapped_in(state: State, path: tree.Path, supply: Supply, events: list[Event]) -> TransferStarted:
+    """The swap-in of the host part of a path."""
+    nodes, counts, sources = array("Q"), array("I"), array("i")
+    node = path.leaf
+    assert node is not None
+    count = path.cut or node.size
+    id = state.next_node if path.cut else node.id
+    found: list[tuple[int, IntArray]] = []
+    while node is not None and node.device is None and node.parent is not None:
+        assert node.host is not None
+        found.append((id, node.host[:count]))
+        node = node.parent
+        count, id = node.size, node.id
+    for id, ids in reversed(found):
+        nodes.append(id)
+        counts.append(len(ids))
+        sources.extend(ids)
+    targets, after, held = supply.take(len(sources))
+    transfer = state.next_transfer + sum(type(event) is TransferStarted for event in events)
+    return TransferStarted(
+        transfer, Direction.SWAP_IN, state.next_request, 0, nodes, counts, after, held, sources, targets
+    )
+
+
+def _granted(requests: IntArray, counts: IntArray, supply: Supply, total: int) -> BlocksAllocated:
+    blocks, after, held = supply.take(total)
+    return BlocksAllocated(requests, counts, after, held, blocks)
+
+
+def _allocate(state: State, command: Allocate) -> list[Event]:
+    keys = state.keys
+    try:
+        requests = array("Q", [keys[key] for key in command.keys])
+    except KeyError as error:
+        raise UnknownRequest(f"no live request {error.args[0]!r}: nothing was allocated") from None
+    total = sum(command.counts)
+    if not total:
+        return []
+    available = available_blocks(state)
+    supply = device_supply(state, total) if total <= available else None
+    if supply is None:
+        room, fitting = available, 0
+        for count in command.counts:
+            room -= count
+            if room < 0:
+                break
+            fitting += 1
+        request = requests[0] if len(requests) == 1 else 0
+        raise out_of_blocks(state, total, min(available, total - 1), command.keys[0], request, fitting)
+    return [*supply.events, _granted(requests, array("I", command.counts), supply, total)]
+
+
+def _cache(state: State, command: Cache) -> list[Event]:
+    request = request_named(state, command.key)
+    block_bytes = state.block_bytes
+    start = request.leaf.end
+    count = command.blocks - start
+    if count <= 0 and not command.words:
+        return []
+    if command.blocks > len(request.table):
+        raise InvalidCommand(
+            f"request {command.key!r} has {len(request.table)} blocks, {command.blocks} cannot be cached: allocate first"
+        )
+    content = request.words + command.words if command.words else request.words
+    if len(command.words) % block_bytes or len(content) < count * block_bytes:
+        raise InvalidCommand(
+            f"the content of {len(content) / block_bytes:g} full blocks after the first {start} of {command.key!r} is "
+            f"known, {count} are to be cached: pass the words of the generated blocks, whole blocks only"
+        )
+    if any(position < command.blocks for position in request.waits.values()):
+        raise RequestNotReady(f"request {command.key!r} still waits for transfers {[*request.waits]}: poll() first")
+    node, cut, known, duplicates, chain = _follow(request.leaf, memoryview(content), count, block_bytes)
+    next_node = state.next_node
+    upper = next_node if cut else 0
+    new = next_node + bool(cut) if known < count else 0
+    own = request.table[start + duplicates : command.blocks]
+    leaf = node.id if chain else 0
+    taken = known - duplicates
+    event = BlocksCached(request.id, leaf, cut, upper, new, duplicates, taken, own, command.words)
+    if state.policy != HostPolicy.WRITE_THROUGH:
+        return [event]
+    return [event, *_backup(state, request, chain, cut, new, own[taken:])]
+
+
+def _follow(
+    node: Node, words: memoryview, count: int, block_bytes: int
+) -> tuple[Node, int, int, int, list[Node]]:
+    """What is known below ``node``: (deepest run, its cut, known blocks, those valid on the device, the runs)."""
+    offset = cut = 0
+    duplicates = 0
+    chain: list[Node] = []
+    stop = count * block_bytes
+    while offset < stop and not cut:
+        child = node.children.get(bytes(words[offset : offset + block_bytes]))
+        if child is None:
+            break
+        common = tree.common_blocks(child.words, words[:stop], offset, block_bytes)
+        cut = common if common < child.size else 0
+        offset += common * block_bytes
+        if child.device_ready:
+            duplicates += common
+        chain.append(child)
+        node = child
+    return node, cut, offset // block_bytes, duplicates, chain
+
+
+def _backup(
+    state: State, request: Request, chain: list[Node], cut: int, new: int, own: IntArray
+) -> list[Event]:
+    """Write-through: copy what was cached, and what above it has no host copy yet, if the host has room."""
+    todo: list[tuple[int, IntArray]] = []
+    if new:
+        todo.append((new, own))
+    above = chain[-1] if chain else request.leaf
+    kept = dict.fromkeys(chain, 0)
+    for node in chain:
+        kept[node] = node.size
+    first = True
+    while above.parent is not None and above.host is None:
+        if above.transfer is not None or not above.device_ready:
+            return []
+        cut_here = first and bool(chain) and cut
+        ids = above.device
+        assert ids is not None
+        todo.append((state.next_node, ids[:cut]) if cut_here else (above.id, ids))
+        first = False
+        above = above.parent
+    wanted = sum(len(ids) for _, ids in todo)
+    if not wanted:
+        return []
+    room, victims = host_room(state, wanted, kept)
+    if room < wanted:
+        return []
+    events: list[Event] = []
+    free = state.host.free
+    if victims:
+        eviction = evicted(Tier.HOST, victims, EvictReason.CAPACITY)
+        events.append(eviction)
+        free = free + eviction.blocks
+    nodes, counts, sources = array("Q"), array("I"), array("i")
+    for id, ids in reversed(todo):
+        nodes.append(id)
+        counts.append(len(ids))
+        sources.extend(ids)
+    targets = free[len(free) - wanted :][::-1]
+    none, zero = array("Q"), array("I")
+    events.append(
+        TransferStarted(state.next_transfer, Direction.BACKUP, 0, 0, nodes, counts, none, zero, sources, targets)
+    )
+    return events
+
+
+def _trim(state: State, command: Trim) -> list[Event]:
+    request = request_named(state, command.key)
+    if not request.leaf.end <= command.blocks <= len(request.table):
+        raise InvalidCommand(
+            f"request {command.key!r} has {len(request.table)} blocks of which the first {request.leaf.end} are cached: "
+            f"it cannot be trimmed to {command.blocks}"
+        )
+    blocks = request.table[command.blocks :][::-1]
+    return [BlocksTrimmed(request.id, blocks)] if blocks else []
+
+
+def _reassign(state: State, command: Reassign) -> list[Event]:
+    source, target = request_named(state, command.key), request_named(state, command.target)
+    if source is target:
+        raise InvalidCommand("blocks cannot be reassigned to the request that has them")
+    if source.waits:
+        raise RequestNotReady(f"request {command.key!r} still waits for transfers {[*source.waits]}: poll() first")
+    tail = set(source.table[source.leaf.end :])
+    if len(set(command.blocks)) != len(command.blocks) or not tail.issuperset(command.blocks):
+        wrong = sorted(set(command.blocks) - tail)
+        raise InvalidCommand(f"blocks {wrong[:8]} are not request {command.key!r}'s own, or named twice")
+    return [BlocksReassigned(source.id, target.id, command.blocks)] if command.blocks else []
+
+
+def _release(state: State, command: Release) -> list[Event]:
+    request = request_named(state, command.key)
+    loose: list[Node] = []
+    node = request.leaf
+    while node.parent is not None and node.pins == 1:
+        loose.append(node)
+        node = node.parent
+    final = 0
+    if command.final:
+        for index, run in enumerate(loose):
+            if len(run.children) > (1 if index else 0):
+                break
+            final += 1
+    merged, absorbed = array("Q"), array("I")
+    index = 0
+    while index < len(loose):
+        stop = index + 1
+        while stop < len(loose) and stop != final and tree.joinable(loose[stop - 1], loose[stop]):
+            stop += 1
+        if stop - index > 1:
+            merged.append(loose[index].id)
+            absorbed.append(stop - index - 1)
+        index = stop
+    return [
+        RequestReleased(request.id, command.reason, final, merged, absorbed, request.private()[::-1]),
+    ]
+
+
+def _finish_transfer(state: State, command: FinishTransfer) -> list[Event]:
+    transfer = transfer_numbered(state, command.transfer)
+    if transfer.quarantined:
+        raise UnknownTransfer(f"transfer {transfer.id} has timed out already; end its quarantine instead")
+    total = len(transfer.targets)
+    if not 0 <= command.valid <= total or (command.outcome == Outcome.DONE) != (command.valid == total):
+        raise InvalidCommand(f"{command.valid} valid blocks of {total} do not go with {command.outcome.name}")
+    first = transfer.parts[0].node
+    if transfer.direction == Direction.SWAP_IN and command.valid and first is not None and first.parent is not None:
+        if tree.arriving(first.parent) and first.parent.transfer is not None:
+            raise OutOfOrder(
+                f"transfer {transfer.id} continues the path of transfer {first.parent.transfer.id}: finish that first"
+            )
+    upper = state.next_node if needs_cut(transfer, command.valid) else 0
+    return [TransferFinished(transfer.id, command.outcome, command.valid, upper)]
+
+
+def _end_quarantine(state: State, command: EndQuarantine) -> list[Event]:
+    transfer = transfer_numbered(state, command.transfer)
+    if not transfer.quarantined:
+        raise UnknownTransfer(f"transfer {transfer.id} is not quarantined: finish it instead")
+    return [QuarantineEnded(transfer.id)]
+
+
+_DECIDERS: dict[type[Any], Callable[[State, Any], list[Event]]] = {
+    Match: _match,
+    Admit: _admit,
+    Allocate: _allocate,
+    Cache: _cache,
+    Trim: _trim,
+    Reassign: _reassign,
+    Release: _release,
+    FinishTransfer: _finish_transfer,
+    EndQuarantine: _end_quarantine,
+    **UPKEEP,
+}
+
+__all__ = ["CommandRejected", "available_blocks", "decide", "peek", "request_named"]

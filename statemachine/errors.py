@@ -1,0 +1,64 @@
+"""Errors of the state machine, by who is at fault."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from statemachine.events import AllocationRefused
+
+
+class CommandRejected(ValueError):
+    """The caller asked for something impossible; nothing changed. The message says what to do."""
+
+
+class InvalidCommand(CommandRejected):
+    """A value of a command has the wrong type, sign or size."""
+
+
+class UnknownRequest(CommandRejected):
+    """No request of that name is live: it was never matched, or it was released."""
+
+
+class DuplicateRequest(CommandRejected):
+    """A request of that name is live already."""
+
+
+class RequestNotReady(CommandRejected):
+    """The request still waits for transfers that touch the blocks in question."""
+
+
+class UnknownTransfer(CommandRejected):
+    """No transfer of that number is in flight."""
+
+
+class OutOfOrder(CommandRejected):
+    """A transfer cannot finish before the one that brings the blocks in front of it."""
+
+
+class Busy(CommandRejected):
+    """Requests or transfers are using what the command wants to take away."""
+
+
+class OutOfBlocks(CommandRejected):
+    """Not enough blocks are free or evictable.
+
+    ``wanted`` and ``available`` count blocks of the device; ``in_transfer`` of the missing ones will come back by
+    themselves when transfers in flight have ended (poll and try again). ``event`` is the record of the refusal.
+    """
+
+    def __init__(self, wanted: int, available: int, in_transfer: int, fitting: int = 0) -> None:
+        self.wanted = wanted
+        self.available = available
+        self.in_transfer = in_transfer
+        self.fitting = fitting
+        self.event: AllocationRefused | None = None
+        hint = "poll() and try again" if in_transfer else "release or preempt a request, or make the pool larger"
+        super().__init__(
+            f"{wanted} device blocks wanted, {available} free or evictable"
+            f" ({in_transfer} more in transfer, {fitting} of the requests would fit): {hint}"
+        )
+
+
+class InvariantViolation(AssertionError):
+    """An event contradicts the state: always a defect of kvledger, or a damaged log."""

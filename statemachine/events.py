@@ -1,0 +1,360 @@
+"""The one table of events: every fact that can change the state of a KV-block manager.
+
+An event carries the outcome that was decided (these block ids, these runs), never the wish, so that applying it
+needs no policy. Events are immutable named tuples; the annotation of a field says how it travels in a log record
+(see :mod:`statemachine.codec`), and the first ``U64`` field is the record's *subject*.
+
+Conventions
+-----------
+* ``node`` ids name runs of the prefix tree, ``0`` means "none" or the root of a namespace.
+* ``cut`` and ``upper``: a run is cut after its first ``cut`` blocks; the upper part gets the new id ``upper``, the
+  lower part keeps its id. ``upper == 0`` means that nothing is cut.
+* Block ids freed by an event are listed deepest block first, the order in which they are pushed on the free list.
+* ``after`` and ``held``: ``held[i]`` of the block ids are still being read by the copy of transfer ``after[i]``; they
+  stand at the end of the list, in that order. All the others come from the free list.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+if TYPE_CHECKING:
+    IntArray = array[int]
+else:  # array.array is not subscriptable at run time before Python 3.12
+    IntArray = array
+
+U8 = Annotated[int, "B"]
+U32 = Annotated[int, "I"]
+U64 = Annotated[int, "Q"]
+Blocks = Annotated[IntArray, "i"]
+"""Block ids, ``array('i')``."""
+Counts = Annotated[IntArray, "I"]
+Handles = Annotated[IntArray, "Q"]
+"""Ids of nodes, requests or transfers, ``array('Q')``."""
+Words = Annotated[bytes, "bytes"]
+"""Content words: little-endian int32, ``block_size`` of them per block (:mod:`statemachine.content`)."""
+Text = Annotated[str, "text"]
+
+
+class Tier(IntEnum):
+    """Where a copy of a block lives."""
+
+    DEVICE = 0
+    HOST = 1
+
+
+class HostPolicy(IntEnum):
+    """When a block gets a copy on the host tier."""
+
+    OFF = 0
+    """There is no host tier."""
+    EXCLUSIVE = 1
+    """Write-back: a block is copied out when the device evicts it, and leaves the host when it is swapped in."""
+    WRITE_THROUGH = 2
+    """A block is copied out as soon as it is cached, and both copies are kept."""
+
+
+class ReleaseReason(IntEnum):
+    """Why a request gave its blocks back."""
+
+    FINISHED = 0
+    PREEMPTED = 1
+    ABORTED = 2
+    FAILED = 3
+    ENGINE_RESTARTED = 4
+
+
+class EvictReason(IntEnum):
+    """Why a cached copy was given up."""
+
+    CAPACITY = 0
+    CLEARED = 1
+    RESIZED = 2
+    TIER_LOST = 3
+    UNTRUSTED = 4
+    """Cached by a request that was still running when its engine died."""
+
+
+class Direction(IntEnum):
+    """What a transfer does."""
+
+    SWAP_OUT = 0
+    """Device to host; the run has left the device tier."""
+    SWAP_IN = 1
+    """Host to device, for the requests that wait."""
+    BACKUP = 2
+    """Device to host; the run stays on the device (write-through)."""
+
+
+class Outcome(IntEnum):
+    """How a transfer ended."""
+
+    DONE = 0
+    FAILED = 1
+    CORRUPT = 2
+    """A checksum of the host copy failed: what is not valid is dropped with everything below it."""
+    TIMED_OUT = 3
+    """Some rank has not answered: the blocks it may still write stay quarantined."""
+
+
+class DigestScope(IntEnum):
+    """What a digest covers."""
+
+    COUNTERS = 0
+    STATE = 1
+
+
+class LedgerOpened(NamedTuple):
+    """Genesis: sizes, layout and policies. Always the first event of a ledger."""
+
+    block_size: U32
+    device_blocks: U32
+    host_blocks: U32
+    host_staging_blocks: U32
+    host_policy: U8
+    ranks: U32
+    layout: Text
+    pools: Text
+
+
+class RequestMatched(NamedTuple):
+    """A request begins: the path that is already cached is pinned.
+
+    ``key`` is the engine's own name of the request; ``device_blocks`` of the path have a place on the device,
+    the next ``host_blocks`` are on the host only; ``words`` are the content of the full blocks after the path.
+    """
+
+    request: U64
+    leaf: U64
+    cut: U32
+    upper: U64
+    device_blocks: U32
+    host_blocks: U32
+    key: Text
+    namespace: Words
+    words: Words
+
+
+class BlocksAllocated(NamedTuple):
+    """Free blocks become private to requests, ``counts[i]`` of them to ``requests[i]``, in order."""
+
+    requests: Handles
+    counts: Counts
+    after: Handles
+    held: Counts
+    blocks: Blocks
+
+
+class AllocationRefused(NamedTuple):
+    """There was no room. Changes nothing; operators ask why."""
+
+    request: U64
+    wanted: U32
+    available: U32
+    key: Text
+
+
+class BlocksCached(NamedTuple):
+    """Full, computed blocks of a request are published in the prefix tree.
+
+    Follows the request's words from the end of its path: ``duplicates`` blocks have a valid device copy already (they
+    are pinned, the request's own copies stay private), ``taken`` blocks are known but not valid on the device (the
+    runs take the request's blocks), and what is left becomes the new run ``node``. ``leaf`` is the deepest run that
+    existed. ``words`` is the content of generated blocks, appended to what the request brought along.
+    """
+
+    request: U64
+    leaf: U64
+    cut: U32
+    upper: U64
+    node: U64
+    duplicates: U32
+    taken: U32
+    blocks: Blocks
+    words: Words
+
+
+class BlocksReassigned(NamedTuple):
+    """Private blocks move from one request to the end of another's block table."""
+
+    request: U64
+    target: U64
+    blocks: Blocks
+
+
+class BlocksTrimmed(NamedTuple):
+    """The private end of a block table is given back (a rejected speculation, an undone chunk)."""
+
+    request: U64
+    blocks: Blocks
+
+
+class RequestReleased(NamedTuple):
+    """A request ends: its path is unpinned and its private blocks are freed.
+
+    Of the runs that nobody holds any more the deepest ``final`` go to the list that is evicted first. Then each run
+    ``merged[i]`` absorbs its ``absorbed[i]`` nearest ancestors.
+    """
+
+    request: U64
+    reason: U8
+    final: U32
+    merged: Handles
+    absorbed: Counts
+    blocks: Blocks
+
+
+class BlocksEvicted(NamedTuple):
+    """Cached copies on one tier are given up: the last ``counts[i]`` blocks of run ``nodes[i]``, in eviction order.
+
+    Only the last run may be given up in part; where it keeps a copy on the other tier, it is cut (``upper``).
+    """
+
+    tier: U8
+    reason: U8
+    upper: U64
+    nodes: Handles
+    counts: Counts
+    blocks: Blocks
+
+
+class TransferStarted(NamedTuple):
+    """Copies are ordered: block ``sources[i]`` to block ``targets[i]``, run after run, ancestors first.
+
+    ``counts[i]`` blocks belong to ``nodes[i]``. A swap-out may take only the end of its first run (``upper`` is then
+    the part that stays). A swap-in pins its path and appends its
+    targets to the block table of ``request``, which waits for it (0 for the other directions). Each rank starts only after its own part of the ``after`` transfers.
+    """
+
+    transfer: U64
+    direction: U8
+    request: U64
+    upper: U64
+    nodes: Handles
+    counts: Counts
+    after: Handles
+    held: Counts
+    sources: Blocks
+    targets: Blocks
+
+
+class TransferFinished(NamedTuple):
+    """A transfer ended: its first ``valid`` blocks arrived on every rank, nothing after them counts."""
+
+    transfer: U64
+    outcome: U8
+    valid: U32
+    upper: U64
+
+
+class QuarantineEnded(NamedTuple):
+    """Every rank of a timed-out transfer has answered or is proven dead: its blocks are free."""
+
+    transfer: U64
+
+
+class CacheCleared(NamedTuple):
+    """Nothing cached before can match again. What nobody holds was evicted; the rest goes when it is released."""
+
+    generation: U64
+
+
+class PoolResized(NamedTuple):
+    """A tier has a new number of blocks; the highest ids come or go."""
+
+    tier: U8
+    blocks: U32
+
+
+class TierLost(NamedTuple):
+    """Every copy on a tier is gone (its memory died or is not the same any more)."""
+
+    tier: U8
+    reason: Text
+
+
+class WorkerJoined(NamedTuple):
+    """A transfer worker runs the transfers started or re-issued from here on."""
+
+    rank: U32
+    incarnation: U32
+    pid: U32
+
+
+class WorkerLost(NamedTuple):
+    """A transfer worker died or was given up."""
+
+    rank: U32
+    incarnation: U32
+    reason: Text
+
+
+class EpochStarted(NamedTuple):
+    """A new engine process took over; everything up to ``last_sequence`` counts."""
+
+    epoch: U64
+    last_sequence: U64
+
+
+class DigestTaken(NamedTuple):
+    """The state had this digest after event ``sequence``; any replay can prove that it agrees."""
+
+    sequence: U64
+    scope: U8
+    digest: Words
+
+
+Event = (
+    LedgerOpened
+    | RequestMatched
+    | BlocksAllocated
+    | AllocationRefused
+    | BlocksCached
+    | BlocksReassigned
+    | BlocksTrimmed
+    | RequestReleased
+    | BlocksEvicted
+    | TransferStarted
+    | TransferFinished
+    | QuarantineEnded
+    | CacheCleared
+    | PoolResized
+    | TierLost
+    | WorkerJoined
+    | WorkerLost
+    | EpochStarted
+    | DigestTaken
+)
+
+KINDS: dict[int, type[Event]] = {
+    1: LedgerOpened,
+    2: RequestMatched,
+    3: BlocksAllocated,
+    4: AllocationRefused,
+    5: BlocksCached,
+    6: BlocksReassigned,
+    7: BlocksTrimmed,
+    8: RequestReleased,
+    9: BlocksEvicted,
+    10: TransferStarted,
+    11: TransferFinished,
+    12: QuarantineEnded,
+    13: CacheCleared,
+    14: PoolResized,
+    15: TierLost,
+    16: WorkerJoined,
+    17: WorkerLost,
+    18: EpochStarted,
+    19: DigestTaken,
+}
+"""Kind number on the log → event. Numbers are never used twice."""
+
+KIND_OF: dict[type[Event], int] = {event: kind for kind, event in KINDS.items()}
+
+
+def blocks(ids: Iterable[int] = ()) -> IntArray:
+    """Block ids as the array that events carry."""
+    return array("i", ids)

@@ -1,0 +1,65 @@
+"""What an event must agree with before it may change the state."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from statemachine.errors import InvariantViolation
+from statemachine.events import Event, IntArray, Tier
+from statemachine.ownership import owner
+from statemachine.state import Node, Request, State
+
+
+def violated(event: Event, message: str) -> NoReturn:
+    """Report an event that contradicts the state."""
+    raise InvariantViolation(f"{type(event).__name__}: {message}\n  event: {event!r:.500}")
+
+
+def expect_blocks(state: State, event: Event, tier: Tier, given: IntArray, expected: IntArray, what: str) -> None:
+    """Compare block ids as whole slices; only a mismatch looks for the block and its owner."""
+    if given == expected:
+        return
+    for position, block in enumerate(given):
+        if position >= len(expected) or expected[position] != block:
+            violated(event, f"{tier.name} block {block} is not {what}; it belongs to {owner(state, tier, block)}")
+    violated(event, f"{len(expected)} blocks are {what}, the event names {len(given)}")
+
+
+def node_of(state: State, event: Event, id: int) -> Node:
+    """The run of that id."""
+    node = state.nodes.get(id)
+    if node is None:
+        violated(event, f"there is no run {id}")
+    return node
+
+
+def request_of(state: State, event: Event, id: int) -> Request:
+    """The live request of that number."""
+    request = state.requests.get(id)
+    if request is None:
+        violated(event, f"there is no live request {id}")
+    return request
+
+
+def expect_cut(state: State, event: Event, node: Node, cut: int, upper: int) -> None:
+    """A cut lies inside its run, and its upper part gets the next id."""
+    if upper and (upper != state.next_node or not 0 < cut < node.size):
+        violated(event, f"run {node.id} of {node.size} blocks cannot be cut at {cut} with new id {upper}")
+
+
+def expect_granted(state: State, event: Event, given: IntArray, after: IntArray, held: IntArray) -> int:
+    """The ids come from the top of the free list, then from what transfers hold. Returns how many are plainly free."""
+    plain = len(given) - sum(held)
+    if plain < 0 or len(after) != len(held):
+        violated(event, "the counts of held blocks do not fit the blocks")
+    free = state.device.free
+    expect_blocks(state, event, Tier.DEVICE, given[:plain], free[len(free) - plain :][::-1], "next on the free list")
+    position = plain
+    for id, count in zip(after, held, strict=True):
+        transfer = state.transfers.get(id)
+        if transfer is None or transfer.quarantined or not 0 < count <= len(transfer.held):
+            violated(event, f"transfer {id} does not hold {count} device blocks")
+        expected = transfer.held[len(transfer.held) - count :][::-1]
+        expect_blocks(state, event, Tier.DEVICE, given[position : position + count], expected, f"held by {id}")
+        position += count
+    return plain
