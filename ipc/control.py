@@ -1,0 +1,220 @@
+"""The control segment of a ledger: who writes, which segment is current, and 128 reader lines.
+
+::
+
+    magic u64 | version u64 | schema hash u64 | writer pid u64 | writer start time u64
+    at 128: heartbeat ns u64      at 192: current epoch << 32 | index, u64     at 256: oldest kept epoch << 32 | index
+    at 4096, 128 lines of 64 B: pid u64 | start time u64 | cursor u64 | parked u64 | kind mask u64 | worker u64 | name 16 B
+
+The writer holds ``flock`` on it as long as it lives; the kernel gives that up at SIGKILL. Each line has one writer, its
+reader; lines are handed out under a POSIX record lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from typing import NamedTuple
+
+import posix_ipc
+
+from ipc.errors import LedgerExists, LedgerNotFound, LogCorrupt, TooManyReaders, WriterAlive
+from ipc.names import check_name, control_name, unlink
+from ipc.processes import alive, own_identity
+from ipc.segment import MAGIC, VERSION
+
+READERS = 128
+_LINES = 4096
+_BYTES = _LINES + READERS * 64
+_SCHEMA, _PID, _START, _HEARTBEAT, _CURRENT = 2, 3, 4, 128 // 8, 192 // 8
+PID, START, CURSOR, PARKED, MASK, WORKER, NAME = range(7)
+"""Words of a reader line."""
+
+
+class ReaderLine(NamedTuple):
+    """One registered reader."""
+
+    line: int
+    pid: int
+    name: str
+    cursor: int
+    """Sequence of the next record it wants."""
+    worker: bool
+    alive: bool
+
+
+class Control:
+    """A mapped control segment."""
+
+    def __init__(self, ledger: str, fd: int) -> None:
+        self.ledger = ledger
+        self._fd = fd
+        self._map = mmap.mmap(fd, _BYTES)
+        self._buffer = memoryview(self._map)
+        self.words = self._buffer.cast("Q")
+
+    @classmethod
+    def create(cls, ledger: str, schema_hash: int) -> Control:
+        """Create it, with this process as the writer.
+
+        Raises:
+            LedgerExists: with who writes it, or what to do about a dead one.
+        """
+        try:
+            memory = posix_ipc.SharedMemory(control_name(check_name(ledger)), posix_ipc.O_CREX, mode=0o600)
+        except posix_ipc.ExistentialError:
+            raise LedgerExists(_who_is_there(ledger)) from None
+        try:
+            os.posix_fallocate(memory.fd, 0, _BYTES)
+            control = cls(ledger, memory.fd)
+        except BaseException:
+            unlink(control_name(ledger))
+            os.close(memory.fd)
+            raise
+        control.lock()
+        words = control.words
+        words[1], words[_SCHEMA] = VERSION, schema_hash
+        words[_PID], words[_START] = own_identity()
+        words[0] = MAGIC
+        return control
+
+    @classmethod
+    def open(cls, ledger: str) -> Control:
+        """Map the control segment of a ledger.
+
+        Raises:
+            LedgerNotFound, LogCorrupt
+        """
+        try:
+            memory = posix_ipc.SharedMemory(control_name(check_name(ledger)))
+        except posix_ipc.ExistentialError:
+            raise LedgerNotFound(f"there is no ledger {ledger!r} on this machine") from None
+        if memory.size < _BYTES:
+            os.close(memory.fd)
+            raise LogCorrupt(control_name(ledger), 0, "too short for a control segment")
+        control = cls(ledger, memory.fd)
+        if control.words[0] != MAGIC or control.words[1] != VERSION:
+            control.close()
+            raise LogCorrupt(control_name(ledger), 0, "not a control segment of this version of kvledger")
+        return control
+
+    def lock(self) -> None:
+        """Become the only writer, until this process ends.
+
+        Raises:
+            WriterAlive: naming the process.
+        """
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WriterAlive(_who_is_there(self.ledger)) from None
+
+    def take_over(self) -> None:
+        """Note this process as the writer."""
+        self.words[_PID], self.words[_START] = own_identity()
+
+    @property
+    def schema_hash(self) -> int:
+        """Of the events in this log."""
+        return self.words[_SCHEMA]
+
+    @property
+    def writer(self) -> tuple[int, int]:
+        """``(pid, start time)`` of the last writer."""
+        return self.words[_PID], self.words[_START]
+
+    def writer_alive(self) -> bool:
+        """Whether the writer runs."""
+        return alive(*self.writer)
+
+    @property
+    def heartbeat_ns(self) -> int:
+        """When the writer last said that it lives; 0 = never."""
+        return self.words[_HEARTBEAT]
+
+    @heartbeat_ns.setter
+    def heartbeat_ns(self, now: int) -> None:
+        self.words[_HEARTBEAT] = now
+
+    @property
+    def current(self) -> tuple[int, int]:
+        """``(epoch, index)`` of the segment that is being written."""
+        word = self.words[_CURRENT]
+        return word >> 32, word & 0xFFFFFFFF
+
+    @current.setter
+    def current(self, segment: tuple[int, int]) -> None:
+        self.words[_CURRENT] = segment[0] << 32 | segment[1]
+
+    def claim(self, name: str, *, mask: int, worker: bool, cursor: int) -> int:
+        """Take a reader line; lines of dead processes are taken over. Returns its number.
+
+        Raises:
+            TooManyReaders
+        """
+        fcntl.lockf(self._fd, fcntl.LOCK_EX, READERS * 64, _LINES)
+        try:
+            for line in range(READERS):
+                base = self.line(line)
+                if not alive(self.words[base + PID], self.words[base + START]):
+                    self.words[base + PARKED] = 0
+                    self.words[base + CURSOR] = cursor
+                    self.words[base + MASK] = mask
+                    self.words[base + WORKER] = worker
+                    offset = (base + NAME) * 8
+                    self._buffer[offset : offset + 16] = name.encode()[:16].ljust(16, b"\0")
+                    pid, started = own_identity()
+                    self.words[base + START] = started
+                    self.words[base + PID] = pid
+                    return line
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, READERS * 64, _LINES)
+        raise TooManyReaders(f"ledger {self.ledger!r} has {READERS} readers: stop one first")
+
+    def give_back(self, line: int) -> None:
+        """Free a reader line."""
+        self.words[self.line(line) + PID] = 0
+
+    @staticmethod
+    def line(number: int) -> int:
+        """Index of the first word of a reader line."""
+        return _LINES // 8 + number * 8
+
+    def readers(self) -> list[ReaderLine]:
+        """All registered readers, dead ones too."""
+        found = []
+        for number in range(READERS):
+            base = self.line(number)
+            pid = self.words[base + PID]
+            if pid:
+                offset = (base + NAME) * 8
+                name = bytes(self._buffer[offset : offset + 16]).rstrip(b"\0").decode(errors="replace")
+                living = alive(pid, self.words[base + START])
+                found.append(
+                    ReaderLine(
+                        number, pid, name, self.words[base + CURSOR], bool(self.words[base + WORKER]), living
+                    )
+                )
+        return found
+
+    def close(self) -> None:
+        """Unmap it and give up the writer's lock."""
+        self.words.release()
+        self._buffer.release()
+        self._map.close()
+        os.close(self._fd)
+
+
+def _who_is_there(ledger: str) -> str:
+    try:
+        control = Control.open(ledger)
+    except (LedgerNotFound, LogCorrupt):
+        return f"/dev/shm holds an object named {ledger}.control that is no ledger of this version: choose another name"
+    try:
+        pid, started = control.writer
+        if alive(pid, started):
+            return f"ledger {ledger!r} is written by process {pid} (started at clock tick {started})"
+        return f"ledger {ledger!r} exists, its writer (process {pid}) is dead: remove it or choose another name"
+    finally:
+        control.close()

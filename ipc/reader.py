@@ -1,0 +1,193 @@
+"""A reader of a log: its own cursor, no lock, no way to slow or corrupt the writer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import posix_ipc
+
+from ipc.control import CURSOR, PARKED, Control
+from ipc.errors import LedgerNotFound, LogCorrupt, Overrun
+from ipc.fence import make_fence
+from ipc.names import bell_name, segments_of
+from ipc.record import TXN_END, Record, read_record
+from ipc.segment import HEADER_BYTES, NEXT, TAIL, MappedSegment, locate
+
+SPINS = 200
+_NAP_S = 0.002
+
+
+class LogReader:
+    """Reads whole transactions, in order, from ``from_sequence`` on.
+
+    Args:
+        ledger: name of the ledger.
+        from_sequence: the first record to deliver; it must still be there.
+        name: shown to whoever lists the readers.
+        worker: the writer keeps the log until a worker has read it, and wakes it for the kinds of ``kind_mask``
+            (bit ``k`` for kind ``k``). Other readers are nobody's business and may be overrun.
+
+    Raises:
+        LedgerNotFound, Overrun, TooManyReaders
+    """
+
+    def __init__(
+        self, ledger: str, *, from_sequence: int = 1, name: str = "", worker: bool = False, kind_mask: int = 0
+    ) -> None:
+        self.ledger = ledger
+        self.cursor = from_sequence
+        """Sequence of the next record."""
+        self._release, self._acquire = make_fence()
+        self._control = Control.open(ledger)
+        self._line: int | None = None
+        self._bell: posix_ipc.Semaphore | None = None
+        self._segment: MappedSegment | None = None
+        try:
+            if worker:
+                self._line = self._control.claim(name, mask=kind_mask, worker=True, cursor=from_sequence)
+                bell = bell_name(ledger, self._line)
+                with contextlib.suppress(posix_ipc.ExistentialError):
+                    posix_ipc.unlink_semaphore(bell)  # of a dead reader with this line
+                self._bell = posix_ipc.Semaphore(bell, posix_ipc.O_CREX, mode=0o600)
+            self._seek(from_sequence)
+        except BaseException:
+            self.close()
+            raise
+
+    def _seek(self, sequence: int) -> None:
+        segment, oldest = locate(self.ledger, segments_of(self.ledger), sequence)
+        if segment is None:
+            if oldest:
+                raise Overrun(self.ledger, sequence, oldest)
+            raise LedgerNotFound(f"ledger {self.ledger!r} has no log segment")
+        self._enter(segment)
+        data, offset, crc = segment.buffer, self._offset, self._crc
+        tail = self._tail()
+        while offset < tail and self._next < sequence:
+            found = read_record(data, offset, crc)
+            if found is None:
+                break
+            record, crc, offset = found
+            self._offset, self._crc, self._next = offset, crc, record.sequence + 1
+        self.cursor = sequence
+
+    def _enter(self, segment: MappedSegment) -> None:
+        if self._segment is not None:
+            self._segment.close()
+        self._segment = segment
+        self._offset = HEADER_BYTES
+        self._crc = segment.header.crc_seed
+        self._next = segment.header.base_sequence
+
+    def _tail(self) -> int:
+        assert self._segment is not None
+        tail = self._segment.words[TAIL]
+        self._release()
+        self._acquire()
+        return tail
+
+    def poll(self, limit: int = 1 << 20) -> list[Record]:
+        """The records published since, in whole transactions, about ``limit`` at most.
+
+        Raises:
+            Overrun: the reader was too slow, what it wants is gone.
+            LogCorrupt: published records fail their checksum.
+        """
+        segment = self._segment
+        assert segment is not None
+        tail = segment.words[TAIL]
+        if tail == self._offset:
+            following = segment.words[NEXT]
+            if not following:
+                return []
+            self._release()
+            self._acquire()
+            tail = segment.words[TAIL]
+            if tail == self._offset:
+                self._enter_next(segment, following)
+                return self.poll(limit)
+        self._release()
+        self._acquire()
+        return self._read(segment, tail, limit)
+
+    def _read(self, segment: MappedSegment, tail: int, limit: int) -> list[Record]:
+        data, offset, crc, expected = segment.buffer, self._offset, self._crc, self._next
+        records: list[Record] = []
+        complete = 0
+        while offset < tail:
+            found = read_record(data, offset, crc)
+            if found is None or found[0].sequence != expected:
+                raise LogCorrupt(segment.name, offset, f"the record that should have sequence {expected} is damaged")
+            record, crc, offset = found
+            expected += 1
+            if record.sequence >= self.cursor:
+                records.append(record)
+            if record.flags & TXN_END:
+                complete = len(records)
+                self._offset, self._crc, self._next = offset, crc, expected
+                if complete >= limit:
+                    break
+        del records[complete:]
+        self.cursor = max(self.cursor, self._next)
+        if self._line is not None:
+            self._control.words[Control.line(self._line) + CURSOR] = self.cursor
+        return records
+
+    def _enter_next(self, segment: MappedSegment, index: int) -> None:
+        try:
+            self._enter(MappedSegment(self.ledger, segment.header.epoch, index))
+        except LedgerNotFound:
+            _, oldest = locate(self.ledger, segments_of(self.ledger), 0)
+            raise Overrun(self.ledger, self._next, oldest) from None
+
+    def wait(self, timeout: float) -> list[Record]:
+        """Records as soon as there are some, or none after ``timeout`` seconds.
+
+        A worker spins a little and then sleeps until the writer wakes it; other readers sleep 2 ms at a time.
+        """
+        for _ in range(SPINS):
+            if records := self.poll():
+                return records
+        if self._line is not None and self._bell is not None:
+            parked = Control.line(self._line) + PARKED
+            self._control.words[parked] = 1
+            self._release()
+            self._acquire()
+            records = self.poll()
+            if not records:
+                with contextlib.suppress(posix_ipc.BusyError):
+                    self._bell.acquire(timeout)
+                records = self.poll()
+            self._control.words[parked] = 0
+            return records
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            time.sleep(min(_NAP_S, timeout))
+            if records := self.poll():
+                return records
+        return []
+
+    @property
+    def schema_hash(self) -> int:
+        """What the records mean."""
+        return self._control.schema_hash
+
+    def writer_alive(self) -> bool:
+        """Whether the process that writes this log runs."""
+        return self._control.writer_alive()
+
+    def close(self) -> None:
+        """Stop reading; the reader's line and doorbell go."""
+        if self._line is not None:
+            self._control.give_back(self._line)
+            self._line = None
+        if self._bell is not None:
+            with contextlib.suppress(posix_ipc.ExistentialError):
+                self._bell.unlink()
+            self._bell.close()
+            self._bell = None
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+        self._control.close()

@@ -1,0 +1,59 @@
+"""One record of the log: a 64-byte line, then its payload padded to 64 bytes.
+
+::
+
+    sequence u64 | time ns u64 | kind u16 | flags u8 | 0 u8 | step u32 | subject u64 | payload bytes u32 | args 24 B | crc32c u32
+
+The CRC covers the line without its own four bytes, then the payload, and starts from the CRC of the record before:
+a record proves all that came before it in its segment. It is the last word written, so it is the commit word.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from crc32c import crc32c
+
+LINE_BYTES = 64
+CRC_OFFSET = 60
+LINE = struct.Struct("<QQHBBIQI24s")
+TXN_BEGIN = 1
+TXN_END = 2
+
+
+class Record(NamedTuple):
+    """A record as a reader gets it. ``args`` has 24 bytes; what they and the payload mean is the codec's business."""
+
+    sequence: int
+    time_ns: int
+    kind: int
+    flags: int
+    step: int
+    subject: int
+    args: bytes
+    payload: bytes
+
+
+def record_bytes(payload_bytes: int) -> int:
+    """Room that a record with such a payload takes in the log."""
+    return LINE_BYTES + (payload_bytes + 63 & ~63)
+
+
+def read_record(data: memoryview, offset: int, crc: int) -> tuple[Record, int, int] | None:
+    """The record at ``offset``, the CRC of the chain after it, and where the next one starts; ``None``: not valid."""
+    if offset + LINE_BYTES > len(data):
+        return None
+    line = bytes(data[offset : offset + LINE_BYTES])
+    sequence, time_ns, kind, flags, _, step, subject, size, args = LINE.unpack_from(line)
+    stop = offset + LINE_BYTES + size
+    if stop > len(data):
+        return None
+    crc = crc32c(line[:CRC_OFFSET], crc)
+    payload = bytes(data[offset + LINE_BYTES : stop]) if size else b""
+    if size:
+        crc = crc32c(payload, crc)
+    if crc != int.from_bytes(line[CRC_OFFSET:], "little") or not sequence:
+        return None
+    record = Record(sequence, time_ns, kind, flags, step, subject, args, payload)
+    return record, crc, offset + record_bytes(size)

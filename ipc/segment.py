@@ -1,0 +1,136 @@
+"""One log segment: a 4,096-byte header, then records, append-only.
+
+::
+
+    magic u64 | version u16, header size u16, alignment u32 | schema hash u64 | epoch u64 | segment index u64 | base sequence u64
+    crc seed u32, capacity u32 | config hash u64 | created ns u64 | writer pid u32, 0 u32, writer start time u64 | header crc u32
+    at 256: tail hint u64          at 320: next index u64 (0: this segment is still written)
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from typing import NamedTuple
+
+from crc32c import crc32c
+
+from ipc import memory
+from ipc.errors import LedgerNotFound, LogCorrupt
+from ipc.names import segment_name
+
+HEADER_BYTES = 4096
+MAGIC = int.from_bytes(b"kvledger", "little")
+VERSION = 1
+TAIL = 256 // 8
+"""Index, in 64-bit words, of the tail hint: the writer's offset after its last transaction."""
+NEXT = 320 // 8
+_HEADER = struct.Struct("<QHHIQQQQIIQQIIQ")
+
+
+class Header(NamedTuple):
+    """What a segment says about itself."""
+
+    schema_hash: int
+    epoch: int
+    index: int
+    base_sequence: int
+    crc_seed: int
+    capacity: int
+    config_hash: int
+    created_ns: int
+    writer_pid: int
+    writer_start: int
+
+
+def write_header(buffer: memoryview, header: Header) -> None:
+    """Make a prepared (zeroed) segment a log segment."""
+    data = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        HEADER_BYTES,
+        64,
+        header.schema_hash,
+        header.epoch,
+        header.index,
+        header.base_sequence,
+        header.crc_seed,
+        header.capacity,
+        header.config_hash,
+        header.created_ns,
+        header.writer_pid,
+        0,
+        header.writer_start,
+    )
+    buffer[: len(data)] = data
+    words = buffer.cast("Q")
+    words[TAIL] = HEADER_BYTES
+    words[_HEADER.size // 8] = crc32c(data)
+
+
+def read_header(buffer: memoryview, name: str) -> Header:
+    """The header.
+
+    Raises:
+        LogCorrupt: it is not one, or of another version.
+    """
+    data = bytes(buffer[: _HEADER.size])
+    crc = int.from_bytes(buffer[_HEADER.size : _HEADER.size + 4], "little")
+    fields = _HEADER.unpack(data)
+    if fields[0] != MAGIC or crc32c(data) != crc:
+        raise LogCorrupt(name, 0, "this is not a log segment, or its header is damaged")
+    if fields[1] != VERSION:
+        raise LogCorrupt(name, 0, f"log format {fields[1]}, this program reads {VERSION}")
+    return Header(*fields[4:10], *fields[10:13], fields[14])
+
+
+class MappedSegment:
+    """A segment as a reader sees it."""
+
+    def __init__(self, ledger: str, epoch: int, index: int) -> None:
+        self.name = segment_name(ledger, epoch, index)
+        self._map = memory.attach(self.name, write=False)
+        self.buffer = memoryview(self._map)
+        try:
+            self.header = read_header(self.buffer, self.name)
+        except LogCorrupt:
+            self.close()
+            raise
+        self.words = self.buffer.cast("Q")
+
+    def close(self) -> None:
+        """Unmap it."""
+        for view in (getattr(self, "words", None), self.buffer):
+            if view is not None:
+                view.release()
+        self._map.close()
+
+
+def create(ledger: str, epoch: int, index: int, size: int) -> mmap.mmap:
+    """Reserve a segment; it has no header yet.
+
+    Raises:
+        ipc.SharedMemoryFull
+    """
+    return memory.create(segment_name(ledger, epoch, index), size)
+
+
+def locate(ledger: str, segments: list[tuple[int, int]], sequence: int) -> tuple[MappedSegment | None, int]:
+    """The segment that holds ``sequence`` (the last that starts at or before it), and the oldest sequence there is."""
+    oldest = 0
+    found: MappedSegment | None = None
+    for epoch, index in segments:
+        try:
+            segment = MappedSegment(ledger, epoch, index)
+        except (LogCorrupt, LedgerNotFound):
+            continue  # being prepared, or dropped since we looked
+        oldest = oldest or segment.header.base_sequence
+        if segment.header.base_sequence <= sequence:
+            if found is not None:
+                found.close()
+            found = segment
+        else:
+            segment.close()
+    return found, oldest
+
+

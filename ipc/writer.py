@@ -1,0 +1,261 @@
+"""The one writer of a log.
+
+``reserve`` room, then ``append`` a transaction. Bodies are written first, then a fence, then each record's CRC (its
+commit word), then the tail hint; a reader that sees the hint move checks the CRC chain anyway. The next segment is
+prepared ahead of time by a thread (reserving 16 MiB takes 4 ms and does not hold the interpreter lock).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import posix_ipc
+from crc32c import crc32c
+
+from ipc import segment
+from ipc.control import MASK, PARKED, Control
+from ipc.errors import LedgerError, TransactionTooLarge
+from ipc.fence import make_fence
+from ipc.names import bell_name, control_name, remove_objects, segment_name
+from ipc.names import unlink as remove
+from ipc.record import CRC_OFFSET, LINE, LINE_BYTES, TXN_BEGIN, TXN_END
+from ipc.segment import HEADER_BYTES, NEXT, TAIL, Header
+
+_LEAST_SEGMENT = 64 << 10
+
+
+class LogWriter:
+    """Appends transactions to a ledger's log. One thread of one process."""
+
+    def __init__(
+        self,
+        control: Control,
+        *,
+        config_hash: int,
+        segment_bytes: int,
+        retain_bytes: int | None,
+        epoch: int,
+        base_sequence: int,
+    ) -> None:
+        if segment_bytes < _LEAST_SEGMENT or segment_bytes % 4096:
+            raise LedgerError(f"segment_bytes must be a multiple of 4096 from {_LEAST_SEGMENT}, not {segment_bytes}")
+        self.ledger = control.ledger
+        self.max_transaction_bytes = (segment_bytes - HEADER_BYTES) // 4
+        """The largest transaction, headers of its records included."""
+        self.next_sequence = base_sequence
+        """Sequence number of the next record."""
+        self._control = control
+        self._segment_bytes = segment_bytes
+        self._retain_bytes = retain_bytes
+        self._config_hash = config_hash
+        self._epoch = epoch
+        self._index = 0
+        self._crc = 0
+        self._kept: list[tuple[int, int]] = []
+        """``(index, base sequence)`` of the segments that exist."""
+        self._release, self._acquire = make_fence()
+        self._bells: dict[int, posix_ipc.Semaphore] = {}
+        self._listeners: list[tuple[int, int, int]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvledger-segment")
+        self._map, self._buffer, self._words, self._words32 = self._begin_segment(
+            segment.create(self.ledger, epoch, 0, segment_bytes)
+        )
+        self._offset = HEADER_BYTES
+        self._prepared = self._prepare()
+
+    @classmethod
+    def create(
+        cls,
+        ledger: str,
+        *,
+        schema_hash: int,
+        config_hash: int = 0,
+        segment_bytes: int = 16 << 20,
+        retain_bytes: int | None = 256 << 20,
+    ) -> LogWriter:
+        """Create a log, with this process as its writer.
+
+        Args:
+            schema_hash: what the records mean; readers compare it.
+            segment_bytes: size of a segment; a transaction may take a quarter of it.
+            retain_bytes: sealed segments beyond this much go once every worker has read them; ``None`` keeps all.
+
+        Raises:
+            LedgerExists, SharedMemoryFull, InvalidName
+        """
+        control = Control.create(ledger, schema_hash)
+        try:
+            return cls(
+                control,
+                config_hash=config_hash,
+                segment_bytes=segment_bytes,
+                retain_bytes=retain_bytes,
+                epoch=1,
+                base_sequence=1,
+            )
+        except BaseException:
+            remove(control_name(ledger))
+            control.close()
+            raise
+
+    def reserve(self, size: int) -> None:
+        """Make room for a transaction of ``size`` bytes (:func:`ipc.record_bytes` of each record), or refuse.
+
+        Raises:
+            TransactionTooLarge, SharedMemoryFull: nothing was written.
+        """
+        if size > self.max_transaction_bytes:
+            raise TransactionTooLarge(
+                f"a transaction of {size:,} bytes does not fit: ledger {self.ledger!r} takes up to "
+                f"{self.max_transaction_bytes:,}; make segment_bytes larger"
+            )
+        if self._offset + size > self._segment_bytes:
+            self._rotate()
+
+    def append(self, records: Sequence[tuple[int, int, bytes, bytes]], step: int = 0) -> None:
+        """Publish ``(kind, subject, args, payload)`` records as one transaction; room was reserved."""
+        buffer, words32 = self._buffer, self._words32
+        offset, crc, sequence = self._offset, self._crc, self.next_sequence
+        now = time.time_ns()
+        flags = TXN_BEGIN
+        left = len(records)
+        commits = []
+        mask = 0
+        for kind, subject, args, payload in records:
+            left -= 1
+            if not left:
+                flags |= TXN_END
+            size = len(payload)
+            line = LINE.pack(sequence, now, kind, flags, 0, step, subject, size, args)
+            crc = crc32c(line, crc)
+            body = offset + LINE_BYTES
+            buffer[offset : offset + CRC_OFFSET] = line
+            commits.append((body // 4 - 1, crc))
+            offset = body
+            if size:
+                crc = crc32c(payload, crc)
+                commits[-1] = (body // 4 - 1, crc)
+                buffer[body : body + size] = payload
+                offset += size + 63 & ~63
+            sequence += 1
+            flags = 0
+            mask |= 1 << kind
+        self._release()
+        self._acquire()
+        for word, value in commits:
+            words32[word] = value
+        self._words[TAIL] = offset
+        self._offset, self._crc, self.next_sequence = offset, crc, sequence
+        if self._listeners:
+            self._ring(mask)
+
+    def listen(self) -> None:
+        """Look for workers that want to be woken. To be called when workers came or went."""
+        self._listeners = []
+        for reader in self._control.readers():
+            if reader.worker and reader.alive:
+                base = Control.line(reader.line)
+                self._listeners.append((reader.line, base + PARKED, base + MASK))
+
+    def _ring(self, mask: int) -> None:
+        # Between the hint and the parked words: the reader writes one and reads the other in the opposite order.
+        self._release()
+        self._acquire()
+        words = self._control.words
+        for line, parked, wanted in self._listeners:
+            if words[parked] and words[wanted] & mask:
+                words[parked] = 0
+                bell = self._bells.get(line)
+                if bell is None:
+                    try:
+                        bell = self._bells[line] = posix_ipc.Semaphore(bell_name(self.ledger, line))
+                    except posix_ipc.ExistentialError:
+                        continue  # the worker left
+                bell.release()
+
+    def heartbeat(self) -> None:
+        """Say that the writer lives."""
+        self._control.heartbeat_ns = time.time_ns()
+
+    def _prepare(self) -> Future[mmap.mmap]:
+        return self._thread.submit(
+            segment.create, self.ledger, self._epoch, self._index + 1, self._segment_bytes
+        )
+
+    def _begin_segment(
+        self, map: mmap.mmap
+    ) -> tuple[mmap.mmap, memoryview[int], memoryview[int], memoryview[int]]:
+        buffer = memoryview(map)
+        pid, started = self._control.writer
+        segment.write_header(
+            buffer,
+            Header(
+                self._control.schema_hash,
+                self._epoch,
+                self._index,
+                self.next_sequence,
+                self._crc,
+                self._segment_bytes,
+                self._config_hash,
+                time.time_ns(),
+                pid,
+                started,
+            ),
+        )
+        self._kept.append((self._index, self.next_sequence))
+        self._release()
+        self._acquire()
+        self._control.current = self._epoch, self._index
+        return map, buffer, buffer.cast("Q"), buffer.cast("I")
+
+    def _rotate(self) -> None:
+        try:
+            prepared = self._prepared.result()
+        except LedgerError:
+            self._prepared = self._prepare()  # room may come back; the next call tries again
+            raise
+        self._index += 1
+        old = self._map, self._buffer, self._words, self._words32
+        self._map, self._buffer, self._words, self._words32 = self._begin_segment(prepared)
+        self._offset = HEADER_BYTES
+        self._release()
+        self._acquire()
+        old[2][NEXT] = self._index  # seals it; readers go on to the next one
+        for view in old[:0:-1]:
+            view.release()
+        old[0].close()
+        self._drop()
+        self._prepared = self._prepare()
+
+    def _drop(self) -> None:
+        if self._retain_bytes is None:
+            return
+        passed = self.next_sequence
+        for reader in self._control.readers():
+            if reader.worker and reader.alive:
+                passed = min(passed, reader.cursor)
+        while len(self._kept) * self._segment_bytes > self._retain_bytes and len(self._kept) > 1:
+            if self._kept[1][1] > passed:
+                return
+            remove(segment_name(self.ledger, self._epoch, self._kept.pop(0)[0]))
+
+    def close(self, *, unlink: bool = False) -> None:
+        """Give up the ledger; with ``unlink`` remove everything that belongs to it."""
+        self._thread.shutdown(wait=True)
+        with contextlib.suppress(LedgerError):
+            self._prepared.result().close()
+            if not unlink:
+                remove(segment_name(self.ledger, self._epoch, self._index + 1))
+        for bell in self._bells.values():
+            bell.close()
+        for view in (self._words32, self._words, self._buffer):
+            view.release()
+        self._map.close()
+        if unlink:
+            remove_objects(self.ledger)
+        self._control.close()
+

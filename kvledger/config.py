@@ -1,0 +1,102 @@
+"""Configuration of a ledger, validated with messages that say what to change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from statemachine.events import HostPolicy, LedgerOpened
+from workers.layout import PoolLayout
+
+_LARGEST_ID = 2**31 - 1
+
+
+class ConfigError(ValueError):
+    """A setting is impossible, alone or beside another; the message says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Sizes and policies of one KV cache.
+
+    Raises:
+        ConfigError: at construction, naming the setting.
+    """
+
+    block_size: int = 16
+    """Tokens per block."""
+    device_blocks: int
+    """Blocks of the device pool."""
+    host_blocks: int = 0
+    """Blocks that may reside in the host pool; 0 = no host tier."""
+    host_policy: HostPolicy = HostPolicy.OFF
+    host_staging_blocks: int | None = None
+    """Host blocks on top for copies in transit; default: an eighth of ``host_blocks``."""
+    ranks: int = 0
+    """Tensor-parallel ranks, each with a transfer worker and pools of its own; 0 = decisions and log only."""
+    layers: int = 1
+    block_bytes: int = 4096
+    """Bytes of the keys and values of one block in one layer of one rank."""
+    segment_bytes: int = 16 << 20
+    """Size of one log segment in shared memory."""
+    retain_bytes: int = 256 << 20
+    """The log may keep this much before old segments go."""
+    transfer_timeout_s: float = 30.0
+    """A transfer that some rank has not acknowledged by then has failed."""
+    ready_timeout_s: float = field(default=30.0)
+    """Workers have this long to start."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("block_size", 1),
+            ("device_blocks", 1),
+            ("host_blocks", 0),
+            ("ranks", 0),
+            ("layers", 1),
+            ("block_bytes", 8),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST_ID:
+                raise ConfigError(f"{name} must be a whole number from {least} to {_LARGEST_ID}, not {value!r}")
+        if self.host_staging_blocks is not None and not 0 <= self.host_staging_blocks <= _LARGEST_ID:
+            raise ConfigError(f"host_staging_blocks must be 0 or more, not {self.host_staging_blocks!r}")
+        if self.block_bytes % 8:
+            raise ConfigError(f"block_bytes must be a multiple of 8, not {self.block_bytes}")
+        if (self.host_policy == HostPolicy.OFF) != (self.host_blocks == 0):
+            raise ConfigError(
+                f"host_policy {self.host_policy.name.lower()} does not go with {self.host_blocks} host_blocks: "
+                "give the host tier blocks and a policy (exclusive, write-through), or neither"
+            )
+        for name in ("transfer_timeout_s", "ready_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be more than 0 seconds, not {getattr(self, name)!r}")
+
+    @property
+    def staging_blocks(self) -> int:
+        """Host blocks for copies in transit."""
+        if self.host_staging_blocks is not None:
+            return self.host_staging_blocks if self.host_blocks else 0
+        return -(-self.host_blocks // 8)
+
+    @property
+    def layout(self) -> PoolLayout:
+        """The pools that the workers attach."""
+        return PoolLayout(
+            ranks=self.ranks,
+            layers=self.layers,
+            block_bytes=self.block_bytes,
+            device_blocks=self.device_blocks,
+            host_blocks=self.host_blocks + self.staging_blocks,
+        )
+
+    def opened(self, layout: str = "", pools: str = "") -> LedgerOpened:
+        """The first event of a ledger with this configuration."""
+        return LedgerOpened(
+            self.block_size,
+            self.device_blocks,
+            self.host_blocks,
+            self.staging_blocks,
+            self.host_policy,
+            self.ranks,
+            layout,
+            pools,
+        )

@@ -1,0 +1,474 @@
+"""The block manager an engine imports.
+
+Every call decides, reserves room in the log, applies, and publishes, in that order: nobody can act on something that
+is not in the log, and a call that is refused leaves no trace but the record of the refusal.
+
+Thread rule: one thread (the scheduler's) makes all calls.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ipc import LogWriter, record_bytes
+from kvledger.config import CacheConfig
+from statemachine import codec, commands
+from statemachine.apply import apply, genesis
+from statemachine.content import Item, Tokens, words_of
+from statemachine.decide import available_blocks, decide, peek, request_named
+from statemachine.encoding import state_digest
+from statemachine.errors import InvalidCommand, OutOfBlocks
+from statemachine.events import Event, Outcome, ReleaseReason, RequestMatched, Tier
+from statemachine.state import Request, State, Transfer
+from workers.acknowledgements import Acknowledgement, Status
+from workers.pools import Pools, create_pools, remove_pools
+from workers.supervisor import Supervisor
+
+BlockTable = npt.NDArray[np.int32]
+"""Device block ids in token order, ``int32[blocks]``."""
+
+_EVICT_STEP = 1 << 16
+_OUTCOMES = {Status.OK: Outcome.DONE, Status.FAILED: Outcome.FAILED, Status.CORRUPT: Outcome.CORRUPT}
+
+
+class ManagerClosed(RuntimeError):
+    """The manager was closed, or an internal error ended it; reopen the ledger."""
+
+
+class Admission(NamedTuple):
+    """What a request got."""
+
+    block_table: BlockTable
+    device_blocks: int
+    """Leading blocks that were on the device, or on their way there."""
+    host_blocks: int
+    """Blocks after those that are being swapped in."""
+    ready: bool
+    """False: nothing may be written or attended before :meth:`CacheManager.poll` reports the request."""
+
+
+class Progress(NamedTuple):
+    """A request that waited can go on."""
+
+    key: str
+    block_table: BlockTable
+    cached_blocks: int
+    """Leading blocks whose KV is valid; fewer than promised if ``shortened``."""
+    shortened: bool
+    """A swap-in failed: allocate what is missing, and compute from ``cached_blocks`` on."""
+
+
+class CacheManager:
+    """Decides which KV block holds which tokens, on which tier, for which request.
+
+    ::
+
+        with CacheManager.create("demo", CacheConfig(device_blocks=1000)) as manager:
+            admission = manager.admit("request-1", prompt_tokens)
+            ...  # compute the KV of admission.block_table[admission.device_blocks:]
+            manager.cache("request-1")
+            manager.release("request-1")
+    """
+
+    def __init__(self, name: str, config: CacheConfig, writer: LogWriter, state: State, pools: Pools | None) -> None:
+        self.name = name
+        self.config = config
+        self.pools = pools
+        """The shared-memory pools, ``None`` with ``ranks=0``."""
+        self._writer = writer
+        self._state = state
+        self._supervisor: Supervisor | None = None
+        self._answers: dict[int, dict[int, Acknowledgement]] = {}
+        self._deadlines: dict[int, float] = {}
+        self._step = 0
+        self._closed = ""
+
+    @classmethod
+    def create(cls, name: str, config: CacheConfig) -> Self:
+        """Create a ledger with its pools, start its workers, and wait until they are ready.
+
+        Raises:
+            ipc.LedgerExists: there is a ledger of that name.
+            ipc.SharedMemoryFull: the log or the pools do not fit.
+            workers.WorkerFailed: a worker did not get ready, with its reason.
+        """
+        layout = config.layout if config.ranks else None
+        writer = LogWriter.create(
+            name,
+            schema_hash=codec.SCHEMA_HASH,
+            segment_bytes=config.segment_bytes,
+            retain_bytes=config.retain_bytes,
+        )
+        manager = None
+        try:
+            pools = create_pools(name, layout) if layout is not None else None
+            opened = config.opened(layout.text() if layout is not None else "", pools.pool_ids if pools else "")
+            manager = cls(name, config, writer, genesis(opened), pools)
+            manager._publish([opened], apply_them=False)
+            if layout is not None:
+                manager._start_workers()
+        except BaseException:
+            if manager is not None:
+                manager.close()
+            else:
+                writer.close(unlink=True)
+                remove_pools(name)
+            raise
+        return manager
+
+    def _start_workers(self) -> None:
+        self._supervisor = Supervisor(
+            self.name,
+            self.config.layout,
+            start_sequence=self._writer.next_sequence,
+            ready_timeout=self.config.ready_timeout_s,
+        )
+        self._supervisor.start()
+        for rank in range(self.config.ranks):
+            self._execute(commands.JoinWorker(rank, self._supervisor.pid(rank)))
+
+    # The life of a request
+
+    def match(
+        self,
+        key: str,
+        tokens: Tokens,
+        *,
+        items: Sequence[Item] = (),
+        namespace: bytes = b"",
+        max_blocks: int | None = None,
+    ) -> Admission:
+        """Begin a request: find, pin and if need be swap in the cached prefix of its prompt.
+
+        Args:
+            key: the engine's own name of the request.
+            tokens: the whole prompt; an int32 array or buffer is used without copying, a list costs 20 to 30 ns
+                per token.
+            items: multimodal items in the prompt.
+            namespace: see :func:`statemachine.content.namespace_key`.
+            max_blocks: match at most so many blocks; default ``(tokens - 1) // block_size``, so that at least one
+                token is left to compute.
+
+        Raises:
+            statemachine.content.InvalidTokens, DuplicateRequest
+        """
+        words, limit = self._prompt(tokens, items, max_blocks)
+        events = self._execute(commands.Match(key, words, namespace, limit))
+        return self._admission(events[0])
+
+    def admit(
+        self,
+        key: str,
+        tokens: Tokens,
+        *,
+        items: Sequence[Item] = (),
+        namespace: bytes = b"",
+        max_blocks: int | None = None,
+        blocks: int | None = None,
+    ) -> Admission:
+        """Match and allocate in one transaction, or not at all.
+
+        ``blocks`` is the length of the block table, by default enough for the prompt; the rest as in :meth:`match`.
+
+        Raises:
+            OutOfBlocks: there is no room; nothing is pinned.
+        """
+        words, limit = self._prompt(tokens, items, max_blocks)
+        if blocks is None:
+            blocks = -(-len(words) // self._state.block_bytes)
+        events = self._execute(commands.Admit(key, words, namespace, limit, blocks))
+        return self._admission(events[0])
+
+    def peek(self, tokens: Tokens, *, items: Sequence[Item] = (), namespace: bytes = b"") -> tuple[int, int]:
+        """How many leading blocks would match now, on the device and after those on the host. Changes nothing."""
+        words, _ = self._prompt(tokens, items, 0)
+        return peek(self._state, words, namespace, len(words))
+
+    def allocate(self, counts: Mapping[str, int]) -> dict[str, BlockTable]:
+        """Give each named request so many more blocks: one call per scheduler step, all or nothing.
+
+        Returns the new ids per request. A request whose new blocks are still being copied out is not
+        :meth:`ready` until :meth:`poll` says so.
+
+        Raises:
+            OutOfBlocks: with how many of the requests, in order, would fit.
+            UnknownRequest, InvalidCommand
+        """
+        for key, count in counts.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise InvalidCommand(f"request {key!r} cannot get {count!r} blocks: counts are whole numbers from 0")
+        self._execute(commands.Allocate(list(counts), list(counts.values())))
+        state = self._state
+        new = {}
+        for key, count in counts.items():
+            table = state.requests[state.keys[key]].table
+            new[key] = np.array(table[len(table) - count :], np.int32)
+        return new
+
+    def cache(self, key: str, blocks: int | None = None, *, generated: Tokens | None = None) -> None:
+        """Publish computed blocks: from now on other requests can match them.
+
+        Args:
+            blocks: the first so many blocks of the request are computed; default: all full blocks of known content.
+            generated: tokens that follow those known so far, as many whole blocks as there are to publish.
+
+        Raises:
+            RequestNotReady: some of the blocks are still being copied.
+            InvalidCommand, UnknownRequest
+        """
+        words = b""
+        if generated is not None:
+            words = bytes(words_of(generated))
+        if blocks is None:
+            request = request_named(self._state, key)
+            blocks = request.leaf.end + (len(request.words) + len(words)) // self._state.block_bytes
+        elif not isinstance(blocks, int) or blocks < 0:
+            raise InvalidCommand(f"{blocks!r} blocks cannot be cached")
+        self._execute(commands.Cache(key, blocks, words))
+
+    def trim(self, key: str, blocks: int) -> None:
+        """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
+        self._execute(commands.Trim(key, blocks))
+
+    def reassign(self, key: str, target: str, blocks: Sequence[int]) -> None:
+        """Move private blocks of one request to the end of another's block table."""
+        self._execute(commands.Reassign(key, target, array("i", blocks)))
+
+    def release(self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED, *, final: bool = False) -> None:
+        """End a request. What it cached stays until it is evicted.
+
+        ``final=True`` says that nobody is expected to continue it: what only it used is evicted first.
+        """
+        self._execute(commands.Release(key, reason, final))
+
+    # What moves in the background
+
+    def poll(self) -> list[Progress]:
+        """Fold the workers' answers into the log; returns the requests that became ready, or lost a part.
+
+        Never blocks. Call it once per scheduler step.
+        """
+        progress: dict[str, Progress] = {}
+        if self._supervisor is None:
+            return []
+        for answer in self._supervisor.acknowledgements():
+            if answer.transfer in self._state.transfers:
+                self._answers.setdefault(answer.transfer, {})[answer.rank] = answer
+        if not self._state.transfers:
+            return []
+        now = time.monotonic()
+        for id, transfer in list(self._state.transfers.items()):
+            answers = self._answers.get(id, {})
+            if len(answers) == self.config.ranks:
+                del self._answers[id]
+                self._deadlines.pop(id, None)
+                if transfer.quarantined:
+                    self._execute(commands.EndQuarantine(id))
+                    continue
+                valid = min(answer.valid for answer in answers.values())
+                outcome = max(_OUTCOMES[answer.status] for answer in answers.values())
+                self._finish(transfer, outcome, valid, progress)
+            elif not transfer.quarantined and now > self._deadlines.get(id, now):
+                del self._deadlines[id]
+                self._finish(transfer, Outcome.TIMED_OUT, 0, progress)
+        return list(progress.values())
+
+    def _finish(self, transfer: Transfer, outcome: Outcome, valid: int, progress: dict[str, Progress]) -> None:
+        state = self._state
+        waiters = [(state.requests[id], state.requests[id].leaf.end) for id in transfer.waiters]
+        self._execute(commands.FinishTransfer(transfer.id, outcome, valid))
+        for request, before in waiters:
+            shortened = request.leaf.end < before
+            earlier = progress.get(request.key)
+            shortened = shortened or (earlier is not None and earlier.shortened)
+            if shortened or not request.waits:
+                progress[request.key] = Progress(request.key, _table(request), request.leaf.end, shortened)
+
+    def ready(self, key: str) -> bool:
+        """Whether every block of a request may be used."""
+        return not request_named(self._state, key).waits
+
+    def wait(self, key: str, timeout: float | None = None) -> list[Progress]:
+        """Poll until a request is ready. For tests and simple programs: a scheduler polls once per step.
+
+        Raises:
+            TimeoutError: it was not ready in time.
+        """
+        deadline = time.monotonic() + (self.config.transfer_timeout_s * 2 if timeout is None else timeout)
+        progress: list[Progress] = []
+        pause = 0.0
+        while not self.ready(key):
+            progress += self.poll()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"request {key!r} still waits for {[*request_named(self._state, key).waits]}")
+            time.sleep(pause)
+            pause = min(pause + 2e-6, 1e-3)
+        return progress
+
+    # The cache as a whole
+
+    def clear(self, *, force: bool = False) -> None:
+        """Forget everything cached. With ``force`` also while requests run: what they hold can never match again.
+
+        Raises:
+            Busy: requests or transfers use the cache, and ``force`` is not given.
+        """
+        self._execute(commands.Clear(force))
+        for tier in (Tier.HOST, Tier.DEVICE):
+            while self._execute(commands.Evict(tier, _EVICT_STEP)):
+                pass
+
+    def resize(self, tier: Tier, blocks: int) -> None:
+        """Change the number of blocks of a tier. Shrinking drops what is cached in the highest ids.
+
+        The pools themselves are not moved: with workers a tier can only shrink below its first size and grow back.
+
+        Raises:
+            Busy: somebody uses a block that would go.
+            InvalidCommand
+        """
+        if self.pools is not None:
+            most = self.config.device_blocks if tier == Tier.DEVICE else self.config.host_blocks
+            if blocks > most:
+                raise InvalidCommand(f"the {tier.name} pool has room for {most} blocks, not for {blocks}")
+        self._execute(commands.Resize(tier, blocks))
+
+    def available_blocks(self) -> int:
+        """Device blocks that are free or can be evicted."""
+        return available_blocks(self._state)
+
+    def block_table(self, key: str) -> BlockTable:
+        """The device block ids of a request, in token order."""
+        return _table(request_named(self._state, key))
+
+    def stats(self) -> dict[str, int]:
+        """Totals since the ledger was created, and present levels (blocks, requests, transfers)."""
+        state = self._state
+        return {
+            **state.counters.as_dict(),
+            "device_free_blocks": len(state.device.free),
+            "device_evictable_blocks": state.evictable,
+            "device_total_blocks": state.device.capacity,
+            "host_resident_blocks": state.host_resident,
+            "host_total_blocks": state.host_blocks,
+            "live_requests": len(state.requests),
+            "live_transfers": len(state.transfers),
+            "runs": len(state.nodes),
+            "events": self._writer.next_sequence - 1,
+        }
+
+    def digest(self) -> bytes:
+        """Digest of the whole state. Encodes everything: not for the scheduler loop."""
+        return state_digest(self._state)
+
+    @property
+    def state(self) -> State:
+        """The state itself, to be read only."""
+        return self._state
+
+    @property
+    def next_sequence(self) -> int:
+        """Sequence number of the next event."""
+        return self._writer.next_sequence
+
+    def step(self, number: int) -> None:
+        """Number of the scheduler step, written beside every event from now on (for people)."""
+        self._step = number & 0xFFFFFFFF
+
+    def close(self, *, keep: bool = False) -> None:
+        """Stop the workers and give everything back; with ``keep`` the log and the pools stay for inspection."""
+        if self._closed == "closed":
+            return
+        self._closed = "closed"
+        try:
+            if self._supervisor is not None:
+                self._supervisor.stop()
+        finally:
+            self._writer.close(unlink=not keep)
+            if self.pools is not None:
+                self.pools.close()
+                if not keep:
+                    remove_pools(self.name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # From command to log
+
+    def _execute(self, command: commands.Command) -> list[Event]:
+        if self._closed:
+            raise ManagerClosed(f"ledger {self.name!r}: {self._closed}")
+        try:
+            events = decide(self._state, command)
+        except OutOfBlocks as refused:
+            if refused.event is not None:
+                self._publish([refused.event])
+            raise
+        if events:
+            self._publish(events)
+            if self._state.transfers:
+                self._watch(events)
+        return events
+
+    def _publish(self, events: list[Event], apply_them: bool = True) -> None:
+        encode = codec.encode
+        records = [encode(event) for event in events]
+        writer = self._writer
+        writer.begin(sum([record_bytes(len(record[3])) for record in records]))
+        for record in records:
+            writer.stage(*record)
+        if apply_them:
+            state = self._state
+            try:
+                for event in events:
+                    apply(state, event)
+            except BaseException as error:
+                writer.discard()
+                self._closed = f"an event could not be applied ({error}); reopen the ledger"
+                raise
+        writer.publish(self._step)
+
+    def _watch(self, events: list[Event]) -> None:
+        """New transfers get a deadline; without workers they are done at once."""
+        if self._supervisor is None:
+            if self.config.ranks == 0:
+                for id, transfer in list(self._state.transfers.items()):
+                    self._publish(
+                        decide(self._state, commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets)))
+                    )
+            return
+        deadline = time.monotonic() + self.config.transfer_timeout_s
+        for id in self._state.transfers:
+            if id not in self._deadlines and not self._state.transfers[id].quarantined:
+                self._deadlines[id] = deadline
+
+    def _prompt(self, tokens: Tokens, items: Sequence[Item], max_blocks: int | None) -> tuple[memoryview, int]:
+        words = memoryview(words_of(tokens, items=items)).cast("B")
+        if max_blocks is None:
+            max_blocks = max(len(words) // 4 - 1, 0) // self.config.block_size
+        elif isinstance(max_blocks, bool) or not isinstance(max_blocks, int) or max_blocks < 0:
+            raise InvalidCommand(f"max_blocks must be a whole number from 0, not {max_blocks!r}")
+        return words, max_blocks
+
+    def _admission(self, matched: Event) -> Admission:
+        assert isinstance(matched, RequestMatched)
+        request = self._state.requests[matched.request]
+        return Admission(_table(request), matched.device_blocks, matched.host_blocks, not request.waits)
+
+
+def _table(request: Request) -> BlockTable:
+    return np.array(request.table, np.int32)
+
+
