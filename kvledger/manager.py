@@ -17,24 +17,27 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from ipc import LogWriter, record_bytes
+from ipc import LogWriter, TransactionTooLarge, record_bytes
 from kvledger.config import CacheConfig
 from statemachine import codec, commands
 from statemachine.apply import apply, genesis
 from statemachine.content import Item, Tokens, words_of
 from statemachine.decide import available_blocks, decide, peek, request_named
 from statemachine.encoding import state_digest
-from statemachine.errors import InvalidCommand, OutOfBlocks
+from statemachine.errors import InvalidCommand, OutOfBlocks, OutOfOrder
 from statemachine.events import Event, Outcome, ReleaseReason, RequestMatched, Tier
 from statemachine.state import Request, State, Transfer
+from workers import PoolLayout
 from workers.acknowledgements import Acknowledgement, Status
-from workers.pools import Pools, create_pools, remove_pools
+from workers.pools import Pools, create_pools
 from workers.supervisor import Supervisor
 
 BlockTable = npt.NDArray[np.int32]
 """Device block ids in token order, ``int32[blocks]``."""
 
 _EVICT_STEP = 1 << 16
+_BACK_OFF_S = 0.05
+_LONGEST_BACK_OFF_S = 5.0
 _OUTCOMES = {Status.OK: Outcome.DONE, Status.FAILED: Outcome.FAILED, Status.CORRUPT: Outcome.CORRUPT}
 
 
@@ -65,6 +68,13 @@ class Progress(NamedTuple):
     """A swap-in failed: allocate what is missing, and compute from ``cached_blocks`` on."""
 
 
+class _Order(NamedTuple):
+    """A transfer in flight: where in the log it started, and when it is too late."""
+
+    sequence: int
+    deadline: float
+
+
 class CacheManager:
     """Decides which KV block holds which tokens, on which tier, for which request.
 
@@ -77,16 +87,20 @@ class CacheManager:
             manager.release("request-1")
     """
 
-    def __init__(self, name: str, config: CacheConfig, writer: LogWriter, state: State, pools: Pools | None) -> None:
+    def __init__(self, name: str, config: CacheConfig, writer: LogWriter, state: State, pools: list[Pools]) -> None:
         self.name = name
         self.config = config
         self.pools = pools
-        """The shared-memory pools, ``None`` with ``ranks=0``."""
+        """The shared-memory pools, by rank."""
         self._writer = writer
         self._state = state
         self._supervisor: Supervisor | None = None
         self._answers: dict[int, dict[int, Acknowledgement]] = {}
-        self._deadlines: dict[int, float] = {}
+        """By transfer and rank, for transfers that some rank still works on."""
+        self._orders: dict[int, _Order] = {}
+        """By transfer in flight."""
+        self._restarts: dict[int, tuple[float, int]] = {}
+        """Ranks without a worker: when to start it, and the incarnations that failed in a row."""
         self._step = 0
         self._closed = ""
 
@@ -99,7 +113,6 @@ class CacheManager:
             ipc.SharedMemoryFull: the log or the pools do not fit.
             workers.WorkerFailed: a worker did not get ready, with its reason.
         """
-        layout = config.layout if config.ranks else None
         writer = LogWriter.create(
             name,
             schema_hash=codec.SCHEMA_HASH,
@@ -108,31 +121,28 @@ class CacheManager:
         )
         manager = None
         try:
-            pools = create_pools(name, layout) if layout is not None else None
-            opened = config.opened(layout.text() if layout is not None else "", pools.pool_ids if pools else "")
+            layout = config.layout if config.ranks else None
+            pools = create_pools(name, layout) if layout is not None else []
+            opened = config.opened(layout.text() if layout is not None else "", ";".join(pool.id for pool in pools))
             manager = cls(name, config, writer, genesis(opened), pools)
             manager._publish([opened], apply_them=False)
             if layout is not None:
-                manager._start_workers()
+                manager._start_workers(layout)
         except BaseException:
             if manager is not None:
                 manager.close()
             else:
                 writer.close(unlink=True)
-                remove_pools(name)
             raise
         return manager
 
-    def _start_workers(self) -> None:
-        self._supervisor = Supervisor(
-            self.name,
-            self.config.layout,
-            start_sequence=self._writer.next_sequence,
-            ready_timeout=self.config.ready_timeout_s,
-        )
-        self._supervisor.start()
-        for rank in range(self.config.ranks):
-            self._execute(commands.JoinWorker(rank, self._supervisor.pid(rank)))
+    def _start_workers(self, layout: PoolLayout) -> None:
+        self._supervisor = Supervisor(self.name, layout, ready_timeout_s=self.config.ready_timeout_s)
+        for rank in range(layout.ranks):
+            self._supervisor.start(rank, 1, self._writer.next_sequence)
+        for change in self._supervisor.wait_until_ready():
+            self._execute(commands.JoinWorker(change.rank, self._supervisor.pid(change.rank)))
+        self._writer.listen()
 
     # The life of a request
 
@@ -256,29 +266,60 @@ class CacheManager:
         Never blocks. Call it once per scheduler step.
         """
         progress: dict[str, Progress] = {}
-        if self._supervisor is None:
+        supervisor = self._supervisor
+        if supervisor is None:
             return []
-        for answer in self._supervisor.acknowledgements():
-            if answer.transfer in self._state.transfers:
+        transfers = self._state.transfers
+        for answer in supervisor.acknowledgements():
+            if answer.transfer in transfers:
                 self._answers.setdefault(answer.transfer, {})[answer.rank] = answer
-        if not self._state.transfers:
+        self._watch_workers(supervisor)
+        if not transfers:
             return []
         now = time.monotonic()
-        for id, transfer in list(self._state.transfers.items()):
+        for id, transfer in list(transfers.items()):
             answers = self._answers.get(id, {})
             if len(answers) == self.config.ranks:
-                del self._answers[id]
-                self._deadlines.pop(id, None)
                 if transfer.quarantined:
                     self._execute(commands.EndQuarantine(id))
-                    continue
-                valid = min(answer.valid for answer in answers.values())
-                outcome = max(_OUTCOMES[answer.status] for answer in answers.values())
-                self._finish(transfer, outcome, valid, progress)
-            elif not transfer.quarantined and now > self._deadlines.get(id, now):
-                del self._deadlines[id]
+                else:
+                    valid = min(answer.valid for answer in answers.values())
+                    outcome = max(_OUTCOMES[answer.status] for answer in answers.values())
+                    try:
+                        self._finish(transfer, outcome, valid, progress)
+                    except OutOfOrder:
+                        continue  # the transfer that brings the front of its path ends first
+                del self._answers[id], self._orders[id]
+            elif not transfer.quarantined and now > self._orders[id].deadline:
                 self._finish(transfer, Outcome.TIMED_OUT, 0, progress)
         return list(progress.values())
+
+    def _watch_workers(self, supervisor: Supervisor) -> None:
+        """Log who came and who went, and start a dead rank's worker again."""
+        for change in supervisor.changes():
+            rank = change.rank
+            if change.ready:
+                self._restarts.pop(rank, None)
+                self._execute(commands.JoinWorker(rank, supervisor.pid(rank)))
+                self._writer.listen()
+                continue
+            _, failures = self._restarts.get(rank, (0.0, 0))
+            self._restarts[rank] = time.monotonic() + min(_BACK_OFF_S * 2**failures, _LONGEST_BACK_OFF_S), failures + 1
+            if rank in self._state.workers:
+                self._execute(commands.LoseWorker(rank, change.reason))
+            # What it answered is done again by its successor, except what it can no longer touch.
+            for id, transfer in self._state.transfers.items():
+                answers = self._answers.setdefault(id, {})
+                answers.pop(rank, None)
+                if transfer.quarantined:
+                    answers[rank] = Acknowledgement(rank, id, 0, Status.FAILED, change.reason)
+        if self._restarts:
+            now = time.monotonic()
+            for rank, (when, failures) in self._restarts.items():
+                if now >= when:
+                    self._restarts[rank] = float("inf"), failures
+                    first = min((order.sequence for order in self._orders.values()), default=self.next_sequence)
+                    supervisor.start(rank, self._state.workers.get(rank, 0) + 1, first)
 
     def _finish(self, transfer: Transfer, outcome: Outcome, valid: int, progress: dict[str, Progress]) -> None:
         state = self._state
@@ -334,7 +375,7 @@ class CacheManager:
             Busy: somebody uses a block that would go.
             InvalidCommand
         """
-        if self.pools is not None:
+        if self.pools:
             most = self.config.device_blocks if tier == Tier.DEVICE else self.config.host_blocks
             if blocks > most:
                 raise InvalidCommand(f"the {tier.name} pool has room for {most} blocks, not for {blocks}")
@@ -392,10 +433,6 @@ class CacheManager:
                 self._supervisor.stop()
         finally:
             self._writer.close(unlink=not keep)
-            if self.pools is not None:
-                self.pools.close()
-                if not keep:
-                    remove_pools(self.name)
 
     def __enter__(self) -> Self:
         return self
@@ -425,34 +462,34 @@ class CacheManager:
     def _publish(self, events: list[Event], apply_them: bool = True) -> None:
         encode = codec.encode
         records = [encode(event) for event in events]
-        writer = self._writer
-        writer.begin(sum([record_bytes(len(record[3])) for record in records]))
+        size = 0
         for record in records:
-            writer.stage(*record)
+            size += record_bytes(len(record[3]))
+        try:
+            self._writer.reserve(size)
+        except TransactionTooLarge as error:
+            raise InvalidCommand(str(error)) from error
         if apply_them:
             state = self._state
             try:
                 for event in events:
                     apply(state, event)
             except BaseException as error:
-                writer.discard()
                 self._closed = f"an event could not be applied ({error}); reopen the ledger"
                 raise
-        writer.publish(self._step)
+        self._writer.append(records, self._step)
 
     def _watch(self, events: list[Event]) -> None:
         """New transfers get a deadline; without workers they are done at once."""
-        if self._supervisor is None:
-            if self.config.ranks == 0:
-                for id, transfer in list(self._state.transfers.items()):
-                    self._publish(
-                        decide(self._state, commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets)))
-                    )
+        if self.config.ranks == 0:
+            for id, transfer in list(self._state.transfers.items()):
+                self._publish(decide(self._state, commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets))))
             return
         deadline = time.monotonic() + self.config.transfer_timeout_s
+        sequence = self._writer.next_sequence - len(events)
         for id in self._state.transfers:
-            if id not in self._deadlines and not self._state.transfers[id].quarantined:
-                self._deadlines[id] = deadline
+            if id not in self._orders:
+                self._orders[id] = _Order(sequence, deadline)
 
     def _prompt(self, tokens: Tokens, items: Sequence[Item], max_blocks: int | None) -> tuple[memoryview, int]:
         words = memoryview(words_of(tokens, items=items)).cast("B")

@@ -1,0 +1,102 @@
+"""Content words: what makes two KV blocks equal, decided once, at the boundary.
+
+A prompt becomes little-endian int32 words. A real token is its own id (0 to 2³¹ − 1). The positions of a multimodal
+item carry words made from the item's hash, with the sign bit set, so that they can never equal a token. LoRA adapter,
+cache salt and weight version form a *namespace* that selects a prefix tree of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from statemachine.errors import CommandRejected
+
+Tokens: TypeAlias = "npt.NDArray[Any] | Sequence[int] | memoryview | bytearray | Any"
+"""Token ids: a NumPy array of any integer type, a buffer of integers, or any sequence of ints."""
+
+ITEM_WORDS = 4
+"""Words after which an item's hash repeats: 4 × 31 bits."""
+_HASH_BYTES = 16
+_SIGN = np.uint32(1 << 31)
+_WORD = np.dtype("<i4")
+
+
+class InvalidTokens(CommandRejected):
+    """Something in a prompt is no token id, or an item does not fit in it."""
+
+
+class Item(NamedTuple):
+    """A multimodal item (an image, a sound): ``length`` placeholder positions from ``offset`` on.
+
+    ``hash`` identifies its content: 16 bytes or more, of which 124 bits are used.
+    """
+
+    hash: bytes
+    offset: int
+    length: int
+
+
+def words_of(tokens: Tokens, *, items: Sequence[Item] = ()) -> memoryview:
+    """The content words of a prompt, as bytes.
+
+    An int32 array (or other buffer) without items is used as it is, without a copy: do not change it during the call
+    that it is passed to. A list costs 20 to 30 ns per token to convert, more than everything else together.
+
+    Raises:
+        InvalidTokens: a token is negative, beyond int32 or no integer; items overlap or reach outside the prompt.
+    """
+    array = _token_array(tokens)
+    if items:
+        array = array.copy()
+        _overwrite(array, items)
+    return memoryview(array).cast("B")
+
+
+def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
+    try:
+        array = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InvalidTokens(f"a prompt must be a flat sequence of token ids: {error}") from error
+    if array.ndim != 1:
+        raise InvalidTokens(f"a prompt has one dimension, this one has {array.ndim}")
+    if not len(array):
+        return np.empty(0, _WORD)
+    if array.dtype.kind not in "iu":
+        raise InvalidTokens(f"token ids are integers, not {array.dtype}")
+    # one pass: as unsigned, what is negative is large too
+    unsigned = array.view(f"{array.dtype.byteorder}u{array.dtype.itemsize}")
+    if int(unsigned.max()) >= 1 << min(8 * array.dtype.itemsize - (array.dtype.kind == "i"), 31):
+        position = int(np.flatnonzero((array < 0) | (array > 0x7FFFFFFF))[0])
+        raise InvalidTokens(f"token {array[position]} at position {position} is not from 0 to 2^31 - 1")
+    return np.ascontiguousarray(array, _WORD)
+
+
+def _overwrite(array: npt.NDArray[np.int32], items: Sequence[Item]) -> None:
+    end = 0
+    for item in sorted(items, key=lambda item: item.offset):
+        if len(item.hash) < _HASH_BYTES:
+            raise InvalidTokens(f"the hash of an item has {len(item.hash)} bytes, {_HASH_BYTES} or more are needed")
+        if item.length < 1 or item.offset < end or item.offset + item.length > len(array):
+            raise InvalidTokens(
+                f"an item at {item.offset} with {item.length} positions overlaps another one or does not fit in "
+                f"{len(array)} tokens"
+            )
+        end = item.offset + item.length
+        pattern = np.frombuffer(item.hash[:_HASH_BYTES], "<u4") | _SIGN
+        array[item.offset : end] = np.resize(pattern, item.length).astype("<u4").view(_WORD)
+
+
+def namespace_key(*, lora: str = "", salt: str = "", weights: str = "") -> bytes:
+    """The namespace of an adapter, a cache salt and a weight version; empty if there is none of them."""
+    if not (lora or salt or weights):
+        return b""
+    parts = [part.encode() for part in (lora, salt, weights)]
+    return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+
+
+assert sys.byteorder == "little", "kvledger runs on little-endian machines (x86-64, aarch64)"

@@ -1,0 +1,51 @@
+"""What a transfer worker answers, in a log of its own that only it writes."""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+from ipc import Record
+
+KIND = 1
+SCHEMA_HASH = int.from_bytes(b"kvl.ack1", "little")
+_ARGS = struct.Struct("<III")
+
+
+class Status(IntEnum):
+    """How a rank's part of a transfer ended."""
+
+    OK = 0
+    FAILED = 1
+    CORRUPT = 2
+
+
+class Acknowledgement(NamedTuple):
+    """A rank has ended its part of a transfer: the first ``valid`` blocks are copied, and it will write no more."""
+
+    rank: int
+    transfer: int
+    valid: int
+    status: Status
+    error: str
+
+    def record(self) -> tuple[int, int, bytes, bytes]:
+        """As ``(kind, subject, args, payload)``."""
+        return KIND, self.transfer, _ARGS.pack(self.rank, self.status, self.valid), self.error.encode()
+
+    @classmethod
+    def of(cls, record: Record) -> Acknowledgement:
+        """From a record of a worker's log."""
+        rank, status, valid = _ARGS.unpack_from(record.args)
+        return cls(rank, record.subject, valid, Status(status), record.payload.decode())
+
+
+def log_name(ledger: str, rank: int, incarnation: int) -> str:
+    """Name of the log of one incarnation of a rank's worker."""
+    return f"{ledger}.rank{rank}.{incarnation}"
+
+
+def signals_name(ledger: str, rank: int, incarnation: int) -> str:
+    """Name of its signals."""
+    return f"/{ledger}.rank{rank}.{incarnation}.signals"
