@@ -101,6 +101,8 @@ class CacheManager:
         """By transfer in flight."""
         self._restarts: dict[int, tuple[float, int]] = {}
         """Ranks without a worker: when to start it, and the incarnations that failed in a row."""
+        self._tails: dict[str, bytes] = {}
+        """By live request: the words after its last full block."""
         self._step = 0
         self._closed = ""
 
@@ -171,7 +173,7 @@ class CacheManager:
         """
         words, limit = self._prompt(tokens, items, max_blocks)
         events = self._execute(commands.Match(key, words, namespace, limit))
-        return self._admission(events[0])
+        return self._admission(events[0], words)
 
     def admit(
         self,
@@ -194,7 +196,7 @@ class CacheManager:
         if blocks is None:
             blocks = -(-len(words) // self._state.block_bytes)
         events = self._execute(commands.Admit(key, words, namespace, limit, blocks))
-        return self._admission(events[0])
+        return self._admission(events[0], words)
 
     def peek(self, tokens: Tokens, *, items: Sequence[Item] = (), namespace: bytes = b"") -> tuple[int, int]:
         """How many leading blocks would match now, on the device and after those on the host. Changes nothing."""
@@ -227,21 +229,26 @@ class CacheManager:
 
         Args:
             blocks: the first so many blocks of the request are computed; default: all full blocks of known content.
-            generated: tokens that follow those known so far, as many whole blocks as there are to publish.
+            generated: the tokens that follow those known so far. What does not fill a block is remembered.
 
         Raises:
             RequestNotReady: some of the blocks are still being copied.
             InvalidCommand, UnknownRequest
         """
-        words = b""
+        request = request_named(self._state, key)
+        size = self._state.block_bytes
+        words = tail = b""
         if generated is not None:
-            words = bytes(words_of(generated))
+            words = self._tails[key] + words_of(generated)
+            full = len(words) // size * size
+            words, tail = words[:full], words[full:]
         if blocks is None:
-            request = request_named(self._state, key)
-            blocks = request.leaf.end + (len(request.words) + len(words)) // self._state.block_bytes
-        elif not isinstance(blocks, int) or blocks < 0:
+            blocks = request.leaf.end + (len(request.words) + len(words)) // size
+        elif isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0:
             raise InvalidCommand(f"{blocks!r} blocks cannot be cached")
         self._execute(commands.Cache(key, blocks, words))
+        if generated is not None:
+            self._tails[key] = tail
 
     def trim(self, key: str, blocks: int) -> None:
         """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
@@ -257,6 +264,7 @@ class CacheManager:
         ``final=True`` says that nobody is expected to continue it: what only it used is evicted first.
         """
         self._execute(commands.Release(key, reason, final))
+        del self._tails[key]
 
     # What moves in the background
 
@@ -331,6 +339,10 @@ class CacheManager:
             shortened = shortened or (earlier is not None and earlier.shortened)
             if shortened or not request.waits:
                 progress[request.key] = Progress(request.key, _table(request), request.leaf.end, shortened)
+
+    def cached_blocks(self, key: str) -> int:
+        """Leading blocks of a request's block table that are cached: their KV is valid once it is ready."""
+        return request_named(self._state, key).leaf.end
 
     def ready(self, key: str) -> bool:
         """Whether every block of a request may be used."""
@@ -408,6 +420,11 @@ class CacheManager:
     def digest(self) -> bytes:
         """Digest of the whole state. Encodes everything: not for the scheduler loop."""
         return state_digest(self._state)
+
+    def take_digest(self) -> bytes:
+        """Digest of the whole state, also written into the log: any replay can prove that it agrees."""
+        self._execute(commands.TakeDigest(self._writer.next_sequence - 1, True))
+        return self.digest()
 
     @property
     def state(self) -> State:
@@ -499,8 +516,10 @@ class CacheManager:
             raise InvalidCommand(f"max_blocks must be a whole number from 0, not {max_blocks!r}")
         return words, max_blocks
 
-    def _admission(self, matched: Event) -> Admission:
+    def _admission(self, matched: Event, words: memoryview) -> Admission:
         assert isinstance(matched, RequestMatched)
+        block_bytes = self._state.block_bytes
+        self._tails[matched.key] = bytes(words[len(words) // block_bytes * block_bytes :])
         request = self._state.requests[matched.request]
         return Admission(_table(request), matched.device_blocks, matched.host_blocks, not request.waits)
 

@@ -43,11 +43,10 @@ def copy_blocks(pools: Pools, direction: Direction, sources: IntArray, targets: 
         while stop < count and sources[stop] - source == stop - start == targets[stop] - target:
             stop += 1
         size = stop - start
-        for layer in range(pools.layout.layers):
-            if swap_in:
-                device[layer, target : target + size] = host[source : source + size, layer]
-            else:
-                host[target : target + size, layer] = device[layer, source : source + size]
+        if swap_in:
+            device[:, target : target + size] = host[source : source + size].swapaxes(0, 1)
+        else:
+            host[target : target + size] = device[:, source : source + size].swapaxes(0, 1)
         start = stop
     return count
 

@@ -1,0 +1,201 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ipc import LedgerError
+from kvledger import sample, traces
+from kvledger.config import ConfigError
+from kvledger.pattern import WrongBytes
+from kvledger.run import Run, RunOptions, Summary
+from kvledger.traces import Trace, TraceError
+from statemachine.errors import CommandRejected, InvariantViolation
+from statemachine.events import HostPolicy
+from workers import WorkerFailed
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The KV-block manager of an LLM serving engine, as an event-sourced state machine.\n\n"
+    "Exit codes: 0 done, 1 something is wrong with the cache (bytes, digest, invariant), 2 bad input or no resources, "
+    "130 interrupted.",
+)
+
+
+class Policy(StrEnum):
+    """Host policies as they are typed."""
+
+    OFF = "off"
+    EXCLUSIVE = "exclusive"
+    WRITE_THROUGH = "write-through"
+
+
+class Clock(StrEnum):
+    """When requests end."""
+
+    WINDOW = "window"
+    TRACE = "trace"
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps ``run`` a subcommand while it is the only one."""
+
+
+@app.command()
+def run(
+    trace: Annotated[Path | None, typer.Argument(help="Own token trace or Mooncake JSONL; default: a sample")] = None,
+    device_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the device pool")] = 1024,
+    host_blocks: Annotated[int, typer.Option(min=0, help="Blocks of the host pool; 0 = no host tier")] = 2048,
+    host_policy: Annotated[Policy, typer.Option(help="When blocks are copied to the host")] = Policy.EXCLUSIVE,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens per block (Mooncake traces: 4)")] = 16,
+    ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, one worker process each")] = 2,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    block_bytes: Annotated[int, typer.Option(min=8, help="Bytes per block, layer and rank")] = 1024,
+    requests: Annotated[int | None, typer.Option(min=1, help="Only so many requests; sample: how many")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample")] = 0,
+    in_flight: Annotated[int, typer.Option(min=1, help="Requests in flight at most")] = 64,
+    clock: Annotated[Clock, typer.Option(help="window: the oldest ends when one arrives; trace: virtual clock")] = (
+        Clock.WINDOW
+    ),
+    prefill_ms: Annotated[float, typer.Option(min=0, help="With --clock trace")] = 1000.0,
+    token_ms: Annotated[float, typer.Option(min=0, help="With --clock trace")] = 30.0,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Decisions and log only: no pools, no workers")] = False,
+    per_request: Annotated[Path | None, typer.Option(help="Write hits per request to this JSONL file")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write the log to this .kvlog file (must not exist)")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the ledger in /dev/shm for inspection")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the ledger; default run-PID")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
+) -> None:
+    """Drive a trace through a real manager, log and worker processes; verify every byte; summarise."""
+    options = RunOptions(
+        device_blocks=device_blocks,
+        host_blocks=host_blocks,
+        host_policy=HostPolicy[host_policy.name] if host_blocks else HostPolicy.OFF,
+        block_size=block_size,
+        ranks=ranks,
+        layers=layers,
+        block_bytes=block_bytes,
+        data=not no_data,
+        in_flight=in_flight,
+        trace_clock=clock == Clock.TRACE,
+        prefill_ms=prefill_ms,
+        token_ms=token_ms,
+        per_request=per_request,
+        record=record,
+        keep=keep,
+    )
+    errors = Console(stderr=True)
+    try:
+        loaded = _load(trace, requests, seed)
+        summary = _execute(loaded, options, name, errors)
+    except (WrongBytes, InvariantViolation) as error:
+        errors.print(f"[bold red]FAILED[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(FAILED) from error
+    except (TraceError, ConfigError, LedgerError, CommandRejected, WorkerFailed, OSError) as error:
+        errors.print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(BAD_INPUT) from error
+    if as_json:
+        rates = {"device_hit_rate": summary.device_hit_rate, "host_hit_rate": summary.host_hit_rate}
+        print(json.dumps(dataclasses.asdict(summary) | rates))
+    else:
+        _print(summary, options)
+    if summary.replay_digest != summary.digest:
+        errors.print("[bold red]FAILED[/] the replay of the log has another digest than the run")
+        raise typer.Exit(FAILED)
+    if summary.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _load(path: Path | None, requests: int | None, seed: int) -> Trace:
+    if path is None:
+        return sample.generate(400 if requests is None else requests, seed)
+    trace = traces.load(path)
+    return trace if requests is None else trace._replace(requests=trace.requests[:requests])
+
+
+def _execute(trace: Trace, options: RunOptions, name: str | None, console: Console) -> Summary:
+    progress = Progress(
+        TextColumn("requests"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    task = progress.add_task("requests", total=len(trace.requests), rate="")
+
+    def show(done: int) -> None:
+        if not done % 16:
+            speed = progress.tasks[0].speed
+            progress.update(task, completed=done, rate=f"{speed:.0f}/s" if speed else "")
+
+    job = Run(trace, options, show)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        job.stop = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with progress:
+            return job.execute(name)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print(summary: Summary, options: RunOptions) -> None:
+    table = Table(title=f"kvledger run: {summary.trace}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    state = "interrupted, so far" if summary.interrupted else "all served"
+    rate = summary.requests / max(summary.seconds, 1e-9)
+    stats = summary.stats
+    table.add_row("requests", f"{summary.requests:,} ({state}) in {summary.seconds:.1f} s, {rate:,.0f}/s")
+    table.add_row("blocks asked for", f"{summary.blocks:,}")
+    table.add_row("device hits", f"{summary.device_hit_blocks:,} ({summary.device_hit_rate:.1%})")
+    table.add_row("host hits", f"{summary.host_hit_blocks:,} ({summary.host_hit_rate:.1%})")
+    table.add_row("bypassed / released early", f"{summary.bypassed:,} / {summary.early_releases:,}")
+    evicted = f"{stats['device_evicted_blocks']:,} device, {stats['host_evicted_blocks']:,} host blocks"
+    table.add_row("evicted", evicted)
+    moved = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in summary.moved_blocks.items() if count)
+    speed = f" ({summary.moved_gb_per_s:.2f} GB/s over the run)" if options.data else ""
+    table.add_row("blocks moved", (moved or "none") + speed)
+    for phase, times in summary.phases_us.items():
+        table.add_row(f"{phase} µs", f"p50 {times['p50']:,}  p99 {times['p99']:,}")
+    if options.data:
+        table.add_row("bytes written / verified", f"{summary.written_bytes:,} / {summary.verified_bytes:,}")
+    table.add_row("events", f"{summary.events:,}")
+    table.add_row("invariants", f"all hold, checked {summary.invariants_checked:,} times in the replay")
+    table.add_row("digest", summary.digest)
+    agree = "equal" if summary.replay_digest == summary.digest else f"DIFFERENT: {summary.replay_digest}"
+    table.add_row("replay from the log", agree)
+    if options.keep:
+        table.add_row("kept", f"ledger {summary.ledger!r} in /dev/shm")
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the ``kvledger`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
