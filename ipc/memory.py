@@ -48,6 +48,8 @@ def attach(name: str, *, write: bool) -> mmap.mmap:
     except posix_ipc.ExistentialError:
         raise LedgerNotFound(f"there is no shared memory {name}: the ledger does not exist or was closed") from None
     try:
+        if not memory.size:  # its creator has not reserved the space yet
+            raise LedgerNotFound(f"shared memory {name} is only being created")
         return mmap.mmap(memory.fd, memory.size, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ)
     finally:
         memory.close_fd()

@@ -16,8 +16,9 @@ from workers.pools import Pools
 
 Seeds = npt.NDArray[np.uint64]
 _GOLDEN = 0x9E3779B97F4A7C15
-_RANK = np.uint64(0xD6E8FEB86659FD93)
-_LAYER = np.uint64(0xA0761D6478BD642F)
+_RANK = 0xD6E8FEB86659FD93
+_LAYER = 0xA0761D6478BD642F
+_64_BITS = 2**64 - 1
 _MIX = np.uint64(0xE7037ED1A0B428DB)
 
 
@@ -46,7 +47,8 @@ class PatternEngine:
         self._ramp = (np.arange(words, dtype=np.uint64) * np.uint64(_GOLDEN))[None, :]
 
     def _first_words(self, seeds: Seeds, rank: int, layer: int) -> npt.NDArray[np.uint64]:
-        mixed = seeds ^ (_RANK * np.uint64(rank + 1)) ^ (_LAYER * np.uint64(layer + 1))
+        place = (_RANK * (rank + 1) ^ _LAYER * (layer + 1)) & _64_BITS
+        mixed = seeds ^ np.uint64(place)
         mixed ^= mixed >> np.uint64(31)
         result: npt.NDArray[np.uint64] = (mixed * _MIX)[:, None]
         return result

@@ -256,7 +256,6 @@ class Counters:
         "host_evicted_blocks",
         "host_hit_blocks",
         "queried_blocks",
-        "refusals",
         "requests",
         "swapped_in_blocks",
         "swapped_out_blocks",
@@ -266,7 +265,6 @@ class Counters:
     device_hit_blocks: int
     host_hit_blocks: int
     allocated_blocks: int
-    refusals: int
     cached_blocks: int
     duplicate_blocks: int
     device_evicted_blocks: int
