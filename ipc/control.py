@@ -192,9 +192,7 @@ class Control:
                 name = bytes(self._buffer[offset : offset + 16]).rstrip(b"\0").decode(errors="replace")
                 living = alive(pid, self.words[base + START])
                 found.append(
-                    ReaderLine(
-                        number, pid, name, self.words[base + CURSOR], bool(self.words[base + WORKER]), living
-                    )
+                    ReaderLine(number, pid, name, self.words[base + CURSOR], bool(self.words[base + WORKER]), living)
                 )
         return found
 

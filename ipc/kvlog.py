@@ -66,7 +66,9 @@ class KvlogWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -126,5 +128,3 @@ class KvlogReader:
         """Close the file."""
         self._buffer.release()
         self._map.close()
-
-

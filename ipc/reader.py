@@ -43,6 +43,9 @@ class LogReader:
         self._line: int | None = None
         self._bell: posix_ipc.Semaphore | None = None
         self._segment: MappedSegment | None = None
+        self._offset = HEADER_BYTES
+        self._crc = 0
+        self._next = 0
         try:
             if worker:
                 self._line = self._control.claim(name, mask=kind_mask, worker=True, cursor=from_sequence)

@@ -33,7 +33,7 @@ class Header(NamedTuple):
 
     schema_hash: int
     epoch: int
-    index: int
+    number: int
     base_sequence: int
     crc_seed: int
     capacity: int
@@ -52,7 +52,7 @@ def write_header(buffer: memoryview, header: Header) -> None:
         64,
         header.schema_hash,
         header.epoch,
-        header.index,
+        header.number,
         header.base_sequence,
         header.crc_seed,
         header.capacity,
@@ -81,7 +81,7 @@ def read_header(buffer: memoryview, name: str) -> Header:
         raise LogCorrupt(name, 0, "this is not a log segment, or its header is damaged")
     if fields[1] != VERSION:
         raise LogCorrupt(name, 0, f"log format {fields[1]}, this program reads {VERSION}")
-    return Header(*fields[4:10], *fields[10:13], fields[14])
+    return Header._make((*fields[4:13], fields[14]))
 
 
 class MappedSegment:
@@ -132,5 +132,3 @@ def locate(ledger: str, segments: list[tuple[int, int]], sequence: int) -> tuple
         else:
             segment.close()
     return found, oldest
-
-

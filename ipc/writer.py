@@ -182,13 +182,9 @@ class LogWriter:
         self._control.heartbeat_ns = time.time_ns()
 
     def _prepare(self) -> Future[mmap.mmap]:
-        return self._thread.submit(
-            segment.create, self.ledger, self._epoch, self._index + 1, self._segment_bytes
-        )
+        return self._thread.submit(segment.create, self.ledger, self._epoch, self._index + 1, self._segment_bytes)
 
-    def _begin_segment(
-        self, map: mmap.mmap
-    ) -> tuple[mmap.mmap, memoryview[int], memoryview[int], memoryview[int]]:
+    def _begin_segment(self, map: mmap.mmap) -> tuple[mmap.mmap, memoryview[int], memoryview[int], memoryview[int]]:
         buffer = memoryview(map)
         pid, started = self._control.writer
         segment.write_header(
@@ -258,4 +254,3 @@ class LogWriter:
         if unlink:
             remove_objects(self.ledger)
         self._control.close()
-

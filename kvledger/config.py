@@ -38,8 +38,8 @@ class CacheConfig:
     """Bytes of the keys and values of one block in one layer of one rank."""
     segment_bytes: int = 16 << 20
     """Size of one log segment in shared memory."""
-    retain_bytes: int = 256 << 20
-    """The log may keep this much before old segments go."""
+    retain_bytes: int | None = 256 << 20
+    """The log may keep this much before old segments go; ``None``: it keeps everything."""
     transfer_timeout_s: float = 30.0
     """A transfer that some rank has not acknowledged by then has failed."""
     ready_timeout_s: float = field(default=30.0)

@@ -526,5 +526,3 @@ class CacheManager:
 
 def _table(request: Request) -> BlockTable:
     return np.array(request.table, np.int32)
-
-

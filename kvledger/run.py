@@ -103,7 +103,7 @@ class _Live(NamedTuple):
     """A request in flight."""
 
     finish: float
-    index: int
+    number: int
     request: TraceRequest
     seeds: Seeds
 
@@ -195,9 +195,9 @@ class Run:
             try:
                 for request in self.trace.requests:
                     self._serve(manager, request)
-                    if recorder is not None and recording is not None and not request.index % _RECORD_EVERY:
+                    if recorder is not None and recording is not None and not request.number % _RECORD_EVERY:
                         recording.write(recorder.poll())
-                    self._progress(request.index + 1)
+                    self._progress(request.number + 1)
                 while self._in_flight:
                     self._release(manager)
             except Interrupted:
@@ -224,7 +224,7 @@ class Run:
             return
         # Mooncake paths are matched completely; of a real prompt one token is left to compute
         limit = None if self.trace.capped else count
-        key = str(request.index)
+        key = str(request.number)
         while True:
             begun = time.perf_counter_ns()
             try:
@@ -259,7 +259,7 @@ class Run:
         manager.cache(key, generated=request.output if len(request.output) else None)
         self._times["cache"].append(time.perf_counter_ns() - begun)
         finish = self._now + self.options.prefill_ms + self.options.token_ms * request.output_length
-        self._in_flight.add(_Live(finish, request.index, request, seeds))
+        self._in_flight.add(_Live(finish, request.number, request, seeds))
 
     def _compute(self, manager: CacheManager, request: TraceRequest, words: memoryview) -> Seeds:
         """Prefill and decode: write the KV of what was not cached, attend to everything."""
@@ -267,7 +267,7 @@ class Run:
         if engine is None:
             return np.empty(0, np.uint64)
         begun = time.perf_counter()
-        key = str(request.index)
+        key = str(request.number)
         if len(request.output):
             words = memoryview(bytes(words) + request.output.tobytes())
         seeds = chain(words, 4 * self._block_size, request.namespace)
@@ -285,7 +285,7 @@ class Run:
 
     def _release(self, manager: CacheManager) -> None:
         live = self._in_flight.pop()
-        key = str(live.index)
+        key = str(live.number)
         if self._engine is not None:
             begun = time.perf_counter()
             self._attend(manager, key, live.seeds)  # the last decode step
@@ -326,7 +326,7 @@ class Run:
         summary.host_hit_blocks += host
         if self._per_request is not None:
             row = {
-                "request": request.index,
+                "request": request.number,
                 "blocks": blocks,
                 "device_hit": device,
                 "host_hit": host,
@@ -363,4 +363,3 @@ class Run:
             reader.close()
         summary.invariants_checked = replayed.checks
         summary.replay_digest = state_digest(replayed.state).hex()
-

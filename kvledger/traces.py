@@ -29,7 +29,7 @@ class TraceError(ValueError):
 class TraceRequest(NamedTuple):
     """One request of a trace."""
 
-    index: int
+    number: int
     timestamp_ms: float
     tokens: npt.NDArray[np.int32]
     """The prompt, ``int32[tokens]``."""
@@ -153,7 +153,7 @@ def _image(image: dict[str, Any]) -> Item:
 
 def _number(entry: dict[str, Any], name: str) -> float:
     value = entry.get(name)
-    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
         raise TraceError(f"{name} must be a number from 0, not {value!r}")
     return float(value)
 

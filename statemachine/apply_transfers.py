@@ -350,4 +350,3 @@ def quarantine_ended(state: State, event: QuarantineEnded) -> None:
     del state.transfers[transfer.id]
     state.device.free.extend(transfer.held)
     state.host.free.extend(transfer.held_host)
-

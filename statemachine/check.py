@@ -146,8 +146,7 @@ def _in_flight(state: State) -> Iterator[str]:
     resident = sum(
         node.size
         for node in state.nodes.values()
-        if node.host is not None
-        and not (node.transfer is not None and node.transfer.direction == Direction.SWAP_IN)
+        if node.host is not None and not (node.transfer is not None and node.transfer.direction == Direction.SWAP_IN)
     )
     if resident != state.host_resident:
         yield f"{state.host_resident} blocks are counted as resident on the host, {resident} are"
@@ -195,7 +194,11 @@ def _block_tables(state: State) -> Iterator[str]:
         if any(position >= end for position in own):
             yield f"{request.key!r} has duplicates outside its path"
         for node in state.path(request.leaf):
-            if node.start < reach and not node.device_ready and not any(start <= node.start for start in request.waits.values()):
+            if (
+                node.start < reach
+                and not node.device_ready
+                and not any(start <= node.start for start in request.waits.values())
+            ):
                 yield f"{request.key!r} uses {node!r}, whose copy is not valid, without waiting"
 
 

@@ -54,7 +54,7 @@ def words_of(tokens: Tokens, *, items: Sequence[Item] = ()) -> memoryview:
     if items:
         array = array.copy()
         _overwrite(array, items)
-    return memoryview(array).cast("B")
+    return array.data.cast("B")
 
 
 def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:

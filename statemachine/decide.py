@@ -264,9 +264,7 @@ def _cache(state: State, command: Cache) -> list[Event]:
     return [event, *_backup(state, request, chain, cut, new, own[taken:])]
 
 
-def _follow(
-    node: Node, words: memoryview, count: int, block_bytes: int
-) -> tuple[Node, int, int, int, list[Node]]:
+def _follow(node: Node, words: memoryview, count: int, block_bytes: int) -> tuple[Node, int, int, int, list[Node]]:
     """What is known below ``node``: (deepest run, its cut, known blocks, those valid on the device, the runs)."""
     offset = cut = 0
     duplicates = 0
@@ -286,9 +284,7 @@ def _follow(
     return node, cut, offset // block_bytes, duplicates, chain
 
 
-def _backup(
-    state: State, request: Request, chain: list[Node], cut: int, new: int, own: IntArray
-) -> list[Event]:
+def _backup(state: State, request: Request, chain: list[Node], cut: int, new: int, own: IntArray) -> list[Event]:
     """Write-through: copy what was cached, and what above it has no host copy yet, if the host has room."""
     todo: list[tuple[int, IntArray]] = []
     if new:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from statemachine.events import (
     BlocksEvicted,
     Direction,
-    EvictReason,
     Event,
+    EvictReason,
     HostPolicy,
     IntArray,
     Tier,

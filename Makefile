@@ -1,0 +1,28 @@
+# The two commands of the README. Each makes its own virtual environment where there is none.
+PYTHON ?= python3
+VENV ?= .venv
+
+.PHONY: run test check clean
+
+run: $(VENV)/installed
+	$(VENV)/bin/kvledger run
+
+test: check
+	$(VENV)/bin/python -m pytest
+
+# Style, types and the direction of imports.
+check: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvledger needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
