@@ -3,8 +3,9 @@
 ::
 
     magic u64 | version u64 | schema hash u64 | writer pid u64 | writer start time u64
-    at 128: heartbeat ns u64      at 192: current epoch << 32 | index, u64     at 256: oldest kept epoch << 32 | index
-    at 4096, 128 lines of 64 B: pid u64 | start time u64 | cursor u64 | parked u64 | kind mask u64 | worker u64 | name 16 B
+    at 128: heartbeat ns u64      at 192: current epoch << 32 | index, u64
+    at 4096, 128 lines of 64 B: pid u64 | start time u64 | cursor u64 | parked u64 | kind mask u64 | worker u64
+                                | name 16 B
 
 The writer holds ``flock`` on it as long as it lives; the kernel gives that up at SIGKILL. Each line has one writer, its
 reader; lines are handed out under a POSIX record lock.

@@ -2,7 +2,8 @@
 
 ::
 
-    sequence u64 | time ns u64 | kind u16 | flags u8 | 0 u8 | step u32 | subject u64 | payload bytes u32 | args 24 B | crc32c u32
+    sequence u64 | time ns u64 | kind u16 | flags u8 | 0 u8 | step u32
+    subject u64 | payload bytes u32 | args 24 B | crc32c u32
 
 The CRC covers the line without its own four bytes, then the payload, and starts from the CRC of the record before:
 a record proves all that came before it in its segment. It is the last word written, so it is the commit word.

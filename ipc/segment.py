@@ -2,8 +2,9 @@
 
 ::
 
-    magic u64 | version u16, header size u16, alignment u32 | schema hash u64 | epoch u64 | segment index u64 | base sequence u64
-    crc seed u32, capacity u32 | config hash u64 | created ns u64 | writer pid u32, 0 u32, writer start time u64 | header crc u32
+    magic u64 | version u16, header size u16, alignment u32 | schema hash u64 | epoch u64 | segment index u64
+    base sequence u64 | crc seed u32, capacity u32 | config hash u64 | created ns u64 | writer pid u32, 0 u32
+    writer start time u64 | header crc u32
     at 256: tail hint u64          at 320: next index u64 (0: this segment is still written)
 """
 

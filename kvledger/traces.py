@@ -1,9 +1,10 @@
 """Request traces: the project's own token traces, and Mooncake's JSONL traces.
 
-Own format, one JSON object per line: ``timestamp`` (ms), ``tokens`` (ids), ``output`` (generated ids), and optionally
-``images`` (objects with ``hash`` in hex, ``offset``, ``length``), ``lora``, ``salt``, ``final`` (the session ends here).
+Own format, one JSON object per line: ``timestamp`` (ms), ``tokens`` (ids), ``output`` (generated ids), and
+optionally ``images`` (objects with ``hash`` in hex, ``offset``, ``length``), ``lora``, ``salt``, and ``final`` (the
+session ends here).
 
-Mooncake format (kvcache-ai/Mooncake, FAST'25 traces): ``timestamp``, ``input_length``, ``output_length`` and ``hash_ids``;
+Mooncake format (the traces of kvcache-ai/Mooncake): ``timestamp``, ``input_length``, ``output_length``, ``hash_ids``;
 each id is one cacheable block, here of four tokens: the id as 16 little-endian bytes.
 """
 

@@ -1,0 +1,1 @@
+"""The pure core: events, decide, apply, check. No I/O, no clock, no randomness, no processes."""

@@ -22,6 +22,7 @@ from statemachine.state import Node, Request, State
 
 
 def blocks_cached(state: State, event: BlocksCached) -> None:
+    """A request's computed blocks enter the tree."""
     request = request_of(state, event, event.request)
     path_end = request.leaf.end
     bottom = node_of(state, event, event.leaf) if event.leaf else request.leaf
@@ -125,8 +126,9 @@ def _replace(request: Request, node: Node, blocks: IntArray) -> None:
 
 
 def blocks_evicted(state: State, event: BlocksEvicted) -> None:
+    """Cached copies become free."""
     tier = Tier(event.tier)
-    if not len(event.nodes) == len(event.counts) or not event.nodes:
+    if len(event.nodes) != len(event.counts) or not event.nodes:
         violated(event, "runs and counts do not fit")
     nodes = [node_of(state, event, id) for id in event.nodes]
     gone: set[Node] = set()
@@ -218,6 +220,7 @@ def _truncate(state: State, node: Node, count: int) -> None:
 
 
 def cache_cleared(state: State, event: CacheCleared) -> None:
+    """Nothing cached so far matches again."""
     if event.generation != state.generation + 1:
         violated(event, f"generation {state.generation} is not followed by {event.generation}")
     state.generation = event.generation
@@ -229,6 +232,7 @@ def cache_cleared(state: State, event: CacheCleared) -> None:
 
 
 def pool_resized(state: State, event: PoolResized) -> None:
+    """The highest block ids come or go."""
     tier = Tier(event.tier)
     pool = state.pool(tier)
     capacity = event.blocks + (state.opened.host_staging_blocks if tier == Tier.HOST else 0)
@@ -244,6 +248,7 @@ def pool_resized(state: State, event: PoolResized) -> None:
 
 
 def tier_lost(state: State, event: TierLost) -> None:
+    """All copies on the tier are gone."""
     tier = Tier(event.tier)
     if state.transfers or (tier == Tier.DEVICE and state.requests):
         violated(event, "transfers (and for the device, requests) have to end first")

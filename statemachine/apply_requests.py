@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 
 from statemachine import tree
@@ -42,6 +43,7 @@ def give_back(state: State, request: Request, blocks: IntArray) -> None:
 
 
 def request_matched(state: State, event: RequestMatched) -> None:
+    """A request begins and pins its path."""
     if event.request != state.next_request or event.key in state.keys:
         violated(event, f"request {event.request} ({event.key!r}) is not the next new one")
     cut_node = None
@@ -91,6 +93,7 @@ def request_matched(state: State, event: RequestMatched) -> None:
 
 
 def blocks_allocated(state: State, event: BlocksAllocated) -> None:
+    """Free blocks become private."""
     if len(event.requests) != len(event.counts) or sum(event.counts) != len(event.blocks):
         violated(event, "requests, counts and blocks do not fit")
     requests = [request_of(state, event, id) for id in event.requests]
@@ -117,6 +120,7 @@ def allocation_refused(state: State, event: AllocationRefused) -> None:
 
 
 def blocks_reassigned(state: State, event: BlocksReassigned) -> None:
+    """Private blocks change their request."""
     source, target = request_of(state, event, event.request), request_of(state, event, event.target)
     if source is target or source.waits:
         violated(event, f"blocks cannot move from request {source.key!r} to {target.key!r}")
@@ -130,6 +134,7 @@ def blocks_reassigned(state: State, event: BlocksReassigned) -> None:
 
 
 def blocks_trimmed(state: State, event: BlocksTrimmed) -> None:
+    """Private blocks become free."""
     request = request_of(state, event, event.request)
     length = len(request.table) - len(event.blocks)
     if length < request.leaf.end:
@@ -143,6 +148,7 @@ def blocks_trimmed(state: State, event: BlocksTrimmed) -> None:
 
 
 def request_released(state: State, event: RequestReleased) -> None:
+    """A request ends; its path is unpinned, its runs merge."""
     request = request_of(state, event, event.request)
     expect_blocks(state, event, Tier.DEVICE, event.blocks, request.private()[::-1], f"private to {request.key!r}")
     if len(event.merged) != len(event.absorbed):
@@ -164,7 +170,7 @@ def request_released(state: State, event: RequestReleased) -> None:
         group = loose[position : position + count + 1]
         if len(group) != count + 1 or not count or position < event.final < position + count + 1:
             violated(event, f"run {id} cannot absorb {count} ancestors")
-        if not all(tree.joinable(lower, upper) for lower, upper in zip(group, group[1:], strict=False)):
+        if not all(tree.joinable(lower, upper) for lower, upper in itertools.pairwise(group)):
             violated(event, f"run {id} and its ancestors differ in residency, or have other children")
         merges.append((group[0], group[1:]))
         position += count + 1

@@ -241,7 +241,7 @@ def _cache(state: State, command: Cache) -> list[Event]:
         return []
     if command.blocks > len(request.table):
         raise InvalidCommand(
-            f"request {command.key!r} has {len(request.table)} blocks, {command.blocks} cannot be cached: allocate first"
+            f"request {command.key!r} has {len(request.table)} blocks, not {command.blocks}: allocate before caching"
         )
     content = request.words + command.words if command.words else request.words
     if len(command.words) % block_bytes or len(content) < count * block_bytes:
@@ -332,7 +332,7 @@ def _trim(state: State, command: Trim) -> list[Event]:
     request = request_named(state, command.key)
     if not request.leaf.end <= command.blocks <= len(request.table):
         raise InvalidCommand(
-            f"request {command.key!r} has {len(request.table)} blocks of which the first {request.leaf.end} are cached: "
+            f"request {command.key!r} has {len(request.table)} blocks, the first {request.leaf.end} are cached: "
             f"it cannot be trimmed to {command.blocks}"
         )
     blocks = request.table[command.blocks :][::-1]

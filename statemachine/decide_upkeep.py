@@ -87,7 +87,7 @@ def _resize(state: State, command: Resize) -> list[Event]:
         raise InvalidCommand(f"a {command.tier.name} pool of {command.blocks} blocks is of no use")
     events: list[Event] = []
     surplus = max(pool.capacity - capacity, 0)
-    taken = {block for block in range(capacity, pool.capacity)} - set(pool.free) if surplus else set()
+    taken = set(range(capacity, pool.capacity)) - set(pool.free) if surplus else set()
     if taken:
         events = _vacate(state, command.tier, taken)
     if not device:

@@ -224,9 +224,9 @@ class BlocksEvicted(NamedTuple):
 class TransferStarted(NamedTuple):
     """Copies are ordered: block ``sources[i]`` to block ``targets[i]``, run after run, ancestors first.
 
-    ``counts[i]`` blocks belong to ``nodes[i]``. A swap-out may take only the end of its first run (``upper`` is then the
-    part that stays). A swap-in pins its path and appends its targets to the block table of ``request``, which waits for
-    it (0 for the other directions). Each rank starts only after its own part of the ``after`` transfers.
+    ``counts[i]`` blocks belong to ``nodes[i]``. A swap-out may take only the end of its first run (``upper`` is then
+    the part that stays). A swap-in pins its path and appends its targets to the block table of ``request``, which
+    waits for it (0 for the other directions). Each rank starts only after its own part of the ``after`` transfers.
     """
 
     transfer: U64
