@@ -53,7 +53,10 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
     if valid != event.duplicates:
         violated(event, f"{valid} blocks are valid on the device, not {event.duplicates}")
     new_id = state.next_node + (1 if event.upper else 0)
-    parent_children = {} if event.upper else bottom.children
+    parent_children = bottom.children
+    if event.upper:
+        stop = (event.cut + 1) * state.block_bytes
+        parent_children = {bottom.words[event.cut * state.block_bytes : stop]: bottom}
     first_words = words[known * state.block_bytes : (known + 1) * state.block_bytes]
     if event.node and (event.node != new_id or (first_words in parent_children)):
         violated(event, f"run {event.node} cannot be made below run {bottom.id}")

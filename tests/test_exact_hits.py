@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipc import KvlogReader
@@ -84,7 +84,7 @@ def mooncake(draw: st.DrawFn) -> list[dict[str, object]]:
 
 
 @given(mooncake(), st.integers(1, 24), st.integers(1, 8), st.booleans())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_random_traces(
     tmp_path: Path, requests: list[dict[str, object]], capacity: int, in_flight: int, clock: bool
 ) -> None:

@@ -1,0 +1,24 @@
+"""Hypothesis profiles, and the promise that no test leaves anything in shared memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from ipc.names import SHM
+
+settings.register_profile(
+    "short", max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("campaign", settings.get_profile("short"), max_examples=5_000, stateful_step_count=100)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    before = set(os.listdir(SHM))
+    yield
+    assert not set(os.listdir(SHM)) - before

@@ -1,0 +1,167 @@
+"""Two naive models of the cache: plain dictionaries and lists, block by block, slow and obvious.
+
+:class:`OneTier` predicts every answer of a cache without host tier: hits, block tables, victims.
+:class:`Memory` knows what is in each physical block, for any policy: it finds blocks that hold the wrong bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from statemachine.events import Direction, TransferStarted
+from statemachine.state import State
+
+Path = tuple[Any, ...]
+"""Root, then the content of each block down to the one that is meant."""
+
+
+class Live:
+    def __init__(self, root: Any, content: list[Any]) -> None:
+        self.root = root
+        self.content = content
+        self.cached = 0
+        self.table: list[int] = []
+        self.own: set[int] = set()
+        """Positions before ``cached`` whose block is a private duplicate."""
+
+
+class OneTier:
+    def __init__(self, blocks: int) -> None:
+        self.free = list(range(blocks - 1, -1, -1))
+        self.block: dict[Path, int] = {}
+        self.pins: dict[Path, int] = {}
+        self.final: list[Path] = []
+        self.lru: list[Path] = []
+        self.live: dict[str, Live] = {}
+        self.generation = 0
+
+    def path(self, request: Live, position: int) -> Path:
+        return (request.root, *request.content[: position + 1])
+
+    def hit(self, root: Any, content: list[Any], limit: int) -> int:
+        count = 0
+        while count < min(limit, len(content)) and (root, *content[: count + 1]) in self.block:
+            count += 1
+        return count
+
+    def root(self, namespace: bytes) -> Any:
+        return namespace, self.generation
+
+    def pin(self, path: Path) -> None:
+        self.pins[path] = self.pins.get(path, 0) + 1
+        for order in (self.final, self.lru):
+            if path in order:
+                order.remove(path)
+
+    def grant(self, count: int) -> tuple[list[int], list[int]]:
+        """Blocks granted, and blocks evicted for them."""
+        evicted = self.evict(max(count - len(self.free), 0))
+        granted = [self.free.pop() for _ in range(count)]
+        return granted, evicted
+
+    def evict(self, count: int) -> list[int]:
+        evicted = []
+        for path in [*self.final, *self.lru][:count]:
+            assert not any(other[: len(path)] == path and other != path for other in self.block), "not a leaf"
+            evicted.append(self.block.pop(path))
+            del self.pins[path]
+            (self.final if path in self.final else self.lru).remove(path)
+        self.free += evicted
+        return evicted
+
+    def admit(self, key: str, namespace: bytes, content: list[Any], limit: int, blocks: int) -> Any:
+        """``(hits, granted, evicted)``, or ``None`` where there is no room."""
+        root = self.root(namespace)
+        hits = self.hit(root, content, limit)
+        request = Live(root, content)
+        own = {self.path(request, i) for i in range(hits)}
+        evictable = sum(path not in own for path in [*self.final, *self.lru])
+        if blocks - hits > len(self.free) + evictable:
+            return None
+        for i in range(hits):
+            self.pin(self.path(request, i))
+            request.table.append(self.block[self.path(request, i)])
+        request.cached = hits
+        granted, evicted = self.grant(blocks - hits)
+        request.table += granted
+        self.live[key] = request
+        return hits, granted, evicted
+
+    def cache(self, key: str, blocks: int, generated: list[Any]) -> None:
+        request = self.live[key]
+        request.content = request.content + generated
+        for i in range(request.cached, blocks):
+            path = self.path(request, i)
+            if path in self.block:
+                request.own.add(i)
+            else:
+                self.block[path] = request.table[i]
+            self.pin(path)
+        request.cached = max(request.cached, blocks)
+
+    def trim(self, key: str, blocks: int) -> None:
+        table = self.live[key].table
+        while len(table) > blocks:
+            self.free.append(table.pop())
+
+    def reassign(self, key: str, target: str, blocks: list[int]) -> None:
+        source = self.live[key].table
+        start = self.live[key].cached
+        source[start:] = [block for block in source[start:] if block not in blocks]
+        self.live[target].table += blocks
+
+    def release(self, key: str, final: bool) -> None:
+        request = self.live.pop(key)
+        retired = request.root[1] < self.generation
+        alone = final or retired
+        below: Path | None = None
+        for i in reversed(range(request.cached)):
+            path = self.path(request, i)
+            self.pins[path] -= 1
+            children = [p for p in self.block if len(p) == len(path) + 1 and p[: len(path)] == path and p != below]
+            alone = alone and not self.pins[path] and (retired or not children)
+            if not self.pins[path]:
+                (self.final if alone else self.lru).append(path)
+            below = path
+        private = [block for i, block in enumerate(request.table) if i >= request.cached or i in request.own]
+        self.free += reversed(private)
+
+    def clear(self) -> list[int]:
+        evicted = self.evict(len(self.final) + len(self.lru))
+        self.generation += 1
+        return evicted
+
+
+class Memory:
+    """What each physical block holds: the path of the tokens whose KV was written or copied there."""
+
+    def __init__(self) -> None:
+        self.device: dict[int, Path] = {}
+        self.host: dict[int, Path] = {}
+        self.todo: dict[int, TransferStarted] = {}
+
+    def started(self, transfer: TransferStarted) -> None:
+        self.todo[transfer.transfer] = transfer
+
+    def copy(self, id: int) -> None:
+        """The worker runs a transfer, after those that it has to wait for."""
+        transfer = self.todo.pop(id)
+        for other in transfer.after:
+            if other in self.todo:
+                self.copy(other)
+        inward = transfer.direction == Direction.SWAP_IN
+        source, target = (self.host, self.device) if inward else (self.device, self.host)
+        for a, b in zip(transfer.sources, transfer.targets, strict=True):
+            target[b] = source.get(a, ())
+
+    def write(self, block: int, path: Path) -> None:
+        self.device[block] = path
+
+    def wrong(self, state: State, key: str, root: Any, content: list[Any]) -> str:
+        """The first block of a request's cached path that holds something else; empty if all is well."""
+        request = state.requests[state.keys[key]]
+        for i in range(request.leaf.end):
+            want = (root, *content[: i + 1])
+            if self.device.get(request.table[i]) != want:
+                return f"position {i} of {key}, block {request.table[i]}: {self.device.get(request.table[i])} != {want}"
+        return ""

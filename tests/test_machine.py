@@ -1,0 +1,317 @@
+"""Hypothesis drives the real state machine and compares it with naive models after every single event."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from typing import Any
+
+import pytest
+from hypothesis import assume, settings, target
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from statemachine import codec
+from statemachine.apply import apply, genesis
+from statemachine.check import check
+from statemachine.commands import (
+    Admit,
+    Allocate,
+    Cache,
+    Clear,
+    EndQuarantine,
+    Evict,
+    FinishTransfer,
+    Match,
+    Reassign,
+    Release,
+    Resize,
+    Trim,
+)
+from statemachine.decide import decide
+from statemachine.encoding import restore, snapshot, state_digest
+from statemachine.errors import CommandRejected, OutOfBlocks
+from statemachine.events import (
+    BlocksEvicted,
+    Direction,
+    Event,
+    HostPolicy,
+    LedgerOpened,
+    Outcome,
+    ReleaseReason,
+    RequestMatched,
+    Tier,
+    TransferFinished,
+    TransferStarted,
+)
+from statemachine.state import State
+from tests.oracle import Memory, OneTier
+
+PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
+NAMESPACES = st.sampled_from([b"", b"", b"", b"salt"])
+KEYS = st.integers(0, 1 << 16)
+
+
+def words(content: list[int]) -> memoryview:
+    """Blocks of one token each."""
+    return memoryview(struct.pack(f"<{len(content)}i", *content))
+
+
+class Machine(RuleBasedStateMachine):
+    """Runs commands; every event goes through the codec into a second state, and everything is checked after each."""
+
+    state: State
+    snapshot: bytes
+    oracle: OneTier | None = None
+
+    def open(self, device: int, host: int, staging: int, policy: HostPolicy) -> None:
+        if policy == HostPolicy.OFF:
+            host = staging = 0
+        opened = LedgerOpened(1, device, host, staging, policy, 1, "", "")
+        self.state, self.mirror = genesis(opened), genesis(opened)
+        self.snapshot = snapshot(self.state)
+        self.tail: list[Event] = []
+        self.memory = Memory()
+        self.content: dict[str, tuple[Any, list[int]]] = {}
+        self.names = 0
+        self.most_pins = 0
+
+    def do(self, command: Any) -> list[Event] | CommandRejected:
+        before = state_digest(self.state)
+        try:
+            events = decide(self.state, command)
+        except CommandRejected as error:
+            assert state_digest(self.state) == before
+            return error
+        assert state_digest(self.state) == before, "decide changed the state"
+        for event in events:
+            copied = codec.decode(*codec.encode(event))
+            assert copied == event
+            apply(self.state, event)
+            apply(self.mirror, copied)
+            assert not check(self.state), (command, event, check(self.state))
+            assert state_digest(self.state) == state_digest(self.mirror)
+            self.tail.append(copied)
+            if isinstance(event, TransferStarted):
+                self.memory.started(event)
+        self.most_pins = max([self.most_pins, *(node.pins for node in self.state.nodes.values())])
+        return events
+
+    def teardown(self) -> None:
+        if hasattr(self, "state"):
+            target(float(self.state.counters.device_evicted_blocks), label="eviction pressure")
+            target(float(self.most_pins), label="pins")
+
+    def pick(self, number: int) -> str:
+        keys = sorted(self.content)
+        return keys[number % len(keys)]
+
+    def live(self) -> bool:
+        return bool(self.content)
+
+    @rule(prompt=PROMPTS, namespace=NAMESPACES, extra=st.integers(0, 2), limit=st.integers(0, 8))
+    def admit(self, prompt: list[int], namespace: bytes, extra: int, limit: int) -> None:
+        self.names += 1
+        key = f"r{self.names:05}"
+        generation = self.state.generation
+        done = self.do(Admit(key, words(prompt), namespace, limit, len(prompt) + extra))
+        if self.oracle is not None:
+            expected = self.oracle.admit(key, namespace, prompt, limit, len(prompt) + extra)
+            if expected is None:
+                assert isinstance(done, OutOfBlocks)
+            else:
+                assert isinstance(done, list), done
+                assert isinstance(done[0], RequestMatched) and done[0].device_blocks == expected[0]
+                victims = [block for event in done if isinstance(event, BlocksEvicted) for block in event.blocks]
+                assert victims == expected[2]
+        if isinstance(done, list):
+            self.content[key] = (namespace, generation), prompt
+            self.compare_tables(key)
+
+    @rule(prompt=PROMPTS, namespace=NAMESPACES)
+    def match(self, prompt: list[int], namespace: bytes) -> None:
+        if self.oracle is not None:
+            return  # an admission for no more blocks than match
+        self.names += 1
+        key = f"r{self.names:05}"
+        generation = self.state.generation
+        if isinstance(self.do(Match(key, words(prompt), namespace, 99)), list):
+            self.content[key] = (namespace, generation), prompt
+
+    @precondition(live)
+    @rule(numbers=st.lists(KEYS, min_size=1, max_size=3, unique=True), count=st.integers(1, 2))
+    def allocate(self, numbers: list[int], count: int) -> None:
+        keys = list(dict.fromkeys(self.pick(number) for number in numbers))
+        done = self.do(Allocate(keys, [count] * len(keys)))
+        if self.oracle is not None and isinstance(done, list):
+            granted, evicted = self.oracle.grant(count * len(keys))
+            for index, key in enumerate(keys):
+                self.oracle.live[key].table += granted[index * count : (index + 1) * count]
+            assert [b for event in done if isinstance(event, BlocksEvicted) for b in event.blocks] == evicted
+        elif self.oracle is not None:
+            assert count * len(keys) > len(self.oracle.free) + len(self.oracle.final) + len(self.oracle.lru)
+
+    @precondition(live)
+    @rule(number=KEYS, blocks=st.integers(1, 9), generated=st.lists(st.integers(1, 2), max_size=2))
+    def cache(self, number: int, blocks: int, generated: list[int]) -> None:
+        key = self.pick(number)
+        request = self.state.requests[self.state.keys[key]]
+        root, content = self.content[key]
+        content = content + generated
+        blocks = min(blocks, len(content), len(request.table))
+        assume(blocks >= request.leaf.end)
+        if request.waits:
+            return  # an engine does not write what it may not write yet
+        for position in range(request.leaf.end, blocks):
+            self.memory.write(request.table[position], (root, *content[: position + 1]))
+        if isinstance(self.do(Cache(key, blocks, words(generated).tobytes())), list):
+            if blocks > 0 or generated:
+                self.content[key] = root, content
+            if self.oracle is not None:
+                self.oracle.cache(key, blocks, generated)
+
+    @precondition(live)
+    @rule(number=KEYS, blocks=st.integers(0, 8))
+    def trim(self, number: int, blocks: int) -> None:
+        key = self.pick(number)
+        if isinstance(self.do(Trim(key, blocks)), list) and self.oracle is not None:
+            self.oracle.trim(key, blocks)
+
+    @precondition(lambda self: len(self.content) > 1)
+    @rule(first=KEYS, second=KEYS, count=st.integers(1, 2))
+    def reassign(self, first: int, second: int, count: int) -> None:
+        key, other = self.pick(first), self.pick(second)
+        request = self.state.requests[self.state.keys[key]]
+        blocks = request.table[request.leaf.end :][:count]
+        done = self.do(Reassign(key, other, array("i", blocks)))
+        if isinstance(done, list) and self.oracle is not None:
+            self.oracle.reassign(key, other, list(blocks))
+
+    @precondition(live)
+    @rule(number=KEYS, final=st.booleans(), reason=st.sampled_from(ReleaseReason))
+    def release(self, number: int, final: bool, reason: ReleaseReason) -> None:
+        key = self.pick(number)
+        assert isinstance(self.do(Release(key, reason, final)), list)
+        del self.content[key]
+        if self.oracle is not None:
+            self.oracle.release(key, final)
+
+    @rule(tier=st.sampled_from(Tier), blocks=st.integers(1, 4))
+    def evict(self, tier: Tier, blocks: int) -> None:
+        done = self.do(Evict(tier, blocks))
+        if self.oracle is not None and tier == Tier.DEVICE:
+            assert isinstance(done, list)
+            assert [b for e in done if isinstance(e, BlocksEvicted) for b in e.blocks] == self.oracle.evict(blocks)
+
+    @rule(force=st.booleans())
+    def clear(self, force: bool) -> None:
+        if isinstance(self.do(Clear(force)), list):
+            while self.do(Evict(Tier.HOST, 1 << 16)):
+                pass
+            while self.do(Evict(Tier.DEVICE, 1 << 16)):
+                pass
+            if self.oracle is not None:
+                self.oracle.clear()
+
+    @precondition(lambda self: self.memory.todo)
+    @rule(number=KEYS)
+    def copy(self, number: int) -> None:
+        """A worker gets around to one of its transfers."""
+        ids = sorted(self.memory.todo)
+        self.memory.copy(ids[number % len(ids)])
+
+    @precondition(lambda self: self.state.transfers)
+    @rule(number=KEYS, outcome=st.sampled_from([*[Outcome.DONE] * 4, *Outcome]), valid=st.integers(0, 8))
+    def finish(self, number: int, outcome: Outcome, valid: int) -> None:
+        ids = sorted(self.state.transfers)
+        transfer = self.state.transfers[ids[number % len(ids)]]
+        if transfer.quarantined or outcome != Outcome.TIMED_OUT:
+            while transfer.id in self.memory.todo:  # it has ended: the worker did, or will never do, its copies
+                self.memory.copy(transfer.id)
+        if transfer.quarantined:
+            self.do(EndQuarantine(transfer.id))
+            return
+        total = len(transfer.targets)
+        if outcome == Outcome.CORRUPT and transfer.direction != Direction.SWAP_IN:
+            outcome = Outcome.FAILED
+        valid = total if outcome == Outcome.DONE else min(valid, total - 1) if outcome != Outcome.TIMED_OUT else 0
+        waiters = [self.state.requests[id].key for id in transfer.waiters]
+        done = self.do(FinishTransfer(transfer.id, outcome, valid))
+        if isinstance(done, list):
+            assert any(isinstance(event, TransferFinished) for event in done)
+            for key in waiters:
+                assert transfer.id not in self.state.requests[self.state.keys[key]].waits
+
+    @precondition(lambda self: self.oracle is None)
+    @rule(tier=st.sampled_from(Tier), blocks=st.integers(4, 14))
+    def resize(self, tier: Tier, blocks: int) -> None:
+        if tier == Tier.DEVICE or self.state.policy != HostPolicy.OFF:
+            self.do(Resize(tier, blocks))
+
+    @rule()
+    def take_snapshot(self) -> None:
+        self.snapshot = snapshot(self.state)
+        self.tail = []
+
+    @rule()
+    def snapshot_and_tail_equal_replay(self) -> None:
+        other = restore(self.snapshot)
+        for event in self.tail:
+            apply(other, event)
+        assert state_digest(other) == state_digest(self.state)
+        assert snapshot(other) == snapshot(self.state)
+
+    @invariant()
+    def blocks_hold_their_tokens(self) -> None:
+        """A request that waits for nothing finds the KV of its own tokens, in token order."""
+        for key, (root, content) in self.content.items():
+            if not self.state.requests[self.state.keys[key]].waits:
+                wrong = self.memory.wrong(self.state, key, root, content)
+                assert not wrong, wrong
+
+    @invariant()
+    def eviction_takes_leaves(self) -> None:
+        """DESIGN.md §4, fact 1: in the order of eviction every descendant stands before its ancestors."""
+        place = {node: i for i, node in enumerate([*self.state.final, *self.state.device_order])}
+        for node, index in place.items():
+            assert all(place.get(child, -1) < index for child in node.children.values() if child.device is not None)
+
+    def compare_tables(self, key: str) -> None:
+        if self.oracle is not None:
+            table = self.state.requests[self.state.keys[key]].table
+            assert list(table) == self.oracle.live[key].table
+
+    @invariant()
+    def agrees_with_the_oracle(self) -> None:
+        if self.oracle is not None:
+            for key in self.content:
+                self.compare_tables(key)
+            assert list(self.state.device.free) == self.oracle.free
+            cached = [block for node in self.state.nodes.values() for block in node.device or ()]
+            assert sorted(cached) == sorted(self.oracle.block.values())
+
+
+class OneTierMachine(Machine):
+    @initialize(device=st.integers(4, 14))
+    def start(self, device: int) -> None:
+        self.open(device, 0, 0, HostPolicy.OFF)
+        self.oracle = OneTier(device)
+
+
+class ExclusiveMachine(Machine):
+    @initialize(device=st.integers(4, 12), host=st.integers(2, 12), staging=st.integers(0, 6))
+    def start(self, device: int, host: int, staging: int) -> None:
+        self.open(device, host, staging, HostPolicy.EXCLUSIVE)
+
+
+class WriteThroughMachine(Machine):
+    @initialize(device=st.integers(4, 12), host=st.integers(2, 12), staging=st.integers(0, 6))
+    def start(self, device: int, host: int, staging: int) -> None:
+        self.open(device, host, staging, HostPolicy.WRITE_THROUGH)
+
+
+@pytest.mark.parametrize("machine", [OneTierMachine, ExclusiveMachine, WriteThroughMachine])
+def test_machine(machine: type[Machine]) -> None:
+    case = machine.TestCase
+    case.settings = settings.default
+    case("runTest").runTest()
