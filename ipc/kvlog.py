@@ -120,6 +120,9 @@ class KvlogReader:
                 self._offset, self._crc, self._next = offset, crc, expected
                 if complete >= limit:
                     break
+        if offset >= len(self._buffer) and self._offset != offset:
+            reason = f"the file ends inside the transaction after record {self._next - 1}"
+            self.damage = LogCorrupt(str(self.path), self._offset, reason)
         del records[complete:]
         self.cursor = max(self.cursor, self._next)
         return records
