@@ -227,7 +227,8 @@ def cache_cleared(state: State, event: CacheCleared) -> None:
     if event.generation != state.generation + 1:
         violated(event, f"generation {state.generation} is not followed by {event.generation}")
     state.generation = event.generation
-    state.retired.extend(state.roots.values())
+    # by name: a restored state knows no order in which namespaces appeared
+    state.retired.extend(state.roots[namespace] for namespace in sorted(state.roots))
     state.roots = {}
     for node in list(state.device_order):
         state.device_order.remove(node)

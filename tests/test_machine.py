@@ -315,3 +315,16 @@ def test_machine(machine: type[Machine]) -> None:
     case = machine.TestCase
     case.settings = settings.default
     case("runTest").runTest()
+
+
+def test_a_restored_state_clears_like_the_original() -> None:
+    """Found by a campaign: cleared trees were kept in the order in which their namespaces had appeared."""
+    state = genesis(LedgerOpened(1, 4, 0, 0, HostPolicy.OFF, 1, "", ""))
+    for key, namespace in (("a", b"salt"), ("b", b"")):
+        for event in decide(state, Match(key, words([1]), namespace, 1)):
+            apply(state, event)
+    other = restore(snapshot(state))
+    for each in (state, other):
+        for event in decide(each, Clear(True)):
+            apply(each, event)
+    assert state_digest(state) == state_digest(other)
