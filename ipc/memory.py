@@ -21,6 +21,9 @@ def create(name: str, size: int) -> mmap.mmap:
     """
     memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
     try:
+        free = os.statvfs(SHM)
+        if size > free.f_bavail * free.f_frsize:  # do not fill the machine's memory only to find that out
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # ftruncate alone would succeed on a full tmpfs and kill the process at the first touch
         os.posix_fallocate(memory.fd, 0, size)
         return mmap.mmap(memory.fd, size)

@@ -155,6 +155,9 @@ class LogWriter:
 
     def listen(self) -> None:
         """Look for workers that want to be woken. To be called when workers came or went."""
+        for bell in self._bells.values():  # a line's next reader has another doorbell
+            bell.close()
+        self._bells.clear()
         self._listeners = []
         for reader in self._control.readers():
             if reader.worker and reader.alive:

@@ -1,0 +1,195 @@
+"""The real manager with real worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipc import LogReader
+from kvledger import (
+    Busy,
+    CacheConfig,
+    CacheManager,
+    ConfigError,
+    DuplicateRequest,
+    HostPolicy,
+    InvalidCommand,
+    InvalidTokens,
+    ManagerClosed,
+    OutOfBlocks,
+    RequestNotReady,
+    UnknownRequest,
+)
+from kvledger.pattern import PatternEngine, chain
+from kvledger.replay import replay
+from statemachine.content import words_of
+from statemachine.encoding import state_digest
+from workers import WorkerFailed, pools
+
+CONFIG = CacheConfig(
+    block_size=4, device_blocks=16, host_blocks=16, host_policy=HostPolicy.EXCLUSIVE, ranks=2, layers=2, block_bytes=64
+)
+
+
+def serve(manager: CacheManager, engine: PatternEngine, key: str, tokens: np.ndarray) -> int:
+    """A whole request; returns its hits."""
+    for _ in range(10_000):
+        try:
+            admission = manager.admit(key, tokens)
+            break
+        except OutOfBlocks as refused:
+            if not refused.in_transfer:
+                raise
+            manager.poll()
+            time.sleep(0.001)
+    manager.wait(key)
+    seeds = chain(words_of(tokens), 16, b"")
+    table, valid = manager.block_table(key), manager.cached_blocks(key)
+    engine.write(table[valid : len(seeds)], seeds[valid:])
+    engine.verify(key, table[: len(seeds)], seeds, manager.next_sequence)
+    manager.cache(key)
+    manager.release(key)
+    return admission.device_blocks + admission.host_blocks
+
+
+def replays(manager: CacheManager) -> bool:
+    reader = LogReader(manager.name)
+    try:
+        return state_digest(replay(reader, check_every=1).state) == manager.digest()
+    finally:
+        reader.close()
+
+
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=8), max_size=60), st.sampled_from([1, 2]))
+@settings(max_examples=8)
+def test_bytes_follow_tokens(prompts: list[list[int]], policy: int) -> None:
+    config = CacheConfig(**{**vars(CONFIG), "host_policy": HostPolicy(policy)})
+    with CacheManager.create(f"m{os.getpid()}", config) as manager:
+        engine = PatternEngine(manager.pools)
+        for i, prompt in enumerate(prompts):
+            serve(manager, engine, str(i), np.repeat(np.array(prompt, np.int32), 4))
+        assert replays(manager)
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost() -> None:
+    with CacheManager.create(f"m{os.getpid()}", CONFIG) as manager:
+        engine = PatternEngine(manager.pools)
+        assert manager._supervisor is not None
+        hits = 0
+        for i in range(120):
+            if i % 30 == 10:
+                os.kill(manager._supervisor.pid(i // 30 % 2), signal.SIGKILL)
+            hits += serve(manager, engine, str(i), np.arange(33, dtype=np.int32) + 1000 * (i % 3))
+        assert hits > 500 and manager.state.workers[0] > 1 and manager.state.workers[1] > 1
+        assert replays(manager)
+
+
+def test_a_hung_worker_times_out_and_its_blocks_stay_quarantined() -> None:
+    config = CacheConfig(**{**vars(CONFIG), "transfer_timeout_s": 0.3})
+    with CacheManager.create(f"m{os.getpid()}", config) as manager:
+        engine = PatternEngine(manager.pools)
+        serve(manager, engine, "a", np.arange(64, dtype=np.int32))
+        assert manager._supervisor is not None
+        pid = manager._supervisor.pid(1)
+        os.kill(pid, signal.SIGSTOP)
+        manager.admit("b", np.arange(64, dtype=np.int32) + 500)  # swaps "a" out
+        progress = manager.wait("b", timeout=10)
+        assert [entry.key for entry in progress] == ["b"]
+        (transfer,) = manager.state.transfers.values()
+        assert transfer.quarantined
+        os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 10
+        while manager.state.transfers and time.monotonic() < deadline:
+            manager.poll()
+            time.sleep(0.005)
+        assert not manager.state.transfers
+        manager.release("b")
+        assert manager.available_blocks() == 16 and replays(manager)
+
+
+def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pools.create_pools
+
+    def other_layout(ledger: str, layout: object) -> list[pools.Pools]:
+        return real(ledger, CONFIG.layout._replace(block_bytes=128))
+
+    monkeypatch.setattr("kvledger.manager.create_pools", other_layout)
+    with pytest.raises(WorkerFailed, match=r"rank \d did not start: PoolMismatch"):
+        CacheManager.create(f"m{os.getpid()}", CONFIG)
+
+
+def test_every_wrong_call_is_refused_and_changes_nothing() -> None:
+    with CacheManager.create(f"m{os.getpid()}", CacheConfig(block_size=4, device_blocks=8)) as manager:
+        tokens = np.arange(16, dtype=np.int32)
+        manager.admit("a", tokens)
+        digest = manager.digest()
+        calls = [
+            (DuplicateRequest, lambda: manager.admit("a", tokens)),
+            (InvalidTokens, lambda: manager.admit("b", [-1])),
+            (InvalidTokens, lambda: manager.admit("b", [2**31])),
+            (InvalidTokens, lambda: manager.admit("b", [1.5])),
+            (InvalidTokens, lambda: manager.admit("b", np.zeros((2, 2), np.int32))),
+            (InvalidCommand, lambda: manager.admit("b", tokens, max_blocks=-1)),
+            (OutOfBlocks, lambda: manager.admit("b", np.arange(100, dtype=np.int32))),
+            (UnknownRequest, lambda: manager.release("b")),
+            (UnknownRequest, lambda: manager.cache("b")),
+            (UnknownRequest, lambda: manager.allocate({"a": 1, "b": 1})),
+            (OutOfBlocks, lambda: manager.allocate({"a": 5})),
+            (InvalidCommand, lambda: manager.allocate({"a": -1})),
+            (InvalidCommand, lambda: manager.cache("a", 9)),
+            (InvalidCommand, lambda: manager.trim("a", 9)),
+            (InvalidCommand, lambda: manager.reassign("a", "a", [0])),
+            (Busy, lambda: manager.clear()),
+        ]
+        for error, call in calls:
+            with pytest.raises(error):
+                call()
+            assert manager.digest() == digest
+        assert replays(manager)
+    with pytest.raises(ManagerClosed):
+        manager.admit("c", tokens)
+
+
+def test_generated_tokens_are_cached_where_they_belong() -> None:
+    with CacheManager.create(f"m{os.getpid()}", CacheConfig(block_size=4, device_blocks=32)) as manager:
+        prompt, answer = np.arange(10, dtype=np.int32), np.arange(10, 23, dtype=np.int32)
+        manager.admit("a", prompt)
+        manager.cache("a")
+        manager.allocate({"a": 3})
+        manager.cache("a", generated=answer[:3])
+        manager.cache("a", generated=answer[3:])
+        manager.release("a")
+        assert manager.peek(np.concatenate([prompt, answer])) == (5, 0)
+
+
+def test_not_ready_is_not_cached() -> None:
+    with CacheManager.create(f"m{os.getpid()}", CONFIG) as manager:
+        engine = PatternEngine(manager.pools)
+        serve(manager, engine, "a", np.arange(64, dtype=np.int32))
+        assert not manager.admit("b", np.arange(64, dtype=np.int32) + 500).ready
+        with pytest.raises(RequestNotReady):
+            manager.cache("b")
+        manager.wait("b")
+        manager.cache("b")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"device_blocks": 0}, "device_blocks"),
+        ({"block_size": True}, "block_size"),
+        ({"block_bytes": 12}, "multiple of 8"),
+        ({"host_blocks": 0}, "host_policy"),
+        ({"transfer_timeout_s": 0}, "transfer_timeout_s"),
+        ({"host_staging_blocks": -1}, "host_staging_blocks"),
+    ],
+)
+def test_impossible_settings_name_the_setting(change: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        CacheConfig(**{**vars(CONFIG), **change})  # type: ignore[arg-type]

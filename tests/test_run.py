@@ -1,0 +1,226 @@
+"""The main job with real worker processes: what it verifies, what it refuses, what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ipc import KvlogReader
+from kvledger import sample, traces
+from kvledger.manager import BlockTable, CacheManager
+from kvledger.pattern import WrongBytes
+from kvledger.replay import replay
+from kvledger.run import Run, RunOptions
+from kvledger.traces import TraceError
+from statemachine.encoding import state_digest
+from statemachine.events import HostPolicy, IntArray
+from workers import Pools, transfer
+
+TIGHT = RunOptions(device_blocks=400, host_blocks=800, layers=2, block_bytes=64, in_flight=4)
+
+
+def kvledger(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvledger.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("policy", [HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH])
+def test_thousands_of_swapped_blocks_through_real_workers(tmp_path: Path, policy: HostPolicy) -> None:
+    record = tmp_path / "run.kvlog"
+    options = RunOptions(**{**vars(TIGHT), "host_policy": policy, "record": record})
+    summary = Run(sample.generate(300, seed=1), options).execute()
+    assert summary.requests == 300 and summary.digest == summary.replay_digest
+    assert sum(summary.moved_blocks.values()) > 2000 and summary.host_hit_blocks > 0
+    assert summary.verified_bytes > summary.written_bytes > 0
+    reader = KvlogReader(record)
+    replayed = replay(reader, check_every=200)
+    reader.close()
+    assert state_digest(replayed.state).hex() == summary.digest and replayed.digests == 1
+
+
+def test_planted_permuted_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = CacheManager.block_table
+
+    def permuted(self: CacheManager, key: str) -> BlockTable:
+        table = real(self, key)
+        if key == "20":
+            table[[0, 1]] = table[[1, 0]]
+        return table
+
+    monkeypatch.setattr(CacheManager, "block_table", permuted)
+    with pytest.raises(WrongBytes, match=r"request 20: block \d+, position \d+ .*after event \d+"):
+        Run(sample.generate(60), TIGHT).execute()
+
+
+def test_planted_eviction_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = CacheManager.block_table
+    stolen: list[int] = []
+
+    def shared(self: CacheManager, key: str) -> BlockTable:
+        table = real(self, key)
+        if key == "30":
+            stolen.append(int(table[-1]))
+        if key == "31":  # as if a block of request 30, which still runs, had been handed out again
+            self.pools[0].device[:, stolen[0]] = 7
+            self.pools[1].device[:, stolen[0]] = 7
+        return table
+
+    def verify_all(run: Run) -> None:
+        run.execute()
+
+    monkeypatch.setattr(CacheManager, "block_table", shared)
+    trace = sample.generate(60)
+    long = [r._replace(tokens=np.resize(r.tokens, 64), items=(), output=np.ones(16, np.int32)) for r in trace.requests]
+    with pytest.raises(WrongBytes, match=r"request 3[01]"):
+        verify_all(Run(trace._replace(requests=long), TIGHT))
+
+
+def test_planted_wrong_swap() -> None:
+    """A worker that copies to the wrong place: here the host block changes between its two copies."""
+    run = Run(sample.generate(300, seed=1), TIGHT)
+    real = CacheManager.poll
+
+    def poll(self: CacheManager) -> object:
+        for node in self.state.nodes.values():
+            if node.host is not None and node.host_ready:
+                self.pools[0].host[node.host[0]] ^= 1
+        return real(self)
+
+    CacheManager.poll = poll  # type: ignore[method-assign,assignment]
+    try:
+        with pytest.raises(WrongBytes, match="rank 0"):
+            run.execute()
+    finally:
+        CacheManager.poll = real  # type: ignore[method-assign]
+
+
+def test_planted_stale_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "_wait", lambda self, manager, done: None if manager.state.requests else manager.poll())
+    with pytest.raises((WrongBytes, Exception)) as caught:
+        Run(sample.generate(300, seed=1), RunOptions(**{**vars(TIGHT), "block_bytes": 1 << 16})).execute()
+    assert isinstance(caught.value, WrongBytes) or "still waits" in str(caught.value)
+
+
+MALFORMED = {
+    '{"timestamp": 0, "hash_ids": [], "input_length": 1, "output_length": 1}': "at least one id",
+    '{"timestamp": 0, "hash_ids": [1, 1], "input_length": 1, "output_length": 1}': "follows",
+    '{"timestamp": 0, "hash_ids": [2147483647], "input_length": 1, "output_length": 1}': "whole number",
+    '{"timestamp": 0, "hash_ids": ["1"], "input_length": 1, "output_length": 1}': "whole number",
+    '{"timestamp": 0, "hash_ids": [true], "input_length": 1, "output_length": 1}': "whole number",
+    '{"timestamp": "0", "hash_ids": [1], "input_length": 1, "output_length": 1}': "timestamp",
+    '{"timestamp": 0, "hash_ids": [1], "input_length": 1}': "output_length",
+    '{"timestamp": 9, "hash_ids": [1], "input_length": 1, "output_length": 1}\n'
+    '{"timestamp": 8, "hash_ids": [1], "input_length": 1, "output_length": 1}': "line 2: timestamp 8 is before",
+    '{"timestamp": 0, "hash_ids": [1, 2], "input_length": 1, "output_length": 1}\n'
+    '{"timestamp": 0, "hash_ids": [3, 2], "input_length": 1, "output_length": 1}': "line 2: hash id 2 follows 3",
+    "nonsense": "line 1: not JSON",
+    "[]": "not a JSON object",
+    "": "no request",
+    '{"timestamp": 0, "tokens": [1, -1]}': "position 1",
+    '{"timestamp": 0, "tokens": [1, 2.5]}': "token ids",
+    '{"timestamp": 0, "tokens": []}': "at least one",
+    '{"timestamp": 0, "tokens": [1], "images": [{"hash": "00", "offset": 0, "length": 1}]}': "16",
+    '{"timestamp": 0, "tokens": [1], "final": 1}': "final",
+    '{"timestamp": 0, "tokens": [1], "extra": 1}': "unknown fields",
+}
+
+
+@pytest.mark.parametrize("text", MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_traces(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(text)
+    with pytest.raises(TraceError) as error:
+        traces.load(path)
+    assert str(path) in str(error.value) and MALFORMED[text] in str(error.value)
+
+
+def test_command_line_errors_are_clear_and_leave_nothing(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("nonsense")
+    for arguments in (
+        [str(bad)],
+        [str(tmp_path / "missing")],
+        ["--block-bytes", "12"],
+        ["--device-blocks", "0"],
+        ["--per-request", str(tmp_path / "no" / "folder")],
+        ["--record", str(bad)],
+        ["--device-blocks", str(2**31 - 1)],
+        ["--name", "a/b"],
+    ):
+        done = kvledger("run", *arguments)
+        assert done.returncode == 2, (arguments, done)
+        assert done.stderr.strip() and "Traceback" not in done.stderr, (arguments, done.stderr)
+
+
+def test_the_sample_is_reproducible_and_survives_its_file(tmp_path: Path) -> None:
+    trace = sample.generate(80, seed=3)
+    path = tmp_path / "sample.jsonl"
+    sample.write(trace, path)
+    loaded = traces.load(path)
+    for ours, theirs in zip(trace.requests, loaded.requests, strict=True):
+        assert np.array_equal(ours.tokens, theirs.tokens) and ours.items == theirs.items
+        assert (ours.namespace, ours.final, ours.timestamp_ms) == (theirs.namespace, theirs.final, theirs.timestamp_ms)
+    assert any(request.items for request in trace.requests) and any(request.final for request in trace.requests)
+    digests = {Run(t, RunOptions(data=False)).execute().digest for t in (trace, loaded, sample.generate(80, seed=3))}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_stops_cleanly(number: signal.Signals) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "kvledger.cli",
+        "run",
+        "--requests",
+        "20000",
+        "--json",
+        "--name",
+        f"i{os.getpid()}",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not list(Path("/dev/shm").glob(f"i{os.getpid()}.rank1.*.signals")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(1)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    summary = json.loads(out)
+    assert summary["interrupted"] and summary["digest"] == summary["replay_digest"]
+
+
+def test_copies_of_consecutive_and_scattered_blocks(tmp_path: Path) -> None:
+    from array import array
+
+    from statemachine.events import Direction
+    from workers import PoolLayout
+    from workers.pools import create_pools, pool_names
+
+    layout = PoolLayout(1, 3, 64, 32, 32)
+    ledger = f"copies-{os.getpid()}"
+    (pools,) = create_pools(ledger, layout)
+    rng = np.random.default_rng(1)
+    pools.device[:] = rng.integers(0, 256, pools.device.shape)
+    wanted: Pools = pools
+    sources: IntArray = array("i", [5, 6, 7, 3, 9, 2, 1, 30, 31])
+    targets: IntArray = array("i", [0, 1, 2, 8, 9, 20, 19, 30, 31])
+    assert transfer.copy_blocks(wanted, Direction.SWAP_OUT, sources, targets) == 9
+    for source, target in zip(sources, targets, strict=True):
+        assert np.array_equal(pools.host[target], pools.device[:, source])
+    before = pools.device[:, sources].copy()
+    pools.device[:] = 0
+    transfer.copy_blocks(wanted, Direction.SWAP_IN, targets, sources)
+    assert np.array_equal(pools.device[:, sources], before)
+    from ipc.names import unlink
+
+    for name in pool_names(ledger, 0):
+        unlink(name)
