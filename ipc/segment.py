@@ -113,7 +113,9 @@ def create(ledger: str, epoch: int, index: int, size: int) -> mmap.mmap:
     Raises:
         ipc.SharedMemoryFull
     """
-    return memory.create(segment_name(ledger, epoch, index), size)
+    map = memory.create(segment_name(ledger, epoch, index), size)
+    memory.populate(map)
+    return map
 
 
 def locate(ledger: str, segments: list[tuple[int, int]], sequence: int) -> tuple[MappedSegment | None, int]:

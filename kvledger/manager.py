@@ -25,7 +25,7 @@ from statemachine.content import Item, Tokens, words_of
 from statemachine.decide import available_blocks, decide, peek, request_named
 from statemachine.encoding import state_digest
 from statemachine.errors import InvalidCommand, OutOfBlocks, OutOfOrder
-from statemachine.events import Event, Outcome, ReleaseReason, RequestMatched, Tier
+from statemachine.events import BlocksAllocated, Event, Outcome, ReleaseReason, RequestMatched, Tier
 from statemachine.state import Request, State, Transfer
 from workers import PoolLayout
 from workers.acknowledgements import Acknowledgement, Status
@@ -216,12 +216,17 @@ class CacheManager:
         for key, count in counts.items():
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise InvalidCommand(f"request {key!r} cannot get {count!r} blocks: counts are whole numbers from 0")
-        self._execute(commands.Allocate(list(counts), list(counts.values())))
-        state = self._state
+        events = self._execute(commands.Allocate(list(counts), list(counts.values())))
+        granted = np.empty(0, np.int32)
+        if events:
+            allocated = events[-1]
+            assert isinstance(allocated, BlocksAllocated)
+            granted = np.array(allocated.blocks, np.int32)
         new = {}
+        start = 0
         for key, count in counts.items():
-            table = state.requests[state.keys[key]].table
-            new[key] = np.array(table[len(table) - count :], np.int32)
+            new[key] = granted[start : start + count]
+            start += count
         return new
 
     def cache(self, key: str, blocks: int | None = None, *, generated: Tokens | None = None) -> None:
