@@ -134,13 +134,12 @@ class LogWriter:
             crc = crc32c(line, crc)
             body = offset + LINE_BYTES
             buffer[offset : offset + CRC_OFFSET] = line
-            commits.append((body // 4 - 1, crc))
             offset = body
             if size:
                 crc = crc32c(payload, crc)
-                commits[-1] = (body // 4 - 1, crc)
                 buffer[body : body + size] = payload
                 offset += size + 63 & ~63
+            commits.append((body // 4 - 1, crc))
             sequence += 1
             flags = 0
             mask |= 1 << kind

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, get_type_hints
 
 import xxhash
 
-from statemachine.events import KIND_OF, KINDS, Event
+from statemachine.events import KIND_OF, KINDS, Event, IntArray
 
 ARGS_BYTES = 24
 _ARRAYS = {"i": 4, "I": 4, "Q": 8}
+_WRITERS: dict[str, Callable[[Any], bytes]] = {"bytes": bytes, "text": str.encode}
 
 
 class CodecError(ValueError):
@@ -30,6 +31,8 @@ class _Plan(NamedTuple):
     subject: bool
     scalars: tuple[int, ...]
     variables: tuple[tuple[int, str], ...]
+    writers: tuple[tuple[int, Callable[[Any], bytes]], ...]
+    """How each variable field becomes bytes."""
     head: struct.Struct
 
 
@@ -42,7 +45,8 @@ def _plan(kind: int, event: type[Event]) -> _Plan:
     packed = scalars[1:] if subject else scalars
     lengths = max(len(variables) - 1, 0)
     head = struct.Struct("<" + "".join(codes[i] for i in packed) + "I" * lengths)
-    return _Plan(kind, event, subject, packed, variables, head)
+    writers = tuple((i, _WRITERS.get(code, IntArray.tobytes)) for i, code in variables)
+    return _Plan(kind, event, subject, packed, variables, writers, head)
 
 
 def _is_scalar(hint: Any) -> bool:
@@ -56,21 +60,13 @@ _BY_KIND: dict[int, _Plan] = {plan.kind: plan for plan in _PLANS.values()}
 def encode(event: Event) -> tuple[int, int, bytes, bytes]:
     """Turn an event into ``(kind, subject, args, payload)``; ``args`` has at most 24 bytes."""
     plan = _PLANS[type(event)]
-    values = [event[i] for i in plan.scalars]
-    parts: list[bytes] = []
-    for i, code in plan.variables:
-        field: Any = event[i]
-        part = field.encode() if code == "text" else field if code == "bytes" else field.tobytes()
-        parts.append(part)
-        values.append(len(part))
-    if parts:
-        values.pop()
-    head = plan.head.pack(*values)
+    parts = [convert(event[i]) for i, convert in plan.writers]
+    head = plan.head.pack(*[event[i] for i in plan.scalars], *map(len, parts[:-1]))
     if len(head) > ARGS_BYTES:
         parts.insert(0, head[ARGS_BYTES:])
         head = head[:ARGS_BYTES]
     subject: Any = event[0] if plan.subject else 0
-    return plan.kind, subject, head, b"".join(parts) if parts else b""
+    return plan.kind, subject, head, b"".join(parts)
 
 
 def decode(kind: int, subject: int, args: bytes, payload: bytes) -> Event:
