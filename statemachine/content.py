@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -50,11 +50,22 @@ def words_of(tokens: Tokens, *, items: Sequence[Item] = ()) -> memoryview:
     Raises:
         InvalidTokens: a token is negative, beyond int32 or no integer; items overlap or reach outside the prompt.
     """
-    array = _token_array(tokens)
+    array = tokens if _is_plain(tokens) else _token_array(tokens)
     if items:
         array = array.copy()
         _overwrite(array, items)
     return array.data.cast("B")
+
+
+def _is_plain(tokens: Tokens) -> TypeGuard[npt.NDArray[np.int32]]:
+    """Whether nothing has to be converted: valid int32, the way engines keep prompts."""
+    return (
+        type(tokens) is np.ndarray
+        and tokens.dtype is _WORD
+        and tokens.ndim == 1
+        and tokens.flags.c_contiguous
+        and bool(np.minimum.reduce(tokens, initial=0) >= 0)
+    )
 
 
 def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
