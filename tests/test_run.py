@@ -73,14 +73,11 @@ def test_planted_eviction_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
             self.pools[1].device[:, stolen[0]] = 7
         return table
 
-    def verify_all(run: Run) -> None:
-        run.execute()
-
     monkeypatch.setattr(CacheManager, "block_table", shared)
     trace = sample.generate(60)
     long = [r._replace(tokens=np.resize(r.tokens, 64), items=(), output=np.ones(16, np.int32)) for r in trace.requests]
     with pytest.raises(WrongBytes, match=r"request 3[01]"):
-        verify_all(Run(trace._replace(requests=long), TIGHT))
+        Run(trace._replace(requests=long), TIGHT).execute()
 
 
 def test_planted_wrong_swap() -> None:
@@ -103,10 +100,29 @@ def test_planted_wrong_swap() -> None:
 
 
 def test_planted_stale_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Run, "_wait", lambda self, manager, done: None if manager.state.requests else manager.poll())
-    with pytest.raises((WrongBytes, Exception)) as caught:
-        Run(sample.generate(300, seed=1), RunOptions(**{**vars(TIGHT), "block_bytes": 1 << 16})).execute()
-    assert isinstance(caught.value, WrongBytes) or "still waits" in str(caught.value)
+    """An engine that does not wait: its workers stand still while it reads what they should bring."""
+    real_admit, real_close = CacheManager.admit, CacheManager.close
+
+    def send(manager: CacheManager, number: signal.Signals) -> None:
+        assert manager._supervisor is not None
+        for rank in range(2):
+            os.kill(manager._supervisor.pid(rank), number)
+
+    def hasty(self: CacheManager, key: str, tokens: object, **options: object) -> object:
+        prompt = {name: options[name] for name in ("items", "namespace")}
+        if not self.peek(tokens, **prompt)[1]:  # type: ignore[arg-type]
+            return real_admit(self, key, tokens, **options)  # type: ignore[arg-type]
+        send(self, signal.SIGSTOP)
+        return real_admit(self, key, tokens, **options)._replace(ready=True)  # type: ignore[arg-type]
+
+    def close(self: CacheManager, *, keep: bool = False) -> None:
+        send(self, signal.SIGCONT)
+        real_close(self, keep=keep)
+
+    monkeypatch.setattr(CacheManager, "admit", hasty)
+    monkeypatch.setattr(CacheManager, "close", close)
+    with pytest.raises(WrongBytes, match=r"request \d+: block \d+"):
+        Run(sample.generate(300, seed=1), TIGHT).execute()
 
 
 MALFORMED = {
