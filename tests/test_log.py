@@ -262,6 +262,24 @@ def test_a_parked_worker_is_woken_for_its_kinds_only(name: str) -> None:
     writer.close(unlink=True)
 
 
+def test_the_next_worker_on_a_line_is_woken_too(name: str) -> None:
+    """Found by killing workers: the writer went on ringing the dead worker's doorbell."""
+    writer = LogWriter.create(name, schema_hash=1)
+    for number in range(2):
+        worker = LogReader(name, from_sequence=writer.next_sequence, worker=True, kind_mask=1 << 7)
+        writer.listen()
+        got: list[list[Record]] = []
+        thread = threading.Thread(target=lambda worker=worker, got=got: got.append(worker.wait(60)))
+        thread.start()
+        while not writer._control.words[Control.line(0) + 3]:
+            time.sleep(0.001)
+        write(writer, [(7, number, b"", b"")])
+        thread.join(20)
+        assert not thread.is_alive() and [record.subject for record in got[0]] == [number]
+        worker.close()
+    writer.close(unlink=True)
+
+
 _WRITER = """
 import sys
 from ipc import LogWriter, record_bytes
