@@ -16,7 +16,7 @@ from typing import Self
 from crc32c import crc32c
 
 from ipc.errors import LedgerError, LogCorrupt
-from ipc.record import LINE, TXN_END, Record, read_record, record_bytes
+from ipc.record import LINE, Position, Record, record_bytes
 
 _MAGIC = b"KVLOG\x00\x01\n"
 _HEADER = struct.Struct("<8sQQI")
@@ -95,36 +95,23 @@ class KvlogReader:
         if len(self._buffer) < _HEADER_BYTES or header[:8] != _MAGIC or crc32c(header) != crc:
             self.close()
             raise LogCorrupt(str(path), 0, "not a .kvlog file, or its header is damaged")
-        _, self.schema_hash, self._next, self._crc = _HEADER.unpack(header)
-        self._offset = _HEADER_BYTES
-        self.cursor = max(from_sequence, self._next)
+        _, self.schema_hash, base, seed = _HEADER.unpack(header)
+        self._at = Position(_HEADER_BYTES, seed, base)
+        self.cursor = max(from_sequence, base)
         """Sequence of the next record."""
 
     def poll(self, limit: int = 1 << 20) -> list[Record]:
         """The next records, in whole transactions, about ``limit`` at most; none at the end."""
-        records: list[Record] = []
-        complete = 0
-        offset, crc, expected = self._offset, self._crc, self._next
-        while offset < len(self._buffer) and not self.damage:
-            found = read_record(self._buffer, offset, crc)
-            if found is None or found[0].sequence != expected:
-                reason = f"record {expected} is cut off or damaged; everything before its transaction was read"
-                self.damage = LogCorrupt(str(self.path), offset, reason)
-                break
-            record, crc, offset = found
-            expected += 1
-            if record.sequence >= self.cursor:
-                records.append(record)
-            if record.flags & TXN_END:
-                complete = len(records)
-                self._offset, self._crc, self._next = offset, crc, expected
-                if complete >= limit:
-                    break
-        if offset >= len(self._buffer) and self._offset != offset:
-            reason = f"the file ends inside the transaction after record {self._next - 1}"
-            self.damage = LogCorrupt(str(self.path), self._offset, reason)
-        del records[complete:]
-        self.cursor = max(self.cursor, self._next)
+        if self.damage is not None:
+            return []
+        at, end = self._at, len(self._buffer)
+        records, damaged = at.read(self._buffer, end, self.cursor, limit)
+        if damaged is None and not records and at.offset < end:
+            damaged = end
+        if damaged is not None:
+            reason = f"cut off or damaged here; everything up to record {at.sequence - 1} was read"
+            self.damage = LogCorrupt(str(self.path), damaged, reason)
+        self.cursor = max(self.cursor, at.sequence)
         return records
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from ipc.control import CURSOR, PARKED, Control
 from ipc.errors import LedgerNotFound, LogCorrupt, Overrun
 from ipc.fence import make_fence
 from ipc.names import bell_name, segments_of
-from ipc.record import TXN_END, Record, read_record
+from ipc.record import Position, Record
 from ipc.segment import HEADER_BYTES, NEXT, TAIL, MappedSegment, locate
 
 SPINS = 200
@@ -43,9 +43,7 @@ class LogReader:
         self._line: int | None = None
         self._bell: posix_ipc.Semaphore | None = None
         self._segment: MappedSegment | None = None
-        self._offset = HEADER_BYTES
-        self._crc = 0
-        self._next = 0
+        self._at = Position(HEADER_BYTES, 0, 0)
         try:
             if worker:
                 self._line = self._control.claim(name, mask=kind_mask, worker=True, cursor=from_sequence)
@@ -64,31 +62,14 @@ class LogReader:
             if oldest:
                 raise Overrun(self.ledger, sequence, oldest)
             raise LedgerNotFound(f"ledger {self.ledger!r} has no log segment")
-        self._enter(segment)
-        data, offset, crc = segment.buffer, self._offset, self._crc
-        tail = self._tail()
-        while offset < tail and self._next < sequence:
-            found = read_record(data, offset, crc)
-            if found is None:
-                break
-            record, crc, offset = found
-            self._offset, self._crc, self._next = offset, crc, record.sequence + 1
+        self._enter(segment)  # what stands before the sequence in it is read, checked and left out by the first poll
         self.cursor = sequence
 
     def _enter(self, segment: MappedSegment) -> None:
         if self._segment is not None:
             self._segment.close()
         self._segment = segment
-        self._offset = HEADER_BYTES
-        self._crc = segment.header.crc_seed
-        self._next = segment.header.base_sequence
-
-    def _tail(self) -> int:
-        assert self._segment is not None
-        tail = self._segment.words[TAIL]
-        self._release()
-        self._acquire()
-        return tail
+        self._at = Position(HEADER_BYTES, segment.header.crc_seed, segment.header.base_sequence)
 
     def poll(self, limit: int = 1 << 20) -> list[Record]:
         """The records published since, in whole transactions, about ``limit`` at most.
@@ -100,14 +81,14 @@ class LogReader:
         segment = self._segment
         assert segment is not None
         tail = segment.words[TAIL]
-        if tail == self._offset:
+        if tail == self._at.offset:
             following = segment.words[NEXT]
             if not following:
                 return []
             self._release()
             self._acquire()
             tail = segment.words[TAIL]
-            if tail == self._offset:
+            if tail == self._at.offset:
                 self._enter_next(segment, following)
                 return self.poll(limit)
         self._release()
@@ -115,24 +96,11 @@ class LogReader:
         return self._read(segment, tail, limit)
 
     def _read(self, segment: MappedSegment, tail: int, limit: int) -> list[Record]:
-        data, offset, crc, expected = segment.buffer, self._offset, self._crc, self._next
-        records: list[Record] = []
-        complete = 0
-        while offset < tail:
-            found = read_record(data, offset, crc)
-            if found is None or found[0].sequence != expected:
-                raise LogCorrupt(segment.name, offset, f"the record that should have sequence {expected} is damaged")
-            record, crc, offset = found
-            expected += 1
-            if record.sequence >= self.cursor:
-                records.append(record)
-            if record.flags & TXN_END:
-                complete = len(records)
-                self._offset, self._crc, self._next = offset, crc, expected
-                if complete >= limit:
-                    break
-        del records[complete:]
-        self.cursor = max(self.cursor, self._next)
+        at = self._at
+        records, damaged = at.read(segment.buffer, tail, self.cursor, limit)
+        if damaged is not None and not records:
+            raise LogCorrupt(segment.name, damaged, f"a record after {at.sequence - 1} is damaged")
+        self.cursor = max(self.cursor, at.sequence)
         if self._line is not None:
             self._control.words[Control.line(self._line) + CURSOR] = self.cursor
         return records
@@ -142,7 +110,7 @@ class LogReader:
             self._enter(MappedSegment(self.ledger, segment.header.epoch, index))
         except LedgerNotFound:
             _, oldest = locate(self.ledger, segments_of(self.ledger), 0)
-            raise Overrun(self.ledger, self._next, oldest) from None
+            raise Overrun(self.ledger, self._at.sequence, oldest) from None
 
     def wait(self, timeout: float) -> list[Record]:
         """Records as soon as there are some, or none after ``timeout`` seconds.

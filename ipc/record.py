@@ -41,6 +41,41 @@ def record_bytes(payload_bytes: int) -> int:
     return LINE_BYTES + (payload_bytes + 63 & ~63)
 
 
+class Position:
+    """Where the next record of a log starts: ``offset`` in the data, the CRC before it, its sequence number."""
+
+    def __init__(self, offset: int, crc: int, sequence: int) -> None:
+        self.offset = offset
+        self.crc = crc
+        self.sequence = sequence
+
+    def read(self, data: memoryview, stop: int, wanted: int, limit: int) -> tuple[list[Record], int | None]:
+        """Whole transactions up to the byte ``stop``, about ``limit`` records; those before ``wanted`` are left out.
+
+        Moves behind the last one. Returns the records, and the offset of a damaged or missing one, if there is one.
+        """
+        offset, crc, expected = self.offset, self.crc, self.sequence
+        records: list[Record] = []
+        complete = 0
+        damaged = None
+        while offset < stop:
+            found = read_record(data, offset, crc)
+            if found is None or found[0].sequence != expected:
+                damaged = offset
+                break
+            record, crc, offset = found
+            expected += 1
+            if record.sequence >= wanted:
+                records.append(record)
+            if record.flags & TXN_END:
+                complete = len(records)
+                self.offset, self.crc, self.sequence = offset, crc, expected
+                if complete >= limit:
+                    break
+        del records[complete:]
+        return records, damaged
+
+
 def read_record(data: memoryview, offset: int, crc: int) -> tuple[Record, int, int] | None:
     """The record at ``offset``, the CRC of the chain after it, and where the next one starts; ``None``: not valid."""
     if offset + LINE_BYTES > len(data):

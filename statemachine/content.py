@@ -19,9 +19,8 @@ from statemachine.errors import CommandRejected
 Tokens: TypeAlias = "npt.NDArray[Any] | Sequence[int] | memoryview | bytearray | Any"
 """Token ids: a NumPy array of any integer type, a buffer of integers, or any sequence of ints."""
 
-ITEM_WORDS = 4
-"""Words after which an item's hash repeats: 4 × 31 bits."""
 _HASH_BYTES = 16
+"""Four words with the sign bit set: 124 bits of it count."""
 _SIGN = np.uint32(1 << 31)
 _WORD = np.dtype("<i4")
 

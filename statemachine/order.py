@@ -41,10 +41,6 @@ class Order:
         self._prev[new] = node
         self._next[new] = behind
 
-    def follower(self, node: Node) -> Node | None:
-        """The run right behind ``node``."""
-        return self._next[node]
-
     def __contains__(self, node: Node) -> bool:
         return node in self._next
 

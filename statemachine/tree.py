@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from statemachine.events import Direction, IntArray
-from statemachine.state import NO_CHILDREN, Node, Part, Request, State
+from statemachine.events import IntArray
+from statemachine.state import NO_CHILDREN, Node, Part, State
 
 
 class Path(NamedTuple):
@@ -266,8 +266,3 @@ def joined(arrays: list[IntArray | None]) -> IntArray:
 def arriving(node: Node) -> bool:
     """Whether the device copy of a run is still being swapped in."""
     return node.device is not None and not node.device_ready
-
-
-def waiting_for(request: Request, direction: Direction, state: State) -> list[int]:
-    """Transfers of one direction that a request waits for."""
-    return [id for id in request.waits if state.transfers[id].direction == direction]
