@@ -3,7 +3,7 @@
 ::
 
     magic u64 | version u64 | schema hash u64 | writer pid u64 | writer start time u64
-    at 128: heartbeat ns u64      at 192: current epoch << 32 | index, u64
+    at 192: current epoch << 32 | index, u64
     at 4096, 128 lines of 64 B: pid u64 | start time u64 | cursor u64 | parked u64 | kind mask u64 | worker u64
                                 | name 16 B
 
@@ -28,7 +28,7 @@ from ipc.segment import MAGIC, VERSION
 READERS = 128
 _LINES = 4096
 _BYTES = _LINES + READERS * 64
-_SCHEMA, _PID, _START, _HEARTBEAT, _CURRENT = 2, 3, 4, 128 // 8, 192 // 8
+_SCHEMA, _PID, _START, _CURRENT = 2, 3, 4, 192 // 8
 PID, START, CURSOR, PARKED, MASK, WORKER, NAME = range(7)
 """Words of a reader line."""
 
@@ -111,10 +111,6 @@ class Control:
         except BlockingIOError:
             raise WriterAlive(_who_is_there(self.ledger)) from None
 
-    def take_over(self) -> None:
-        """Note this process as the writer."""
-        self.words[_PID], self.words[_START] = own_identity()
-
     @property
     def schema_hash(self) -> int:
         """Of the events in this log."""
@@ -128,15 +124,6 @@ class Control:
     def writer_alive(self) -> bool:
         """Whether the writer runs."""
         return alive(*self.writer)
-
-    @property
-    def heartbeat_ns(self) -> int:
-        """When the writer last said that it lives; 0 = never."""
-        return self.words[_HEARTBEAT]
-
-    @heartbeat_ns.setter
-    def heartbeat_ns(self, now: int) -> None:
-        self.words[_HEARTBEAT] = now
 
     @property
     def current(self) -> tuple[int, int]:
@@ -214,6 +201,8 @@ def _who_is_there(ledger: str) -> str:
         pid, started = control.writer
         if alive(pid, started):
             return f"ledger {ledger!r} is written by process {pid} (started at clock tick {started})"
-        return f"ledger {ledger!r} exists, its writer (process {pid}) is dead: remove it or choose another name"
+        return (
+            f"ledger {ledger!r} is left of process {pid}, which is dead: choose another name, or rm /dev/shm/{ledger}.*"
+        )
     finally:
         control.close()

@@ -58,6 +58,7 @@ class LogWriter:
         self._kept: list[tuple[int, int]] = []
         """``(index, base sequence)`` of the segments that exist."""
         self._release, self._acquire = make_fence()
+        self._hold: int | None = None
         self._bells: dict[int, posix_ipc.Semaphore] = {}
         self._listeners: list[tuple[int, int, int]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvledger-segment")
@@ -179,9 +180,9 @@ class LogWriter:
                         continue  # the worker left
                 bell.release()
 
-    def heartbeat(self) -> None:
-        """Say that the writer lives."""
-        self._control.heartbeat_ns = time.time_ns()
+    def hold(self, sequence: int | None) -> None:
+        """Keep everything from ``sequence`` on, for a worker that is yet to come; ``None``: no longer."""
+        self._hold = sequence
 
     def _prepare(self) -> Future[mmap.mmap]:
         return self._thread.submit(segment.create, self.ledger, self._epoch, self._index + 1, self._segment_bytes)
@@ -232,7 +233,7 @@ class LogWriter:
     def _drop(self) -> None:
         if self._retain_bytes is None:
             return
-        passed = self.next_sequence
+        passed = self.next_sequence if self._hold is None else self._hold
         for reader in self._control.readers():
             if reader.worker and reader.alive:
                 passed = min(passed, reader.cursor)

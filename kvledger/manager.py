@@ -312,27 +312,38 @@ class CacheManager:
         for change in supervisor.changes():
             rank = change.rank
             if change.ready:
-                self._restarts.pop(rank, None)
+                del self._restarts[rank]
+                if not self._restarts:
+                    self._writer.hold(None)
                 self._execute(commands.JoinWorker(rank, supervisor.pid(rank)))
                 self._writer.listen()
+                self._never_again(rank)  # what timed out before it joined is not executed by it
                 continue
             _, failures = self._restarts.get(rank, (0.0, 0))
             self._restarts[rank] = time.monotonic() + min(_BACK_OFF_S * 2**failures, _LONGEST_BACK_OFF_S), failures + 1
             if rank in self._state.workers:
                 self._execute(commands.LoseWorker(rank, change.reason))
             # What it answered is done again by its successor, except what it can no longer touch.
-            for id, transfer in self._state.transfers.items():
-                answers = self._answers.setdefault(id, {})
+            for answers in self._answers.values():
                 answers.pop(rank, None)
-                if transfer.quarantined:
-                    answers[rank] = Acknowledgement(rank, id, 0, Status.FAILED, change.reason)
+            self._never_again(rank)
+            self._writer.hold(self._oldest_in_flight())
         if self._restarts:
             now = time.monotonic()
             for rank, (when, failures) in self._restarts.items():
                 if now >= when:
                     self._restarts[rank] = float("inf"), failures
-                    first = min((order.sequence for order in self._orders.values()), default=self.next_sequence)
-                    supervisor.start(rank, self._state.workers.get(rank, 0) + 1, first)
+                    supervisor.start(rank, self._state.workers.get(rank, 0) + 1, self._oldest_in_flight())
+
+    def _never_again(self, rank: int) -> None:
+        """The worker that might still have written what is quarantined is dead: that counts as its answer."""
+        for id, transfer in self._state.transfers.items():
+            if transfer.quarantined:
+                self._answers.setdefault(id, {})[rank] = Acknowledgement(rank, id, 0, Status.FAILED, "dead")
+
+    def _oldest_in_flight(self) -> int:
+        """Sequence from which on a new worker has to read the log."""
+        return min((order.sequence for order in self._orders.values()), default=self.next_sequence)
 
     def _finish(self, transfer: Transfer, outcome: Outcome, valid: int, progress: dict[str, Progress]) -> None:
         state = self._state

@@ -147,6 +147,8 @@ class Run:
         self._times: dict[str, list[int]] = {"admit": [], "wait": [], "cache": [], "release": []}
         self._engine: PatternEngine | None = None
         self._per_request: IO[str] | None = None
+        self._recording: KvlogWriter | None = None
+        self._recorder: LogReader | None = None
 
     def config(self) -> CacheConfig:
         """The cache that the run creates. Raises :class:`kvledger.ConfigError`."""
@@ -178,25 +180,23 @@ class Run:
         self.summary.ledger = name
         config = self.config()
         with ExitStack() as stack:
-            if self.options.per_request is not None:
-                self._per_request = stack.enter_context(open(self.options.per_request, "w"))
-            recording = None
-            if self.options.record is not None:
-                recording = stack.enter_context(KvlogWriter(self.options.record, schema_hash=codec.SCHEMA_HASH))
             manager = CacheManager.create(name, config)
             stack.callback(manager.close, keep=self.options.keep)
+            if self.options.per_request is not None:
+                self._per_request = stack.enter_context(open(self.options.per_request, "w"))
+            if self.options.record is not None:
+                self._recording = stack.enter_context(KvlogWriter(self.options.record, schema_hash=codec.SCHEMA_HASH))
+                self._recorder = LogReader(name)
+                stack.callback(self._recorder.close)
+                stack.callback(self._record)  # also when the run fails: then the log matters most
             if manager.pools:
                 self._engine = PatternEngine(manager.pools)
-            recorder = None
-            if recording is not None:
-                recorder = LogReader(name)
-                stack.callback(recorder.close)
             begun = time.perf_counter()
             try:
                 for request in self.trace.requests:
                     self._serve(manager, request)
-                    if recorder is not None and recording is not None and not request.number % _RECORD_EVERY:
-                        recording.write(recorder.poll())
+                    if not request.number % _RECORD_EVERY:
+                        self._record()
                     self._progress(request.number + 1)
                 while self._in_flight:
                     self._release(manager)
@@ -204,10 +204,12 @@ class Run:
                 self.summary.interrupted = True
             self.summary.seconds = time.perf_counter() - begun
             self._finish(manager)
-            if recorder is not None and recording is not None:
-                while records := recorder.poll():
-                    recording.write(records)
         return self.summary
+
+    def _record(self) -> None:
+        if self._recorder is not None and self._recording is not None:
+            while records := self._recorder.poll():
+                self._recording.write(records)
 
     def _serve(self, manager: CacheManager, request: TraceRequest) -> None:
         self._make_room_in_window(manager, request)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipc import LogReader
+from ipc import LedgerExists, LogReader
+from ipc.names import remove_objects
+from ipc.processes import alive, start_time
 from kvledger import (
     Busy,
     CacheConfig,
@@ -111,6 +115,62 @@ def test_a_hung_worker_times_out_and_its_blocks_stay_quarantined() -> None:
         assert not manager.state.transfers
         manager.release("b")
         assert manager.available_blocks() == 16 and replays(manager)
+
+
+def test_what_times_out_while_a_rank_has_no_worker_is_not_quarantined_for_ever() -> None:
+    """The new incarnation never runs it and the old one is dead: nobody else can answer."""
+    config = CacheConfig(**{**vars(CONFIG), "transfer_timeout_s": 0.01})
+    with CacheManager.create(f"m{os.getpid()}", config) as manager:
+        engine = PatternEngine(manager.pools)
+        serve(manager, engine, "a", np.arange(64, dtype=np.int32))
+        assert manager._supervisor is not None
+        os.kill(manager._supervisor.pid(1), signal.SIGKILL)
+        while manager._supervisor._workers.get(1) is not None:  # until its death is noticed
+            manager.poll()
+        manager.admit("b", np.arange(64, dtype=np.int32) + 500)  # swaps "a" out
+        while not any(transfer.quarantined for transfer in manager.state.transfers.values()):
+            manager.poll()
+        assert manager.state.workers[1] == 1, "the successor joined too early for this test"
+        deadline = time.monotonic() + 30
+        while manager.state.transfers and time.monotonic() < deadline:
+            manager.poll()
+            time.sleep(0.005)
+        assert not manager.state.transfers and manager.state.workers[1] == 2
+        manager.release("b")
+        assert manager.available_blocks() == 16 and replays(manager)
+
+
+_ENGINE = """
+import sys, time
+from kvledger import CacheConfig, CacheManager, HostPolicy
+config = CacheConfig(device_blocks=8, host_blocks=8, host_policy=HostPolicy.EXCLUSIVE, ranks=2)
+manager = CacheManager.create(sys.argv[1], config)
+print(*(manager._supervisor.pid(rank) for rank in range(2)), flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers_of_a_killed_engine_leave_and_its_name_says_so() -> None:
+    name = f"orphans-{os.getpid()}"
+    engine = subprocess.Popen([sys.executable, "-c", _ENGINE, name], stdout=subprocess.PIPE, text=True)
+    assert engine.stdout is not None
+    workers = [(pid, start_time(pid)) for pid in map(int, engine.stdout.readline().split())]
+    try:
+        assert len(workers) == 2 and all(alive(*worker) for worker in workers)
+        with pytest.raises(LedgerExists, match=f"written by process {engine.pid}"):
+            CacheManager.create(name, CONFIG)
+        engine.kill()
+        engine.wait()
+        with pytest.raises(LedgerExists, match=f"process {engine.pid}, which is dead"):
+            CacheManager.create(name, CONFIG)
+        deadline = time.monotonic() + 60
+        while any(alive(*worker) for worker in workers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(alive(*worker) for worker in workers)
+    finally:
+        engine.kill()
+        engine.stdout.close()
+        remove_objects(name)
 
 
 def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

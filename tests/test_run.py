@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ipc import KvlogReader
+from ipc import KvlogReader, SharedMemoryFull
 from kvledger import sample, traces
 from kvledger.manager import BlockTable, CacheManager
-from kvledger.pattern import WrongBytes
+from kvledger.pattern import PatternEngine, WrongBytes
 from kvledger.replay import replay
 from kvledger.run import Run, RunOptions
 from kvledger.traces import TraceError
@@ -123,6 +123,30 @@ def test_planted_stale_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CacheManager, "close", close)
     with pytest.raises(WrongBytes, match=r"request \d+: block \d+"):
         Run(sample.generate(300, seed=1), TIGHT).execute()
+
+
+def test_a_failed_run_is_recorded_to_its_end_and_a_refused_one_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "run.kvlog"
+    options = RunOptions(**{**vars(TIGHT), "record": record})
+    with pytest.raises(SharedMemoryFull):
+        Run(sample.generate(20), RunOptions(**{**vars(options), "device_blocks": 2**31 - 1})).execute()
+    assert not record.exists()
+    verify = PatternEngine.verify
+
+    def failing(self: PatternEngine, request: str, *arguments: object) -> None:
+        if request == "20":
+            raise WrongBytes("planted")
+        verify(self, request, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PatternEngine, "verify", failing)
+    with pytest.raises(WrongBytes, match="planted"):
+        Run(sample.generate(60), options).execute()
+    reader = KvlogReader(record)
+    state = replay(reader).state
+    reader.close()
+    assert "20" in state.keys and reader.damage is None
 
 
 MALFORMED = {
