@@ -1,7 +1,8 @@
 """kvledger: the KV-block manager of an LLM serving engine as an event-sourced state machine with shared-memory IPC."""
 
 from kvledger.config import CacheConfig, ConfigError
-from kvledger.manager import Admission, CacheManager, ManagerClosed, Progress
+from kvledger.manager import Admission, CacheManager, ManagerClosed
+from kvledger.ranks import Progress
 from statemachine.content import InvalidTokens, Item, namespace_key
 from statemachine.errors import (
     Busy,

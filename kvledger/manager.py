@@ -15,30 +15,21 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from ipc import LogWriter, TransactionTooLarge, record_bytes
 from kvledger.config import CacheConfig
+from kvledger.ranks import BlockTable, Progress, Ranks, table_of
 from statemachine import codec, commands
 from statemachine.apply import apply, genesis
 from statemachine.content import Item, Tokens, words_of
 from statemachine.decide import available_blocks, decide, peek, request_named
 from statemachine.encoding import state_digest
-from statemachine.errors import InvalidCommand, OutOfBlocks, OutOfOrder
+from statemachine.errors import InvalidCommand, OutOfBlocks
 from statemachine.events import BlocksAllocated, Event, Outcome, ReleaseReason, RequestMatched, Tier
-from statemachine.state import Request, State, Transfer
-from workers import PoolLayout
-from workers.acknowledgements import Acknowledgement, Status
+from statemachine.state import State
 from workers.pools import Pools, create_pools
-from workers.supervisor import Supervisor
-
-BlockTable = npt.NDArray[np.int32]
-"""Device block ids in token order, ``int32[blocks]``."""
 
 _EVICT_STEP = 1 << 16
-_BACK_OFF_S = 0.05
-_LONGEST_BACK_OFF_S = 5.0
-_OUTCOMES = {Status.OK: Outcome.DONE, Status.FAILED: Outcome.FAILED, Status.CORRUPT: Outcome.CORRUPT}
 
 
 class ManagerClosed(RuntimeError):
@@ -55,24 +46,6 @@ class Admission(NamedTuple):
     """Blocks after those that are being swapped in."""
     ready: bool
     """False: nothing may be written or attended before :meth:`CacheManager.poll` reports the request."""
-
-
-class Progress(NamedTuple):
-    """A request that waited can go on."""
-
-    key: str
-    block_table: BlockTable
-    cached_blocks: int
-    """Leading blocks whose KV is valid; fewer than promised if ``shortened``."""
-    shortened: bool
-    """A swap-in failed: allocate what is missing, and compute from ``cached_blocks`` on."""
-
-
-class _Order(NamedTuple):
-    """A transfer in flight: where in the log it started, and when it is too late."""
-
-    sequence: int
-    deadline: float
 
 
 class CacheManager:
@@ -94,13 +67,7 @@ class CacheManager:
         """The shared-memory pools, by rank."""
         self._writer = writer
         self._state = state
-        self._supervisor: Supervisor | None = None
-        self._answers: dict[int, dict[int, Acknowledgement]] = {}
-        """By transfer and rank, for transfers that some rank still works on."""
-        self._orders: dict[int, _Order] = {}
-        """By transfer in flight."""
-        self._restarts: dict[int, tuple[float, int]] = {}
-        """Ranks without a worker: when to start it, and the incarnations that failed in a row."""
+        self._ranks: Ranks | None = None
         self._tails: dict[str, bytes] = {}
         """By live request: the words after its last full block."""
         self._step = 0
@@ -129,7 +96,8 @@ class CacheManager:
             manager = cls(name, config, writer, genesis(opened), pools)
             manager._publish([opened], apply_them=False)
             if layout is not None:
-                manager._start_workers(layout)
+                manager._ranks = Ranks(name, config, writer, manager._state, manager._execute)
+                manager._ranks.start()
         except BaseException:
             if manager is not None:
                 manager.close()
@@ -137,14 +105,6 @@ class CacheManager:
                 writer.close(unlink=True)
             raise
         return manager
-
-    def _start_workers(self, layout: PoolLayout) -> None:
-        self._supervisor = Supervisor(self.name, layout, ready_timeout_s=self.config.ready_timeout_s)
-        for rank in range(layout.ranks):
-            self._supervisor.start(rank, 1, self._writer.next_sequence)
-        for change in self._supervisor.wait_until_ready():
-            self._execute(commands.JoinWorker(change.rank, self._supervisor.pid(change.rank)))
-        self._writer.listen()
 
     # The life of a request
 
@@ -278,83 +238,7 @@ class CacheManager:
 
         Never blocks. Call it once per scheduler step.
         """
-        progress: dict[str, Progress] = {}
-        supervisor = self._supervisor
-        if supervisor is None:
-            return []
-        transfers = self._state.transfers
-        for answer in supervisor.acknowledgements():
-            if answer.transfer in transfers:
-                self._answers.setdefault(answer.transfer, {})[answer.rank] = answer
-        self._watch_workers(supervisor)
-        if not transfers:
-            return []
-        now = time.monotonic()
-        for id, transfer in list(transfers.items()):
-            answers = self._answers.get(id, {})
-            if len(answers) == self.config.ranks:
-                if transfer.quarantined:
-                    self._execute(commands.EndQuarantine(id))
-                else:
-                    valid = min(answer.valid for answer in answers.values())
-                    outcome = max(_OUTCOMES[answer.status] for answer in answers.values())
-                    try:
-                        self._finish(transfer, outcome, valid, progress)
-                    except OutOfOrder:
-                        continue  # the transfer that brings the front of its path ends first
-                del self._answers[id], self._orders[id]
-            elif not transfer.quarantined and now > self._orders[id].deadline:
-                self._finish(transfer, Outcome.TIMED_OUT, 0, progress)
-        return list(progress.values())
-
-    def _watch_workers(self, supervisor: Supervisor) -> None:
-        """Log who came and who went, and start a dead rank's worker again."""
-        for change in supervisor.changes():
-            rank = change.rank
-            if change.ready:
-                del self._restarts[rank]
-                if not self._restarts:
-                    self._writer.hold(None)
-                self._execute(commands.JoinWorker(rank, supervisor.pid(rank)))
-                self._writer.listen()
-                self._never_again(rank)  # what timed out before it joined is not executed by it
-                continue
-            _, failures = self._restarts.get(rank, (0.0, 0))
-            self._restarts[rank] = time.monotonic() + min(_BACK_OFF_S * 2**failures, _LONGEST_BACK_OFF_S), failures + 1
-            if rank in self._state.workers:
-                self._execute(commands.LoseWorker(rank, change.reason))
-            # What it answered is done again by its successor, except what it can no longer touch.
-            for answers in self._answers.values():
-                answers.pop(rank, None)
-            self._never_again(rank)
-            self._writer.hold(self._oldest_in_flight())
-        if self._restarts:
-            now = time.monotonic()
-            for rank, (when, failures) in self._restarts.items():
-                if now >= when:
-                    self._restarts[rank] = float("inf"), failures
-                    supervisor.start(rank, self._state.workers.get(rank, 0) + 1, self._oldest_in_flight())
-
-    def _never_again(self, rank: int) -> None:
-        """The worker that might still have written what is quarantined is dead: that counts as its answer."""
-        for id, transfer in self._state.transfers.items():
-            if transfer.quarantined:
-                self._answers.setdefault(id, {})[rank] = Acknowledgement(rank, id, 0, Status.FAILED, "dead")
-
-    def _oldest_in_flight(self) -> int:
-        """Sequence from which on a new worker has to read the log."""
-        return min((order.sequence for order in self._orders.values()), default=self.next_sequence)
-
-    def _finish(self, transfer: Transfer, outcome: Outcome, valid: int, progress: dict[str, Progress]) -> None:
-        state = self._state
-        waiters = [(state.requests[id], state.requests[id].leaf.end) for id in transfer.waiters]
-        self._execute(commands.FinishTransfer(transfer.id, outcome, valid))
-        for request, before in waiters:
-            shortened = request.leaf.end < before
-            earlier = progress.get(request.key)
-            shortened = shortened or (earlier is not None and earlier.shortened)
-            if shortened or not request.waits:
-                progress[request.key] = Progress(request.key, _table(request), request.leaf.end, shortened)
+        return self._ranks.poll() if self._ranks is not None else []
 
     def cached_blocks(self, key: str) -> int:
         """Leading blocks of a request's block table that are cached: their KV is valid once it is ready."""
@@ -415,7 +299,7 @@ class CacheManager:
 
     def block_table(self, key: str) -> BlockTable:
         """The device block ids of a request, in token order."""
-        return _table(request_named(self._state, key))
+        return table_of(request_named(self._state, key))
 
     def stats(self) -> dict[str, int]:
         """Totals since the ledger was created, and present levels (blocks, requests, transfers)."""
@@ -462,8 +346,8 @@ class CacheManager:
             return
         self._closed = "closed"
         try:
-            if self._supervisor is not None:
-                self._supervisor.stop()
+            if self._ranks is not None:
+                self._ranks.stop()
         finally:
             self._writer.close(unlink=not keep)
 
@@ -489,7 +373,7 @@ class CacheManager:
         if events:
             self._publish(events)
             if self._state.transfers:
-                self._watch(events)
+                self._follow(events)
         return events
 
     def _publish(self, events: list[Event], apply_them: bool = True) -> None:
@@ -512,17 +396,13 @@ class CacheManager:
                 raise
         self._writer.append(records, self._step)
 
-    def _watch(self, events: list[Event]) -> None:
-        """New transfers get a deadline; without workers they are done at once."""
-        if self.config.ranks == 0:
+    def _follow(self, events: list[Event]) -> None:
+        """Transfers that these events started get a deadline; without workers they are done at once."""
+        if self._ranks is not None:
+            self._ranks.started(self._writer.next_sequence - len(events))
+        else:
             for id, transfer in list(self._state.transfers.items()):
                 self._publish(decide(self._state, commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets))))
-            return
-        deadline = time.monotonic() + self.config.transfer_timeout_s
-        sequence = self._writer.next_sequence - len(events)
-        for id in self._state.transfers:
-            if id not in self._orders:
-                self._orders[id] = _Order(sequence, deadline)
 
     def _prompt(self, tokens: Tokens, items: Sequence[Item], max_blocks: int | None) -> tuple[memoryview, int]:
         words = memoryview(words_of(tokens, items=items)).cast("B")
@@ -537,8 +417,4 @@ class CacheManager:
         block_bytes = self._state.block_bytes
         self._tails[matched.key] = bytes(words[len(words) // block_bytes * block_bytes :])
         request = self._state.requests[matched.request]
-        return Admission(_table(request), matched.device_blocks, matched.host_blocks, not request.waits)
-
-
-def _table(request: Request) -> BlockTable:
-    return np.array(request.table, np.int32)
+        return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits)

@@ -84,11 +84,11 @@ def test_bytes_follow_tokens(prompts: list[list[int]], policy: int) -> None:
 def test_a_killed_worker_is_replaced_and_nothing_is_lost() -> None:
     with CacheManager.create(f"m{os.getpid()}", CONFIG) as manager:
         engine = PatternEngine(manager.pools)
-        assert manager._supervisor is not None
+        assert manager._ranks is not None
         hits = 0
         for i in range(120):
             if i % 30 == 10:
-                os.kill(manager._supervisor.pid(i // 30 % 2), signal.SIGKILL)
+                os.kill(manager._ranks.supervisor.pid(i // 30 % 2), signal.SIGKILL)
             hits += serve(manager, engine, str(i), np.arange(33, dtype=np.int32) + 1000 * (i % 3))
         assert hits > 500 and manager.state.workers[0] > 1 and manager.state.workers[1] > 1
         assert replays(manager)
@@ -99,8 +99,8 @@ def test_a_hung_worker_times_out_and_its_blocks_stay_quarantined() -> None:
     with CacheManager.create(f"m{os.getpid()}", config) as manager:
         engine = PatternEngine(manager.pools)
         serve(manager, engine, "a", np.arange(64, dtype=np.int32))
-        assert manager._supervisor is not None
-        pid = manager._supervisor.pid(1)
+        assert manager._ranks is not None
+        pid = manager._ranks.supervisor.pid(1)
         os.kill(pid, signal.SIGSTOP)
         manager.admit("b", np.arange(64, dtype=np.int32) + 500)  # swaps "a" out
         progress = manager.wait("b", timeout=10)
@@ -123,9 +123,9 @@ def test_what_times_out_while_a_rank_has_no_worker_is_not_quarantined_for_ever()
     with CacheManager.create(f"m{os.getpid()}", config) as manager:
         engine = PatternEngine(manager.pools)
         serve(manager, engine, "a", np.arange(64, dtype=np.int32))
-        assert manager._supervisor is not None
-        os.kill(manager._supervisor.pid(1), signal.SIGKILL)
-        while manager._supervisor._workers.get(1) is not None:  # until its death is noticed
+        assert manager._ranks is not None
+        os.kill(manager._ranks.supervisor.pid(1), signal.SIGKILL)
+        while manager._ranks.supervisor._workers.get(1) is not None:  # until its death is noticed
             manager.poll()
         manager.admit("b", np.arange(64, dtype=np.int32) + 500)  # swaps "a" out
         while not any(transfer.quarantined for transfer in manager.state.transfers.values()):
@@ -145,7 +145,7 @@ import sys, time
 from kvledger import CacheConfig, CacheManager, HostPolicy
 config = CacheConfig(device_blocks=8, host_blocks=8, host_policy=HostPolicy.EXCLUSIVE, ranks=2)
 manager = CacheManager.create(sys.argv[1], config)
-print(*(manager._supervisor.pid(rank) for rank in range(2)), flush=True)
+print(*(manager._ranks.supervisor.pid(rank) for rank in range(2)), flush=True)
 time.sleep(600)
 """
 

@@ -15,8 +15,9 @@ import pytest
 
 from ipc import KvlogReader, SharedMemoryFull
 from kvledger import sample, traces
-from kvledger.manager import BlockTable, CacheManager
+from kvledger.manager import CacheManager
 from kvledger.pattern import PatternEngine, WrongBytes
+from kvledger.ranks import BlockTable
 from kvledger.replay import replay
 from kvledger.run import Run, RunOptions
 from kvledger.traces import TraceError
@@ -104,9 +105,9 @@ def test_planted_stale_read(monkeypatch: pytest.MonkeyPatch) -> None:
     real_admit, real_close = CacheManager.admit, CacheManager.close
 
     def send(manager: CacheManager, number: signal.Signals) -> None:
-        assert manager._supervisor is not None
+        assert manager._ranks is not None
         for rank in range(2):
-            os.kill(manager._supervisor.pid(rank), number)
+            os.kill(manager._ranks.supervisor.pid(rank), number)
 
     def hasty(self: CacheManager, key: str, tokens: object, **options: object) -> object:
         prompt = {name: options[name] for name in ("items", "namespace")}
