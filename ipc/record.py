@@ -19,6 +19,7 @@ from crc32c import crc32c
 LINE_BYTES = 64
 CRC_OFFSET = 60
 LINE = struct.Struct("<QQHBBIQI24s")
+_COMMITTED_LINE = struct.Struct("<QQHBBIQI24sI")
 TXN_BEGIN = 1
 TXN_END = 2
 
@@ -57,39 +58,31 @@ class Position:
         offset, crc, expected = self.offset, self.crc, self.sequence
         records: list[Record] = []
         complete = 0
-        damaged = None
+        unpack, new, end = _COMMITTED_LINE.unpack_from, tuple.__new__, len(data)
         while offset < stop:
-            found = read_record(data, offset, crc)
-            if found is None or found[0].sequence != expected:
-                damaged = offset
+            body = offset + LINE_BYTES
+            if body > end:
                 break
-            record, crc, offset = found
+            sequence, time_ns, kind, flags, _, step, subject, size, args, committed = unpack(data, offset)
+            after = body + size
+            if after > end or sequence != expected:
+                break
+            crc = crc32c(data[offset : body - 4], crc)
+            payload = b""
+            if size:
+                payload = bytes(data[body:after])
+                crc = crc32c(payload, crc)
+            if crc != committed:
+                break
+            offset = body + (size + 63 & ~63)
             expected += 1
-            if record.sequence >= wanted:
-                records.append(record)
-            if record.flags & TXN_END:
+            if sequence >= wanted:
+                records.append(new(Record, (sequence, time_ns, kind, flags, step, subject, args, payload)))
+            if flags & TXN_END:
                 complete = len(records)
                 self.offset, self.crc, self.sequence = offset, crc, expected
                 if complete >= limit:
                     break
         del records[complete:]
-        return records, damaged
-
-
-def read_record(data: memoryview, offset: int, crc: int) -> tuple[Record, int, int] | None:
-    """The record at ``offset``, the CRC of the chain after it, and where the next one starts; ``None``: not valid."""
-    if offset + LINE_BYTES > len(data):
-        return None
-    line = bytes(data[offset : offset + LINE_BYTES])
-    sequence, time_ns, kind, flags, _, step, subject, size, args = LINE.unpack_from(line)
-    stop = offset + LINE_BYTES + size
-    if stop > len(data):
-        return None
-    crc = crc32c(line[:CRC_OFFSET], crc)
-    payload = bytes(data[offset + LINE_BYTES : stop]) if size else b""
-    if size:
-        crc = crc32c(payload, crc)
-    if crc != int.from_bytes(line[CRC_OFFSET:], "little") or not sequence:
-        return None
-    record = Record(sequence, time_ns, kind, flags, step, subject, args, payload)
-    return record, crc, offset + record_bytes(size)
+        intact = offset >= stop or complete >= limit  # left by the condition or by the limit, not by a bad record
+        return records, None if intact else offset

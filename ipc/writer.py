@@ -140,7 +140,7 @@ class LogWriter:
                 crc = crc32c(payload, crc)
                 buffer[body : body + size] = payload
                 offset += size + 63 & ~63
-            commits.append((body // 4 - 1, crc))
+            commits.append(((body >> 2) - 1, crc))
             sequence += 1
             flags = 0
             mask |= 1 << kind

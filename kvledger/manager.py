@@ -377,11 +377,11 @@ class CacheManager:
         return events
 
     def _publish(self, events: list[Event], apply_them: bool = True) -> None:
-        encode = codec.encode
-        records = [encode(event) for event in events]
+        encoders = codec.ENCODERS
+        records = [encoders[type(event)](event) for event in events]
         size = 0
-        for record in records:
-            size += record_bytes(len(record[3]))
+        for _, _, _, payload in records:
+            size += record_bytes(len(payload))
         try:
             self._writer.reserve(size)
         except TransactionTooLarge as error:
