@@ -24,12 +24,19 @@ from statemachine.state import Node, Request, State
 def blocks_cached(state: State, event: BlocksCached) -> None:
     """A request's computed blocks enter the tree."""
     request = request_of(state, event, event.request)
-    path_end = request.leaf.end
-    bottom = node_of(state, event, event.leaf) if event.leaf else request.leaf
+    block_bytes = state.block_bytes
+    path = request.leaf
+    path_end = path.end
+    bottom = node_of(state, event, event.leaf) if event.leaf else path
     chain: list[Node] = []
+    known = duplicates = 0
     node = bottom
-    while node is not request.leaf:
+    while node is not path:
         chain.append(node)
+        size = event.cut if event.upper and node is bottom else node.size
+        known += size
+        if node.device_ready:
+            duplicates += size
         if node.parent is None:
             violated(event, f"run {event.leaf} is not below the path of request {request.key!r}")
         node = node.parent
@@ -38,60 +45,56 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
         if not chain:
             violated(event, "a run of the request's own path cannot be cut")
         expect_cut(state, event, bottom, event.cut, event.upper)
-    known = bottom.end - path_end - (bottom.size - event.cut if event.upper else 0)
-    words = request.words + event.words
+    words = request.words + event.words if event.words else request.words
     total = event.duplicates + len(event.blocks)
     fresh = total - known
     if known != event.duplicates + event.taken or fresh < 0 or bool(fresh) != bool(event.node):
         violated(event, f"{known} blocks are known below the path, {total} are cached")
-    content = b"".join([run.words for run in chain])[: known * state.block_bytes]
-    if len(words) < total * state.block_bytes or not words.startswith(content):
+    if len(words) < total * block_bytes:
+        violated(event, f"the words of {len(words) // block_bytes} blocks are known, {total} are cached")
+    if chain and not words.startswith(tree.content_of(chain)[: known * block_bytes]):
         violated(event, "the words of the request and of the runs differ")
-    valid = sum(run.size for run in chain if run.device_ready)
-    if event.upper and bottom.device_ready:
-        valid -= bottom.size - event.cut
-    if valid != event.duplicates:
-        violated(event, f"{valid} blocks are valid on the device, not {event.duplicates}")
-    new_id = state.next_node + (1 if event.upper else 0)
-    parent_children = bottom.children
-    if event.upper:
-        stop = (event.cut + 1) * state.block_bytes
-        parent_children = {bottom.words[event.cut * state.block_bytes : stop]: bottom}
-    first_words = words[known * state.block_bytes : (known + 1) * state.block_bytes]
-    if event.node and (event.node != new_id or (first_words in parent_children)):
-        violated(event, f"run {event.node} cannot be made below run {bottom.id}")
+    if duplicates != event.duplicates:
+        violated(event, f"{duplicates} blocks are valid on the device, not {event.duplicates}")
+    if event.node:
+        siblings = bottom.children
+        if event.upper:
+            siblings = {bottom.words[event.cut * block_bytes : (event.cut + 1) * block_bytes]: bottom}
+        first_words = words[known * block_bytes : (known + 1) * block_bytes]
+        if event.node != state.next_node + bool(event.upper) or first_words in siblings:
+            violated(event, f"run {event.node} cannot be made below run {bottom.id}")
     if any(position < path_end + total for position in request.waits.values()):
         violated(event, f"request {request.key!r} still waits for {[*request.waits]}")
-    own = request.table[path_end + event.duplicates : path_end + total]
-    expect_blocks(state, event, Tier.DEVICE, event.blocks, own, f"next in the block table of {request.key!r}")
+    own = request.table[path_end + duplicates : path_end + total]
+    expect_blocks(state, event, Tier.DEVICE, event.blocks, own, "next in the block table of a request")
 
     if event.upper:
         bottom = tree.split(state, bottom, event.cut, event.upper)
         chain[-1] = bottom
+    position = 0
     for run in chain:
         if not run.pins:
             tree.leave_orders(state, run)
         run.pins += 1
-    position = 0
     for run in chain:
         if not run.device_ready:
             _take_over(state, run, event.blocks[position : position + run.size])
             position += run.size
     leaf = bottom
     if event.node:
-        content = words[known * state.block_bytes : total * state.block_bytes]
+        content = words[known * block_bytes : total * block_bytes]
         leaf = Node(event.node, bottom, bottom.end, content, fresh)
         leaf.device = event.blocks[position:]
         leaf.device_ready = True
         leaf.pins = 1
         tree.attach(state, leaf)
         state.next_node = event.node + 1
-    if event.duplicates:
-        request.duplicates.append((path_end, path_end + event.duplicates))
+    if duplicates:
+        request.duplicates.append((path_end, path_end + duplicates))
     request.leaf = leaf
-    request.words = words[total * state.block_bytes :]
+    request.words = words[total * block_bytes :]
     state.counters.cached_blocks += len(event.blocks)
-    state.counters.duplicate_blocks += event.duplicates
+    state.counters.duplicate_blocks += duplicates
 
 
 def _take_over(state: State, node: Node, blocks: IntArray) -> None:
@@ -130,58 +133,53 @@ def _replace(request: Request, node: Node, blocks: IntArray) -> None:
 
 def blocks_evicted(state: State, event: BlocksEvicted) -> None:
     """Cached copies become free."""
-    tier = Tier(event.tier)
-    if len(event.nodes) != len(event.counts) or not event.nodes:
-        violated(event, "runs and counts do not fit")
-    nodes = [node_of(state, event, id) for id in event.nodes]
+    if event.tier not in (0, 1) or len(event.nodes) != len(event.counts) or not event.nodes:
+        violated(event, "tier, runs and counts do not fit")
+    device = event.tier == Tier.DEVICE
+    victims: list[tuple[Node, int, IntArray]] = []
     gone: set[Node] = set()
     position = 0
-    for node, count in zip(nodes, event.counts, strict=True):
-        last = node is nodes[-1]
-        _expect_evictable(state, event, tier, node, count, last)
-        other = node.host if tier == Tier.DEVICE else node.device
+    last = len(event.nodes) - 1
+    for id, count in zip(event.nodes, event.counts):
+        node = node_of(state, event, id)
+        ids, other = (node.device, node.host) if device else (node.host, node.device)
+        whole = count == node.size
+        if node in gone:
+            violated(event, f"run {id} is named twice")
+        _expect_evictable(state, event, device, node, count)
+        if not whole and len(victims) != last:
+            violated(event, f"{count} of the {node.size} blocks of run {node.id} cannot be evicted")
         for child in node.children.values():
-            copy = child.device if tier == Tier.DEVICE else child.host
-            if child not in gone and (copy is not None or other is None):
+            if child not in gone and (other is None or (child.device if device else child.host) is not None):
                 violated(event, f"run {node.id} has the cached child {child.id}")
-        ids = node.device if tier == Tier.DEVICE else node.host
-        assert ids is not None
         stop = position + count
-        expected = ids[node.size - count :][::-1]
-        expect_blocks(state, event, tier, event.blocks[position:stop], expected, f"the end of run {node.id}")
+        blocks = event.blocks[position:stop]
+        assert ids is not None
+        if blocks != ids[: -count - 1 : -1]:
+            expect_blocks(state, event, Tier(event.tier), blocks, ids[: -count - 1 : -1], f"the end of run {node.id}")
         position = stop
-        if count == node.size:
+        victims.append((node, count, blocks))
+        if whole:
             gone.add(node)
     if position != len(event.blocks):
         violated(event, f"{position} blocks belong to these runs, the event names {len(event.blocks)}")
+    if bool(event.upper) != (not whole and other is not None):
+        violated(event, f"run {node.id} has to be cut exactly if it keeps a copy on the other tier")
+    expect_cut(state, event, node, node.size - count, event.upper)
 
-    position = 0
-    for node, count in zip(nodes, event.counts, strict=True):
-        blocks = event.blocks[position : position + count]
-        position += count
-        if event.upper and node is nodes[-1]:
-            tree.split(state, node, node.size - count, event.upper)
-        if tier == Tier.DEVICE:
-            _evict_device(state, node, count, blocks)
-        else:
-            _evict_host(state, node, count, blocks)
+    if event.upper:
+        tree.split(state, node, node.size - count, event.upper)
+    evict = _evict_device if device else _evict_host
+    for node, count, blocks in victims:
+        evict(state, node, count, blocks)
 
 
-def _expect_evictable(state: State, event: BlocksEvicted, tier: Tier, node: Node, count: int, last: bool) -> None:
-    ids, ready = (node.device, node.device_ready) if tier == Tier.DEVICE else (node.host, node.host_ready)
-    if node.pins or ids is None or not ready:
-        violated(event, f"run {node.id} ({node.pins} pins) is not evictable on {tier.name}")
-    if node.transfer is not None and (tier == Tier.HOST or node.transfer.direction != Direction.BACKUP):
+def _expect_evictable(state: State, event: BlocksEvicted, device: bool, node: Node, count: int) -> None:
+    ids, ready = (node.device, node.device_ready) if device else (node.host, node.host_ready)
+    if node.pins or ids is None or not ready or not 0 < count <= node.size:
+        violated(event, f"{count} blocks of run {node.id} ({node.pins} pins) are not evictable")
+    if node.transfer is not None and (not device or node.transfer.direction != Direction.BACKUP):
         violated(event, f"run {node.id} is in transfer {node.transfer.id}")
-    partial = count != node.size
-    if not 0 < count <= node.size or (partial and not last):
-        violated(event, f"{count} of the {node.size} blocks of run {node.id} cannot be evicted")
-    if last:
-        other = node.host if tier == Tier.DEVICE else node.device
-        if bool(event.upper) != (partial and other is not None):
-            violated(event, f"run {node.id} has to be cut exactly if it keeps a copy on the other tier")
-        if event.upper:
-            expect_cut(state, event, node, node.size - count, event.upper)
 
 
 def _evict_device(state: State, node: Node, count: int, blocks: IntArray) -> None:

@@ -46,35 +46,38 @@ def request_matched(state: State, event: RequestMatched) -> None:
     """A request begins and pins its path."""
     if event.request != state.next_request or event.key in state.keys:
         violated(event, f"request {event.request} ({event.key!r}) is not the next new one")
-    cut_node = None
+    namespace_root = state.roots.get(event.namespace)
+    leaf = namespace_root
+    nodes: list[Node] = []
     if event.leaf:
-        leaf = node_of(state, event, event.leaf)
+        node = leaf = node_of(state, event, event.leaf)
         if bool(event.cut) != bool(event.upper):
             violated(event, "a cut needs a new id and the other way round")
         expect_cut(state, event, leaf, event.cut, event.upper)
-        cut_node = leaf if event.upper else None
-        if tree.root_of(leaf) is not state.roots.get(event.namespace):
+        on_device = 0
+        while node.parent is not None:
+            nodes.append(node)
+            if node.device is not None:
+                on_device += event.cut if event.upper and node is leaf else node.size
+            elif not node.matchable():
+                violated(event, f"a run on the path to {leaf.id} is still arriving on the host")
+            node = node.parent
+        if node is not namespace_root:
             violated(event, f"run {leaf.id} is not in the namespace of the request")
         length = leaf.start + event.cut if event.upper else leaf.end
-        nodes = state.path(leaf)
-        device = [node for node in nodes if node.device is not None]
-        on_device = sum(node.size for node in device)
-        if event.upper and leaf.device is not None:
-            on_device -= leaf.size - event.cut
         if on_device != event.device_blocks or length != event.device_blocks + event.host_blocks:
             violated(event, f"the path to run {leaf.id} has {on_device} blocks on the device, {length} in all")
-        if not all(node.matchable() for node in nodes):
-            violated(event, f"a run on the path to {leaf.id} is still arriving on the host")
     elif event.device_blocks or event.host_blocks or event.cut or event.upper:
         violated(event, "blocks without a run")
-    if cut_node is not None:
-        leaf = tree.split(state, cut_node, event.cut, event.upper)
-    elif not event.leaf:
+
+    if leaf is None:
         leaf = tree.root(state, event.namespace)
+    elif event.upper:
+        leaf = nodes[0] = tree.split(state, leaf, event.cut, event.upper)
     request = Request(event.request, event.key, event.namespace, leaf, event.words)
     tree.pin(state, leaf)
     table = request.table
-    for node in state.path(leaf):
+    for node in reversed(nodes):
         if node.device is None:
             break
         table.extend(node.device)
@@ -100,11 +103,11 @@ def blocks_allocated(state: State, event: BlocksAllocated) -> None:
     plain = expect_granted(state, event, event.blocks, event.after, event.held)
     take_granted(state, plain, event.after, event.held)
     position = 0
-    for request, count in zip(requests, event.counts, strict=True):
+    for request, count in zip(requests, event.counts):
         stop = position + count
         if stop > plain:
             first = plain
-            for id, held in zip(event.after, event.held, strict=True):
+            for id, held in zip(event.after, event.held):
                 begin, end = max(first, position), min(first + held, stop)
                 if begin < end:
                     request.waits.setdefault(id, len(request.table) + begin - position)
@@ -147,6 +150,23 @@ def blocks_trimmed(state: State, event: BlocksTrimmed) -> None:
         del state.transfers[id].waiters[request.id]
 
 
+def _merges(event: RequestReleased, loose: list[Node]) -> list[tuple[Node, list[Node]]]:
+    """Which of the runs that nobody holds any more, deepest first, absorb which."""
+    merges: list[tuple[Node, list[Node]]] = []
+    position = 0
+    for id, count in zip(event.merged, event.absorbed):
+        while position < len(loose) and loose[position].id != id:
+            position += 1
+        group = loose[position : position + count + 1]
+        if len(group) != count + 1 or not count or position < event.final < position + count + 1:
+            violated(event, f"run {id} cannot absorb {count} ancestors")
+        if not all(tree.joinable(lower, upper) for lower, upper in itertools.pairwise(group)):
+            violated(event, f"run {id} and its ancestors differ in residency, or have other children")
+        merges.append((group[0], group[1:]))
+        position += count + 1
+    return merges
+
+
 def request_released(state: State, event: RequestReleased) -> None:
     """A request ends; its path is unpinned, its runs merge."""
     request = request_of(state, event, event.request)
@@ -162,18 +182,7 @@ def request_released(state: State, event: RequestReleased) -> None:
         len(run.children) > (1 if i else 0) for i, run in enumerate(loose[: event.final])
     ):
         violated(event, f"the deepest {event.final} runs are not the end of everything")
-    merges: list[tuple[Node, list[Node]]] = []
-    position = 0
-    for id, count in zip(event.merged, event.absorbed, strict=True):
-        while position < len(loose) and loose[position].id != id:
-            position += 1
-        group = loose[position : position + count + 1]
-        if len(group) != count + 1 or not count or position < event.final < position + count + 1:
-            violated(event, f"run {id} cannot absorb {count} ancestors")
-        if not all(tree.joinable(lower, upper) for lower, upper in itertools.pairwise(group)):
-            violated(event, f"run {id} and its ancestors differ in residency, or have other children")
-        merges.append((group[0], group[1:]))
-        position += count + 1
+    merges = _merges(event, loose) if event.merged else []
 
     for id in request.waits:
         del state.transfers[id].waiters[request.id]

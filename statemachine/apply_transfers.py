@@ -33,12 +33,13 @@ def transfer_started(state: State, event: TransferStarted) -> None:
     if not sum(event.counts) == len(event.sources) == len(event.targets):
         violated(event, "counts, sources and targets do not fit")
     nodes = [node_of(state, event, id) for id in event.nodes]
-    if len(set(nodes)) != len(nodes):
+    members = set(nodes)
+    if len(members) != len(nodes):
         violated(event, "a run is named twice")
     if direction == Direction.SWAP_IN:
         _swap_in(state, event, nodes)
     else:
-        _copy_out(state, event, direction, nodes)
+        _copy_out(state, event, direction, nodes, members)
     state.next_transfer += 1
 
 
@@ -81,7 +82,9 @@ def _swap_in(state: State, event: TransferStarted, nodes: list[Node]) -> None:
     state.counters.swapped_in_blocks += position
 
 
-def _copy_out(state: State, event: TransferStarted, direction: Direction, nodes: list[Node]) -> None:
+def _copy_out(
+    state: State, event: TransferStarted, direction: Direction, nodes: list[Node], members: set[Node]
+) -> None:
     leaves = direction == Direction.SWAP_OUT
     first = nodes[0]
     if event.request or event.after or event.held:
@@ -90,21 +93,25 @@ def _copy_out(state: State, event: TransferStarted, direction: Direction, nodes:
         violated(event, "only the first run of a swap-out may be taken in part, and then it is cut")
     expect_cut(state, event, first, first.size - event.counts[0], event.upper)
     expected = array("i")
-    members = set(nodes)
-    for node, count in zip(nodes, event.counts, strict=True):
-        if count != node.size and node is not first:
-            violated(event, f"run {node.id} is taken in part")
-        if node.device is None or not node.device_ready or node.host is not None or node.transfer is not None:
+    for node, count in zip(nodes, event.counts):
+        ids = node.device
+        if ids is None or not node.device_ready or node.host is not None or node.transfer is not None:
             violated(event, f"run {node.id} is not at rest on the device alone")
-        if leaves and node.pins:
-            violated(event, f"run {node.id} is in use ({node.pins} pins)")
-        if leaves and any(child.device is not None and child not in members for child in node.children.values()):
-            violated(event, f"run {node.id} has children on the device")
-        expected.extend(node.device[node.size - count :])
+        if count != node.size:
+            if node is not first:
+                violated(event, f"run {node.id} is taken in part")
+            ids = ids[node.size - count :]
+        if leaves:
+            if node.pins:
+                violated(event, f"run {node.id} is in use ({node.pins} pins)")
+            for child in node.children.values():
+                if child.device is not None and child not in members:
+                    violated(event, f"run {node.id} has the child {child.id} on the device")
+        expected.extend(ids)
     expect_blocks(state, event, Tier.DEVICE, event.sources, expected, "the device copy of these runs")
     free = state.host.free
     count = len(event.targets)
-    expect_blocks(state, event, Tier.HOST, event.targets, free[len(free) - count :][::-1], "next on the free list")
+    expect_blocks(state, event, Tier.HOST, event.targets, free[: -count - 1 : -1], "next on the free list")
 
     if event.upper:
         tree.split(state, first, first.size - event.counts[0], event.upper)
@@ -113,8 +120,8 @@ def _copy_out(state: State, event: TransferStarted, direction: Direction, nodes:
     transfer = Transfer(event.transfer, direction, parts, event.sources, event.targets, event.after)
     position = count
     for node in reversed(nodes):
-        position -= node.size
-        node.host = event.targets[position : position + node.size]
+        stop, position = position, position - node.size
+        node.host = event.targets[position:stop]
         node.host_ready = False
         node.transfer = transfer
         if leaves:
@@ -140,17 +147,14 @@ def transfer_finished(state: State, event: TransferFinished) -> None:
     total = len(transfer.targets)
     if event.valid > total or (outcome == Outcome.DONE) != (event.valid == total):
         violated(event, f"{event.valid} of {total} valid blocks do not go with {outcome.name}")
-    boundary = _boundary(transfer, event.valid)
-    cut_node = None
-    if boundary is not None:
-        cut_node, cut = boundary
-        if event.upper != state.next_node:
-            violated(event, f"run {cut_node.id} has to be cut at {cut} with the next new id")
-    elif event.upper:
-        violated(event, "nothing has to be cut")
-
-    if cut_node is not None:
-        tree.split(state, cut_node, cut, event.upper)
+    boundary = _boundary(transfer, event.valid) if event.valid < total else None
+    if boundary is None:
+        if event.upper:
+            violated(event, "nothing has to be cut")
+    elif event.upper != state.next_node:
+        violated(event, f"run {boundary[0].id} has to be cut at {boundary[1]} with the next new id")
+    else:
+        tree.split(state, *boundary, event.upper)
     del state.transfers[transfer.id]
     if outcome == Outcome.TIMED_OUT:
         transfer.quarantined = True

@@ -49,11 +49,12 @@ def expect_cut(state: State, event: Event, node: Node, cut: int, upper: int) -> 
 
 def expect_granted(state: State, event: Event, given: IntArray, after: IntArray, held: IntArray) -> int:
     """The ids come from the top of the free list, then from what transfers hold. Returns how many are plainly free."""
-    plain = len(given) - sum(held)
+    plain = len(given) - sum(held) if held else len(given)
     if plain < 0 or len(after) != len(held):
         violated(event, "the counts of held blocks do not fit the blocks")
     free = state.device.free
-    expect_blocks(state, event, Tier.DEVICE, given[:plain], free[len(free) - plain :][::-1], "next on the free list")
+    top = free[: -plain - 1 : -1]
+    expect_blocks(state, event, Tier.DEVICE, given[:plain] if held else given, top, "next on the free list")
     position = plain
     for id, count in zip(after, held, strict=True):
         transfer = state.transfers.get(id)

@@ -7,7 +7,7 @@ host tier in turn gives up what was there longest.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from statemachine.events import (
@@ -84,8 +84,8 @@ def device_supply(
     need = wanted - len(free)
     if need <= 0:
         return Supply([], free[len(free) - wanted :][::-1], [], next_node)
-    victims = list(_victims(state, need, kept))
-    if sum(victim.take for victim in victims) < need:
+    victims = _victims(state, need, kept)
+    if not victims:
         return None
     if state.policy == HostPolicy.EXCLUSIVE:
         plan = _swap_out(state, victims, kept, leaving, next_node)
@@ -102,8 +102,9 @@ def device_supply(
 _Plan = tuple[list[Event], IntArray, list[tuple[int, IntArray]], int]
 
 
-def _victims(state: State, need: int, kept: Mapping[Node, int]) -> Iterator[Victim]:
-    """Runs to give up until ``need`` blocks are found: ``final`` ones first, then least recently released."""
+def _victims(state: State, need: int, kept: Mapping[Node, int]) -> list[Victim]:
+    """Runs to give up for ``need`` blocks: ``final`` ones first, then least recently released. None: not enough."""
+    victims: list[Victim] = []
     skipped: set[Node] = set()
     through = state.policy == HostPolicy.WRITE_THROUGH
     for order, final in ((state.final, True), (state.device_order, False)):
@@ -117,10 +118,11 @@ def _victims(state: State, need: int, kept: Mapping[Node, int]) -> Iterator[Vict
                 skipped.add(node)
                 continue
             take = have if have < need else need
-            yield Victim(node, take, take == have, final)
+            victims.append(Victim(node, take, take == have, final))
             need -= take
             if not need:
-                return
+                return victims
+    return []
 
 
 def _stuck(node: Node, skipped: set[Node]) -> bool:
@@ -152,7 +154,7 @@ def _drop(state: State, victims: list[Victim], next_node: int) -> _Plan:
         upper = next_node
         next_node += 1
     event = evicted(Tier.DEVICE, victims, EvictReason.CAPACITY, upper)
-    if all(victim.node.transfer is None for victim in victims):
+    if not state.transfers:
         return [event], event.blocks, [], next_node
     freed = array("i")
     held: dict[int, IntArray] = {}

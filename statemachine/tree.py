@@ -205,9 +205,11 @@ def split(state: State, node: Node, cut: int, upper_id: int) -> Node:
     upper.children = {node.words[: state.block_bytes]: node}
     state.nodes[upper_id] = upper
     state.next_node = upper_id + 1
-    for order in (state.final, state.device_order, state.host_order):
-        if node in order:
-            order.insert_after(node, upper)
+    if not node.pins:
+        if node.device is not None:
+            (state.final if node in state.final else state.device_order).insert_after(node, upper)
+        if node.host is not None:
+            state.host_order.insert_after(node, upper)
     if node.transfer is not None:
         upper.transfer = node.transfer
         parts = node.transfer.parts
@@ -238,9 +240,10 @@ def absorb(state: State, node: Node, ancestors: list[Node]) -> None:
     chain.append(node)
     node.words = content_of(chain)
     for ancestor in ancestors:
-        for order in (state.final, state.device_order, state.host_order):
-            if ancestor in order:
-                order.remove(ancestor)
+        if ancestor.device is not None:
+            (state.final if ancestor in state.final else state.device_order).remove(ancestor)
+        if ancestor.host is not None:
+            state.host_order.remove(ancestor)
         del state.nodes[ancestor.id]
     if node.device is not None:
         node.device = joined([run.device for run in chain])
