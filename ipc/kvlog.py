@@ -1,6 +1,13 @@
-"""``.kvlog`` files: a log as one self-contained file, read through the same interface as the live one.
+"""``.kvlog`` files: a log as one self-contained file, compressed, read through the same interface as the live one.
 
-A 64-byte header, then the records exactly as in a segment, their CRC chain starting from the header's seed.
+::
+
+    file header, 64 B   magic | version u32, 0 u32 | schema hash u64 | first sequence u64 | header crc u32
+    chunks              kind u32, raw bytes u32 | stored bytes u32, crc chain before u32 | first sequence u64
+                        | crc of the stored bytes u32, header crc u32 | one zstd frame
+
+A chunk holds whole transactions exactly as they stand in a segment, their CRC chain going on from chunk to chunk. A
+file that does not begin with the first event of its ledger opens with a chunk that holds a snapshot of the state.
 """
 
 from __future__ import annotations
@@ -8,40 +15,69 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
+import zstandard
 from crc32c import crc32c
 
 from ipc.errors import LedgerError, LogCorrupt
-from ipc.record import LINE, Position, Record, record_bytes
+from ipc.record import LINE, TXN_END, Position, Record, record_bytes
 
-_MAGIC = b"KVLOG\x00\x01\n"
-_HEADER = struct.Struct("<8sQQI")
+_MAGIC = b"KVLOG\x00\x02\n"
+_HEADER = struct.Struct("<8sIIQQ")
 _HEADER_BYTES = 64
+_VERSION = 2
+_CHUNK = struct.Struct("<IIIIQI")
+_CHUNK_BYTES = _CHUNK.size + 4
+_RECORDS, _SNAPSHOT = 1, 2
+_CHUNK_RAW_BYTES = 256 << 10
+_LARGEST_RATIO = 4096
+"""A frame that claims to unpack to more than this many times its size is not one of ours."""
+
+
+class Place(NamedTuple):
+    """A chunk boundary of a file: reading can begin there."""
+
+    offset: int
+    sequence: int
+    crc: int
 
 
 class KvlogWriter:
     """Writes records to a new file, mode 0600 (they contain users' prompts).
 
+    Args:
+        base_sequence: of the first record that will be written.
+        snapshot: the state before that record, for a file that does not begin at the beginning.
+
     Raises:
         LedgerError: the file exists, or cannot be written.
     """
 
-    def __init__(self, path: Path, *, schema_hash: int, base_sequence: int = 1) -> None:
+    def __init__(self, path: Path, *, schema_hash: int, base_sequence: int = 1, snapshot: bytes = b"") -> None:
         try:
             self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
         except OSError as error:
             raise LedgerError(f"cannot record to {path}: {error.strerror}") from error
+        self.path = path
+        self.next_sequence = base_sequence
         self._crc = 0
-        header = _HEADER.pack(_MAGIC, schema_hash, base_sequence, 0)
+        self._compressor = zstandard.ZstdCompressor(level=3)
+        header = _HEADER.pack(_MAGIC, _VERSION, 0, schema_hash, base_sequence)
         self._file.write((header + crc32c(header).to_bytes(4, "little")).ljust(_HEADER_BYTES, b"\0"))
+        if snapshot:
+            self._chunk(_SNAPSHOT, snapshot, 0)
 
-    def write(self, records: Iterable[Record]) -> None:
-        """Append records, as a reader delivered them."""
+    def write(self, records: Sequence[Record]) -> None:
+        """Append whole transactions, as a reader delivered them, and hand them to the operating system."""
+        lines: list[bytes] = []
+        size = 0
+        seed = self._crc
         for record in records:
+            payload = record.payload
             line = LINE.pack(
                 record.sequence,
                 record.time_ns,
@@ -50,18 +86,38 @@ class KvlogWriter:
                 0,
                 record.step,
                 record.subject,
-                len(record.payload),
+                len(payload),
                 record.args,
             )
-            self._crc = crc32c(record.payload, crc32c(line, self._crc))
-            body = line + self._crc.to_bytes(4, "little") + record.payload
-            self._file.write(body.ljust(record_bytes(len(record.payload)), b"\0"))
+            self._crc = crc32c(payload, crc32c(line, self._crc))
+            body = line + self._crc.to_bytes(4, "little") + payload
+            lines.append(body.ljust(record_bytes(len(payload)), b"\0"))
+            size += len(lines[-1])
+            if size >= _CHUNK_RAW_BYTES and record.flags & TXN_END:
+                self._chunk(_RECORDS, b"".join(lines), seed)
+                self.next_sequence = record.sequence + 1
+                lines, size, seed = [], 0, self._crc
+        if lines:
+            self._chunk(_RECORDS, b"".join(lines), seed)
+            self.next_sequence = records[-1].sequence + 1
+        self._file.flush()
+
+    def _chunk(self, kind: int, raw: bytes, seed: int) -> None:
+        stored = self._compressor.compress(raw)
+        header = _CHUNK.pack(kind, len(raw), len(stored), seed, self.next_sequence, crc32c(stored))
+        self._file.write(header + crc32c(header).to_bytes(4, "little") + stored)
+
+    @property
+    def size(self) -> int:
+        """Bytes written."""
+        return self._file.tell()
 
     def close(self) -> None:
         """Flush to the disk and close."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +133,7 @@ class KvlogReader:
 
     Raises:
         LedgerError: the file cannot be read.
-        LogCorrupt: it is no ``.kvlog`` file.
+        LogCorrupt: it is no ``.kvlog`` file of this version.
     """
 
     def __init__(self, path: Path, *, from_sequence: int = 1) -> None:
@@ -90,29 +146,81 @@ class KvlogReader:
         except (OSError, ValueError) as error:
             raise LedgerError(f"cannot read {path}: {error}") from error
         self._buffer = memoryview(self._map)
+        self._unpacker = zstandard.ZstdDecompressor()
         header = bytes(self._buffer[: _HEADER.size])
         crc = int.from_bytes(self._buffer[_HEADER.size : _HEADER.size + 4], "little")
         if len(self._buffer) < _HEADER_BYTES or header[:8] != _MAGIC or crc32c(header) != crc:
             self.close()
-            raise LogCorrupt(str(path), 0, "not a .kvlog file, or its header is damaged")
-        _, self.schema_hash, base, seed = _HEADER.unpack(header)
-        self._at = Position(_HEADER_BYTES, seed, base)
-        self.cursor = max(from_sequence, base)
+            raise LogCorrupt(str(path), 0, "not a .kvlog file of this version, or its header is damaged")
+        self.schema_hash: int
+        self.base_sequence: int
+        _, _, _, self.schema_hash, self.base_sequence = _HEADER.unpack(header)
+        self.place = Place(_HEADER_BYTES, self.base_sequence, 0)
+        """Where the next chunk begins."""
+        self.snapshot = b""
+        """The state before the first record, in a file that does not begin with the first event of its ledger."""
+        self.cursor = max(from_sequence, self.base_sequence)
         """Sequence of the next record."""
+        if self.base_sequence > 1:
+            chunk = self._read_chunk()
+            if chunk is None or chunk[0] != _SNAPSHOT:
+                self.close()
+                raise LogCorrupt(str(path), _HEADER_BYTES, "the snapshot that this file begins with is damaged")
+            self.snapshot = chunk[1]
+
+    def go_to(self, place: Place) -> None:
+        """Continue reading at a chunk boundary that :attr:`place` has named before."""
+        self.place = place
+        self.cursor = place.sequence
+        self.damage = None
 
     def poll(self, limit: int = 1 << 20) -> list[Record]:
-        """The next records, in whole transactions, about ``limit`` at most; none at the end."""
-        if self.damage is not None:
-            return []
-        at, end = self._at, len(self._buffer)
-        records, damaged = at.read(self._buffer, end, self.cursor, limit)
-        if damaged is None and not records and at.offset < end:
-            damaged = end
-        if damaged is not None:
-            reason = f"cut off or damaged here; everything up to record {at.sequence - 1} was read"
-            self.damage = LogCorrupt(str(self.path), damaged, reason)
-        self.cursor = max(self.cursor, at.sequence)
-        return records
+        """The next records, about ``limit`` at most (whole chunks, of 256 KiB or so); none at the end."""
+        found: list[Record] = []
+        while self.damage is None and self.place.offset < len(self._buffer) and len(found) < limit:
+            at = self.place
+            chunk = self._read_chunk()
+            if chunk is None or chunk[0] != _RECORDS:
+                self._end_here(at.offset)
+                break
+            position = Position(0, at.crc, at.sequence)
+            records, damaged = position.read(memoryview(chunk[1]), len(chunk[1]), self.cursor, len(chunk[1]))
+            found += records
+            self.cursor = max(self.cursor, position.sequence)
+            self.place = Place(self.place.offset, position.sequence, position.crc)
+            if damaged is not None or position.offset != len(chunk[1]):
+                self._end_here(at.offset)
+        return found
+
+    def _read_chunk(self) -> tuple[int, bytes] | None:
+        """Kind and content of the chunk at :attr:`place`, which then names the next one; ``None``: damaged."""
+        offset, sequence, chain = self.place
+        body = offset + _CHUNK_BYTES
+        if body > len(self._buffer):
+            return None
+        header = bytes(self._buffer[offset : body - 4])
+        kind, raw_bytes, stored_bytes, seed, first, crc = _CHUNK.unpack(header)
+        stored = self._buffer[body : body + stored_bytes]
+        if (
+            crc32c(header) != int.from_bytes(self._buffer[body - 4 : body], "little")
+            or len(stored) != stored_bytes
+            or (first, seed) != (sequence, chain)
+            or raw_bytes > _LARGEST_RATIO * stored_bytes
+            or crc32c(stored) != crc
+        ):
+            return None
+        try:
+            if zstandard.frame_content_size(stored) != raw_bytes:
+                return None
+            raw = self._unpacker.decompress(stored)
+        except zstandard.ZstdError:
+            return None
+        self.place = Place(body + stored_bytes, sequence, chain)
+        return kind, raw
+
+    def _end_here(self, offset: int) -> None:
+        reason = f"cut off or damaged here; everything up to record {self.place.sequence - 1} was read"
+        self.damage = LogCorrupt(str(self.path), offset, reason)
 
     def close(self) -> None:
         """Close the file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from ipc import Record
@@ -39,7 +40,68 @@ class Replayed(NamedTuple):
 
 def event_of(record: Record) -> Event:
     """The event in a record. Raises :class:`statemachine.codec.CodecError`."""
-    return codec.decode(record.kind, record.subject, record.args[: codec.ARGS_BYTES], record.payload)
+    return codec.decode(record.kind, record.subject, record.args, record.payload)
+
+
+class Replay:
+    """A state that follows a log.
+
+    Args:
+        state: what the records continue; ``None``: they begin with the first event of a ledger.
+        check_every: check all invariants after so many events; 0 = never.
+    """
+
+    def __init__(self, state: State | None = None, *, check_every: int = 0) -> None:
+        self._state = state
+        self._check_every = check_every
+        self.events = 0
+        """Events applied."""
+        self.checks = 0
+        """How often all invariants were checked."""
+        self.digests = 0
+        """How many digests of the engine were compared."""
+
+    @property
+    def state(self) -> State:
+        """The state after the last event. Raises :class:`InvariantViolation` before the first one."""
+        if self._state is None:
+            raise InvariantViolation("there is no event in this log")
+        return self._state
+
+    def feed(self, records: Iterable[Record]) -> None:
+        """Apply the next records.
+
+        Raises:
+            Diverged: a digest in the log is not the replay's.
+            InvariantViolation: an event does not fit, or an invariant does not hold; the message names the event.
+            statemachine.codec.CodecError: a record is no event.
+        """
+        state = self._state
+        check_every = self._check_every
+        for record in records:
+            event = event_of(record)
+            if state is None:
+                state = self._state = genesis(event)
+            else:
+                apply(state, event)
+            self.events += 1
+            if type(event) is DigestTaken:
+                self._compare(state, event, record.sequence)
+            if check_every and not self.events % check_every:
+                self.check(record.sequence)
+
+    def _compare(self, state: State, event: DigestTaken, sequence: int) -> None:
+        take = state_digest if event.scope == DigestScope.STATE else counters_digest
+        if take(state) != event.digest:
+            raise Diverged(f"event {sequence}: the replay has another digest than the engine had")
+        self.digests += 1
+
+    def check(self, sequence: int) -> None:
+        """Check all invariants now. Raises :class:`InvariantViolation`, saying after which event."""
+        broken = check(self.state)
+        self.checks += 1
+        if broken:
+            raise InvariantViolation(f"after event {sequence}: " + "; ".join(broken))
 
 
 def replay(source: Source, *, check_every: int = 0) -> Replayed:
@@ -50,36 +112,11 @@ def replay(source: Source, *, check_every: int = 0) -> Replayed:
         check_every: check all invariants after so many events, and at the end; 0 = never.
 
     Raises:
-        Diverged: a digest in the log is not the replay's.
-        InvariantViolation: an event does not fit, or an invariant does not hold.
+        as :meth:`Replay.feed`.
     """
-    state: State | None = None
-    events = checks = digests = 0
+    run = Replay(check_every=check_every)
     while records := source.poll(10_000):
-        for record in records:
-            event = event_of(record)
-            if state is None:
-                state = genesis(event)
-            else:
-                apply(state, event)
-            events += 1
-            if isinstance(event, DigestTaken):
-                take = state_digest if event.scope == DigestScope.STATE else counters_digest
-                if take(state) != event.digest:
-                    raise Diverged(f"event {record.sequence}: the replay has another digest than the engine had")
-                digests += 1
-            if check_every and not events % check_every:
-                _check(state, record.sequence)
-                checks += 1
-    if state is None:
-        raise InvariantViolation("there is no event in this log")
+        run.feed(records)
     if check_every:
-        _check(state, events)
-        checks += 1
-    return Replayed(state, events, checks, digests)
-
-
-def _check(state: State, sequence: int) -> None:
-    broken = check(state)
-    if broken:
-        raise InvariantViolation(f"after event {sequence}: " + "; ".join(map(str, broken)))
+        run.check(run.events)
+    return Replayed(run.state, run.events, run.checks, run.digests)

@@ -1,0 +1,174 @@
+"""A recording (a ``.kvlog`` file) as the sequence of states it adds up to: any of them at once.
+
+The first opening replays the file and keeps a snapshot every 10,000 events in ``FILE.kvlog.index``, a zip archive of
+zstd-compressed snapshots, mode 0600 like the recording itself (it holds users' prompts too). Whatever does not fit the
+recording any more is built anew; a half-written index is never seen, it appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import xxhash
+import zstandard
+
+from ipc import KvlogReader, LogCorrupt
+from ipc.kvlog import Place
+from kvledger.replay import Replay
+from statemachine import codec
+from statemachine.encoding import restore, snapshot
+from statemachine.state import State
+
+SNAPSHOT_EVERY = 10_000
+_TABLE = "table.json"
+
+
+class Recording:
+    """States of a recording, by event sequence.
+
+    Args:
+        path: the ``.kvlog`` file.
+        progress: called with bytes read and bytes in all while the index is being built.
+
+    Raises:
+        ipc.LedgerError: the file cannot be read, or is no recording.
+        InvariantViolation: an event contradicts the state.
+    """
+
+    def __init__(self, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        self.path = path
+        self._reader = KvlogReader(path)
+        self._archive: zipfile.ZipFile | None = None
+        try:
+            if self._reader.schema_hash != codec.SCHEMA_HASH:
+                raise LogCorrupt(str(path), 0, "recorded with another event table: use the kvledger that wrote it")
+            self._open_index(progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_index(self, progress: Callable[[int, int], None]) -> None:
+        index = self.path.with_name(self.path.name + ".index")
+        identity = self._identity()
+        table = self._load(index, identity)
+        if table is None:
+            with contextlib.ExitStack() as stack:
+                try:
+                    handle, name = tempfile.mkstemp(dir=index.parent, prefix=index.name)
+                except OSError:  # a folder that cannot be written to: the index lives as long as this object
+                    handle, name = tempfile.mkstemp(prefix=index.name)
+                    index = Path(name)
+                    stack.callback(os.unlink, name)
+                with os.fdopen(handle, "w+b") as file:
+                    try:
+                        self._build(file, identity, progress)
+                    except BaseException:
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(name)
+                        raise
+                if Path(name) != index:
+                    os.replace(name, index)
+                table = self._load(index, identity)
+        assert table is not None
+        self.last: int = table["last"]
+        """Sequence of the last event."""
+        self.damage: str = table["damage"]
+        """Why the recording ends early; empty if it does not."""
+        self._places = [Place(*place) for place in table["places"]]
+        self._sequences = [place.sequence for place in self._places]
+
+    def _identity(self) -> str:
+        with open(self.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            ends = file.read(4096)
+            file.seek(max(size - 4096, 0))
+            ends += file.read()
+        return f"{size}-{xxhash.xxh3_128_hexdigest(ends)}"
+
+    def _load(self, index: Path, identity: str) -> dict[str, Any] | None:
+        try:
+            archive = zipfile.ZipFile(index)
+        except (OSError, zipfile.BadZipFile):
+            return None
+        with contextlib.suppress(KeyError, ValueError, TypeError, zipfile.BadZipFile):
+            table = json.loads(archive.read(_TABLE))
+            if table["identity"] == identity:
+                self._archive = archive
+                return dict(table)
+        archive.close()
+        return None
+
+    def _build(self, file: Any, identity: str, progress: Callable[[int, int], None]) -> None:
+        reader = self._reader
+        size = self.path.stat().st_size
+        replay = Replay(restore(reader.snapshot) if reader.snapshot else None)
+        places = [reader.place]
+        compressor = zstandard.ZstdCompressor(level=1)
+        indexed = 0
+        with zipfile.ZipFile(file, "w") as archive:
+            while True:
+                place = reader.place
+                records = reader.poll(1)
+                if not records:
+                    break
+                if replay.events >= indexed + SNAPSHOT_EVERY:
+                    archive.writestr(str(place.sequence), compressor.compress(snapshot(replay.state)))
+                    places.append(place)
+                    indexed = replay.events
+                    progress(place.offset, size)
+                replay.feed(records)
+            damage = str(reader.damage or "")
+            table = {"identity": identity, "last": reader.place.sequence - 1, "damage": damage, "places": places}
+            archive.writestr(_TABLE, json.dumps(table))
+
+    @property
+    def first(self) -> int:
+        """Sequence of the first event."""
+        return self._reader.base_sequence
+
+    def at(self, sequence: int) -> State:
+        """The state after event ``sequence``: the nearest snapshot before it, and what follows.
+
+        Raises:
+            IndexError: there is no such event in the recording.
+        """
+        if not self.first <= sequence <= self.last:
+            raise IndexError(f"{self.path} holds the events {self.first} to {self.last}, not {sequence}")
+        number = bisect.bisect_right(self._sequences, sequence) - 1
+        place = self._places[number]
+        if number:
+            assert self._archive is not None
+            data = zstandard.ZstdDecompressor().decompress(self._archive.read(str(place.sequence)))
+        else:
+            data = self._reader.snapshot
+        replay = Replay(restore(data) if data else None)
+        self._reader.go_to(place)
+        left = sequence - place.sequence + 1
+        while left:
+            records = self._reader.poll(1)[:left]
+            replay.feed(records)
+            left -= len(records)
+        return replay.state
+
+    def close(self) -> None:
+        """Close the files; the index stays for the next time."""
+        self._reader.close()
+        if self._archive is not None:
+            self._archive.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
