@@ -2,7 +2,8 @@
 
 ``reserve`` room, then ``append`` a transaction. Bodies are written first, then a fence, then each record's CRC (its
 commit word), then the tail hint; a reader that sees the hint move checks the CRC chain anyway. The next segment is
-prepared ahead of time by a thread (reserving 16 MiB takes 4 ms and does not hold the interpreter lock).
+prepared ahead of time by a thread (reserving 16 MiB takes 4 ms and does not hold the interpreter lock), and old ones
+are put away by it.
 """
 
 from __future__ import annotations
@@ -226,21 +227,23 @@ class LogWriter:
         old[2][NEXT] = self._index  # seals it; readers go on to the next one
         for view in old[:0:-1]:
             view.release()
-        old[0].close()
-        self._drop()
         self._prepared = self._prepare()
+        self._thread.submit(_put_away, old[0], self._dropped())
 
-    def _drop(self) -> None:
+    def _dropped(self) -> list[str]:
+        """Names of the segments that nobody needs any more."""
+        names: list[str] = []
         if self._retain_bytes is None:
-            return
+            return names
         passed = self.next_sequence if self._hold is None else self._hold
         for reader in self._control.readers():
             if reader.worker and reader.alive:
                 passed = min(passed, reader.cursor)
         while len(self._kept) * self._segment_bytes > self._retain_bytes and len(self._kept) > 1:
             if self._kept[1][1] > passed:
-                return
-            remove(segment_name(self.ledger, self._epoch, self._kept.pop(0)[0]))
+                break
+            names.append(segment_name(self.ledger, self._epoch, self._kept.pop(0)[0]))
+        return names
 
     def close(self, *, unlink: bool = False) -> None:
         """Give up the ledger; with ``unlink`` remove everything that belongs to it."""
@@ -257,3 +260,10 @@ class LogWriter:
         if unlink:
             remove_objects(self.ledger)
         self._control.close()
+
+
+def _put_away(map: mmap.mmap, names: list[str]) -> None:
+    """Unmap a sealed segment and remove those that are over: milliseconds that the engine does not have."""
+    map.close()
+    for name in names:
+        remove(name)

@@ -9,9 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_events_page_is_generated_from_the_table() -> None:
+def test_what_is_generated_is_up_to_date() -> None:
     generator = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    assert (ROOT / "docs" / "events.md").read_text() == generator["text"](), "run python docs/generate.py"
+    for path, text in generator["pages"]():
+        assert path.read_text() == text, f"{path.name}: run python docs/generate.py"
 
 
 def test_readme_example_runs(capsys: object) -> None:
