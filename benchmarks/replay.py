@@ -20,11 +20,11 @@ import numpy as np
 from ipc import KvlogReader, KvlogWriter, LogReader
 from kvledger import CacheConfig, CacheManager, sample, traces
 from kvledger.recording import Recording
-from kvledger.replay import replay
 from kvledger.run import Run, RunOptions
 from statemachine import codec
 from statemachine.encoding import snapshot
 from statemachine.events import HostPolicy
+from statemachine.replay import replay
 
 _BLOCKS, _BLOCK = 65_536, 16
 

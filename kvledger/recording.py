@@ -23,9 +23,9 @@ import zstandard
 
 from ipc import KvlogReader, LogCorrupt
 from ipc.kvlog import Place
-from kvledger.replay import Replay
 from statemachine import codec
 from statemachine.encoding import restore, snapshot
+from statemachine.replay import Replay
 from statemachine.state import State
 
 SNAPSHOT_EVERY = 10_000

@@ -19,13 +19,13 @@ from ipc import KvlogWriter, LogReader
 from kvledger.config import CacheConfig
 from kvledger.manager import CacheManager
 from kvledger.pattern import PatternEngine, Seeds, chain
-from kvledger.replay import replay
 from kvledger.traces import Trace, TraceRequest
 from statemachine import codec
 from statemachine.content import words_of
 from statemachine.encoding import state_digest
 from statemachine.errors import OutOfBlocks
 from statemachine.events import HostPolicy
+from statemachine.replay import replay
 
 _RECORD_EVERY = 256
 _CHECK_EVERY = 5_000

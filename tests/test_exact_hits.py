@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from ipc import KvlogReader
 from kvledger import traces
-from kvledger.replay import event_of
 from kvledger.run import Run, RunOptions
 from statemachine.apply import apply, genesis
 from statemachine.events import BlocksEvicted, HostPolicy
+from statemachine.replay import event_of
 from tests.leaf_lru import Served, serve
 
 TRACES = Path(os.environ.get("KVLEDGER_TRACES", Path(__file__).parents[2] / "shared" / "traces"))

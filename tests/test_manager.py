@@ -31,9 +31,9 @@ from kvledger import (
     UnknownRequest,
 )
 from kvledger.pattern import PatternEngine, chain
-from kvledger.replay import replay
 from statemachine.content import words_of
 from statemachine.encoding import state_digest
+from statemachine.replay import replay
 from workers import WorkerFailed, pools
 
 CONFIG = CacheConfig(

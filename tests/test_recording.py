@@ -11,9 +11,9 @@ import pytest
 from ipc import KvlogReader, LedgerError
 from kvledger import recording, sample
 from kvledger.recording import Recording
-from kvledger.replay import Replay
 from kvledger.run import Run, RunOptions
 from statemachine.encoding import state_digest
+from statemachine.replay import Replay
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,11 @@ from kvledger import sample, traces
 from kvledger.manager import CacheManager
 from kvledger.pattern import PatternEngine, WrongBytes
 from kvledger.ranks import BlockTable
-from kvledger.replay import replay
 from kvledger.run import Run, RunOptions
 from kvledger.traces import TraceError
 from statemachine.encoding import state_digest
 from statemachine.events import HostPolicy, IntArray
+from statemachine.replay import replay
 from workers import Pools, transfer
 
 TIGHT = RunOptions(device_blocks=400, host_blocks=800, layers=2, block_bytes=64, in_flight=4)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from ipc import Record
 from statemachine import codec
 from statemachine.apply import apply, genesis
 from statemachine.check import check
@@ -19,10 +18,39 @@ class Diverged(InvariantViolation):
     """The replay has another state than the engine had."""
 
 
+class Record(Protocol):
+    """What a replay needs of a log record (:class:`ipc.Record` has it)."""
+
+    @property
+    def sequence(self) -> int:
+        """Number of the event."""
+        ...
+
+    @property
+    def kind(self) -> int:
+        """Kind of the event, see :data:`statemachine.events.KINDS`."""
+        ...
+
+    @property
+    def subject(self) -> int:
+        """See :mod:`statemachine.codec`, like ``args`` and ``payload``."""
+        ...
+
+    @property
+    def args(self) -> bytes:
+        """24 bytes."""
+        ...
+
+    @property
+    def payload(self) -> bytes:
+        """What follows the record's line."""
+        ...
+
+
 class Source(Protocol):
     """Where records come from: :class:`ipc.LogReader` or :class:`ipc.KvlogReader`."""
 
-    def poll(self, limit: int = ...) -> list[Record]:
+    def poll(self, limit: int = ...) -> Sequence[Record]:
         """The next records; none at the end."""
         ...
 

@@ -1,4 +1,4 @@
-"""The command line."""
+"""``kvledger run``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ipc import LedgerError
 from kvledger import sample, traces
+from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
 from kvledger.config import ConfigError
 from kvledger.pattern import WrongBytes
 from kvledger.run import Run, RunOptions, Summary
@@ -24,17 +25,6 @@ from kvledger.traces import Trace, TraceError
 from statemachine.errors import CommandRejected, InvariantViolation
 from statemachine.events import HostPolicy
 from workers import WorkerFailed
-
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="The KV-block manager of an LLM serving engine, as an event-sourced state machine.\n\n"
-    "Exit codes: 0 done, 1 something is wrong with the cache (bytes, digest, invariant), 2 bad input or no resources, "
-    "130 interrupted.",
-)
 
 
 class Policy(StrEnum):
@@ -52,12 +42,6 @@ class Clock(StrEnum):
     TRACE = "trace"
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps ``run`` a subcommand while it is the only one."""
-
-
-@app.command()
 def run(
     trace: Annotated[Path | None, typer.Argument(help="Own token trace or Mooncake JSONL; default: a sample")] = None,
     device_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the device pool")] = 1024,
@@ -189,12 +173,3 @@ def _print(summary: Summary, options: RunOptions) -> None:
     if options.keep:
         table.add_row("kept", f"ledger {summary.ledger!r} in /dev/shm")
     Console().print(table)
-
-
-def main() -> None:
-    """Entry point of the ``kvledger`` command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

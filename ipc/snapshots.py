@@ -1,0 +1,85 @@
+"""Snapshots: what a ledger's state was after an event, as objects of their own in shared memory.
+
+``/<ledger>.snapshot.<sequence>`` holds ``magic u64 | sequence u64 | bytes u64 | crc32c u32, header crc u32``, then the
+bytes. A follower writes them (the engine never does); they appear under their name only when they are complete, so a
+writer that dies half-way leaves nothing that anybody would read.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from crc32c import crc32c
+
+from ipc import memory
+from ipc.errors import LedgerNotFound, LogCorrupt
+from ipc.names import SHM, objects_of, unlink
+
+_MAGIC = int.from_bytes(b"kvlsnap1", "little")
+_HEADER = struct.Struct("<QQQI")
+_HEADER_BYTES = _HEADER.size + 4
+
+
+def snapshot_name(ledger: str, sequence: int) -> str:
+    """Name of the snapshot of the state after event ``sequence``."""
+    return f"/{ledger}.snapshot.{sequence}"
+
+
+def sequences(ledger: str) -> list[int]:
+    """The events after which there is a snapshot, ascending."""
+    prefix = f"{ledger}.snapshot."
+    names = (name.removeprefix(prefix) for name in objects_of(ledger) if name.startswith(prefix))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def write(ledger: str, sequence: int, data: bytes) -> None:
+    """Keep ``data`` as the snapshot after event ``sequence``.
+
+    Raises:
+        ipc.SharedMemoryFull: nothing is left behind.
+    """
+    partial = f"{snapshot_name(ledger, sequence)}.partial.{os.getpid()}"
+    map = memory.create(partial, _HEADER_BYTES + len(data))
+    header = _HEADER.pack(_MAGIC, sequence, len(data), crc32c(data))
+    map[:_HEADER_BYTES] = header + crc32c(header).to_bytes(4, "little")
+    map[_HEADER_BYTES:] = data
+    map.close()
+    os.rename(SHM / partial[1:], SHM / snapshot_name(ledger, sequence)[1:])
+
+
+def read(ledger: str, sequence: int) -> bytes:
+    """The snapshot after event ``sequence``.
+
+    Raises:
+        LedgerNotFound: there is none (any more).
+        LogCorrupt: it is damaged.
+    """
+    name = snapshot_name(ledger, sequence)
+    map = memory.attach(name, write=False)
+    data = bytes(map)
+    map.close()
+    header = data[: _HEADER.size]
+    if len(data) < _HEADER_BYTES or crc32c(header) != int.from_bytes(data[_HEADER.size : _HEADER_BYTES], "little"):
+        raise LogCorrupt(name, 0, "this is not a snapshot, or its header is damaged")
+    magic, number, size, crc = _HEADER.unpack(header)
+    body = data[_HEADER_BYTES:]
+    if magic != _MAGIC or number != sequence or len(body) != size or crc32c(body) != crc:
+        raise LogCorrupt(name, _HEADER_BYTES, "the snapshot is damaged")
+    return body
+
+
+def newest(ledger: str, *, at_or_before: int | None = None) -> tuple[int, bytes] | None:
+    """The newest intact snapshot: its sequence and its bytes; ``None``: there is none. Damaged ones are passed over."""
+    for sequence in reversed(sequences(ledger)):
+        if at_or_before is None or sequence <= at_or_before:
+            try:
+                return sequence, read(ledger, sequence)
+            except (LedgerNotFound, LogCorrupt):
+                continue
+    return None
+
+
+def remove(ledger: str, sequence: int) -> None:
+    """Remove a snapshot; it may be gone already."""
+    unlink(snapshot_name(ledger, sequence))

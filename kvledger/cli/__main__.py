@@ -1,0 +1,5 @@
+"""``python -m kvledger.cli``."""
+
+from kvledger.cli import main
+
+main()

@@ -1,0 +1,52 @@
+"""Snapshot objects in shared memory: complete, intact, or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from ipc import LedgerNotFound, LogCorrupt, snapshots
+from ipc.names import SHM, remove_objects
+
+
+@pytest.fixture
+def ledger() -> Iterator[str]:
+    name = f"snap-{os.getpid()}"
+    yield name
+    remove_objects(name)
+
+
+def test_the_newest_intact_snapshot_is_found(ledger: str) -> None:
+    assert snapshots.newest(ledger) is None and snapshots.sequences(ledger) == []
+    for sequence in (7, 300, 40):
+        snapshots.write(ledger, sequence, b"state %d" % sequence)
+    assert snapshots.sequences(ledger) == [7, 40, 300]
+    assert snapshots.newest(ledger) == (300, b"state 300")
+    assert snapshots.newest(ledger, at_or_before=299) == (40, b"state 40")
+    assert all((SHM / f"{ledger}.snapshot.{n}").stat().st_mode & 0o777 == 0o600 for n in (7, 40, 300))
+    snapshots.remove(ledger, 300)
+    snapshots.remove(ledger, 300)
+    assert snapshots.newest(ledger) == (40, b"state 40")
+    with pytest.raises(LedgerNotFound):
+        snapshots.read(ledger, 300)
+
+
+@pytest.mark.parametrize("offset", [0, 9, 17, 25, 29, 33, -1])
+def test_a_damaged_snapshot_is_passed_over(ledger: str, offset: int) -> None:
+    snapshots.write(ledger, 1, b"older")
+    snapshots.write(ledger, 2, b"newer, damaged below")
+    with open(SHM / f"{ledger}.snapshot.2", "r+b") as file:
+        file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(LogCorrupt):
+        snapshots.read(ledger, 2)
+    assert snapshots.newest(ledger) == (1, b"older")
+
+
+def test_a_half_written_snapshot_is_not_seen(ledger: str) -> None:
+    (SHM / f"{ledger}.snapshot.5.partial.1").write_bytes(b"half")
+    assert snapshots.sequences(ledger) == []
