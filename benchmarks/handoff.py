@@ -47,7 +47,6 @@ def log() -> list[int]:
     at = time.monotonic_ns()
     for i in range(COUNT):
         at = _pace(at)
-        writer.reserve(64)
         writer.append([(1, i, struct.pack("<Q", time.monotonic_ns()), b"")])
     delays: list[int] = ours.recv()
     process.join()

@@ -1,9 +1,11 @@
 """The one writer of a log.
 
-``reserve`` room, then ``append`` a transaction. Bodies are written first, then a fence, then each record's CRC (its
-commit word), then the tail hint; a reader that sees the hint move checks the CRC chain anyway. The next segment is
-prepared ahead of time by a thread (reserving 16 MiB takes 4 ms and does not hold the interpreter lock), and old ones
-are put away by it.
+A transaction is ``stage``d and then ``publish``ed. Staging makes room (or refuses) and writes the bodies, which nobody
+reads yet; publishing is a fence, then each record's CRC (its commit word), then the tail hint. A reader that sees the
+hint move checks the CRC chain anyway. What is staged and never published is overwritten by the next transaction.
+
+The next segment is prepared ahead of time by a thread (reserving 16 MiB takes 4 ms and does not hold the interpreter
+lock), and old ones are put away by it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from ipc.record import CRC_OFFSET, LINE, LINE_BYTES, TXN_BEGIN, TXN_END
 from ipc.segment import HEADER_BYTES, NEXT, TAIL, Header
 
 _LEAST_SEGMENT = 64 << 10
+
+Encoded = tuple[int, int, bytes, bytes, bytes]
+"""``(kind, subject, args, head, tail)``: the payload is head + tail, in two parts so that a large one is not copied."""
 
 
 class LogWriter:
@@ -59,6 +64,7 @@ class LogWriter:
         self._kept: list[tuple[int, int]] = []
         """``(index, base sequence)`` of the segments that exist."""
         self._release, self._acquire = make_fence()
+        self._staged: tuple[list[tuple[int, int]], int, int, int, int] = [], HEADER_BYTES, 0, base_sequence, 0
         self._hold: int | None = None
         self._bells: dict[int, posix_ipc.Semaphore] = {}
         self._listeners: list[tuple[int, int, int]] = []
@@ -104,55 +110,73 @@ class LogWriter:
             control.close()
             raise
 
-    def reserve(self, size: int) -> None:
-        """Make room for a transaction of ``size`` bytes (:func:`ipc.record_bytes` of each record), or refuse.
+    def stage(self, records: Sequence[Encoded], step: int = 0) -> None:
+        """Write one transaction's ``(kind, subject, args, head, tail)`` records where nobody reads yet.
 
         Raises:
-            TransactionTooLarge, SharedMemoryFull: nothing was written.
+            TransactionTooLarge, SharedMemoryFull: there is no room; nothing was written.
         """
-        if size > self.max_transaction_bytes:
-            raise TransactionTooLarge(
-                f"a transaction of {size:,} bytes does not fit: ledger {self.ledger!r} takes up to "
-                f"{self.max_transaction_bytes:,}; make segment_bytes larger"
-            )
-        if self._offset + size > self._segment_bytes:
-            self._rotate()
-
-    def append(self, records: Sequence[tuple[int, int, bytes, bytes]], step: int = 0) -> None:
-        """Publish ``(kind, subject, args, payload)`` records as one transaction; room was reserved."""
-        buffer, words32 = self._buffer, self._words32
+        total = 0
+        for record in records:
+            total += LINE_BYTES + (len(record[3]) + len(record[4]) + 63 & ~63)
+        if self._offset + total > self._segment_bytes or total > self.max_transaction_bytes:
+            self._make_room(total)
+        buffer = self._buffer
         offset, crc, sequence = self._offset, self._crc, self.next_sequence
         now = time.time_ns()
         flags = TXN_BEGIN
-        left = len(records)
+        last = sequence + len(records) - 1
         commits = []
         mask = 0
-        for kind, subject, args, payload in records:
-            left -= 1
-            if not left:
+        for kind, subject, args, head, tail in records:
+            if sequence == last:
                 flags |= TXN_END
-            size = len(payload)
-            line = LINE.pack(sequence, now, kind, flags, 0, step, subject, size, args)
+            size = len(head)
+            line = LINE.pack(sequence, now, kind, flags, 0, step, subject, size + len(tail), args)
             crc = crc32c(line, crc)
-            body = offset + LINE_BYTES
             buffer[offset : offset + CRC_OFFSET] = line
-            offset = body
+            offset += LINE_BYTES
+            word = (offset >> 2) - 1
             if size:
-                crc = crc32c(payload, crc)
-                buffer[body : body + size] = payload
-                offset += size + 63 & ~63
-            commits.append(((body >> 2) - 1, crc))
+                crc = crc32c(head, crc)
+                buffer[offset : offset + size] = head
+                offset += size
+            if tail:
+                crc = crc32c(tail, crc)
+                buffer[offset : offset + len(tail)] = tail
+                offset += len(tail)
+            offset = offset + 63 & ~63
+            commits.append((word, crc))
             sequence += 1
             flags = 0
             mask |= 1 << kind
+        self._staged = commits, offset, crc, sequence, mask
+
+    def publish(self) -> None:
+        """Let everybody see what was staged."""
+        commits, offset, crc, sequence, mask = self._staged
         self._release()
         self._acquire()
+        words32 = self._words32
         for word, value in commits:
             words32[word] = value
         self._words[TAIL] = offset
         self._offset, self._crc, self.next_sequence = offset, crc, sequence
         if self._listeners:
             self._ring(mask)
+
+    def append(self, records: Sequence[tuple[int, int, bytes, bytes]], step: int = 0) -> None:
+        """Publish ``(kind, subject, args, payload)`` records as one transaction. Raises: see :meth:`stage`."""
+        self.stage([(*record, b"") for record in records], step)
+        self.publish()
+
+    def _make_room(self, size: int) -> None:
+        if size > self.max_transaction_bytes:
+            raise TransactionTooLarge(
+                f"a transaction of {size:,} bytes does not fit: ledger {self.ledger!r} takes up to "
+                f"{self.max_transaction_bytes:,}; make segment_bytes larger"
+            )
+        self._rotate()
 
     def listen(self) -> None:
         """Look for workers that want to be woken. To be called when workers came or went."""

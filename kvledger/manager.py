@@ -16,11 +16,11 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from ipc import LogWriter, TransactionTooLarge, record_bytes
+from ipc import LogWriter, TransactionTooLarge
 from kvledger.config import CacheConfig
 from kvledger.ranks import BlockTable, Progress, Ranks, table_of
 from statemachine import codec, commands
-from statemachine.apply import apply, genesis
+from statemachine.apply import HANDLERS, genesis
 from statemachine.content import Item, Tokens, words_of
 from statemachine.decide import available_blocks, decide, peek, request_named
 from statemachine.encoding import state_digest
@@ -378,23 +378,19 @@ class CacheManager:
 
     def _publish(self, events: list[Event], apply_them: bool = True) -> None:
         encoders = codec.ENCODERS
-        records = [encoders[type(event)](event) for event in events]
-        size = 0
-        for _, _, _, payload in records:
-            size += record_bytes(len(payload))
         try:
-            self._writer.reserve(size)
+            self._writer.stage([encoders[type(event)](event) for event in events], self._step)
         except TransactionTooLarge as error:
             raise InvalidCommand(str(error)) from error
         if apply_them:
             state = self._state
             try:
                 for event in events:
-                    apply(state, event)
+                    HANDLERS[type(event)](state, event)
             except BaseException as error:
                 self._closed = f"an event could not be applied ({error}); reopen the ledger"
                 raise
-        self._writer.append(records, self._step)
+        self._writer.publish()
 
     def _follow(self, events: list[Event]) -> None:
         """Transfers that these events started get a deadline; without workers they are done at once."""
@@ -405,7 +401,7 @@ class CacheManager:
                 self._publish(decide(self._state, commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets))))
 
     def _prompt(self, tokens: Tokens, items: Sequence[Item], max_blocks: int | None) -> tuple[memoryview, int]:
-        words = memoryview(words_of(tokens, items=items)).cast("B")
+        words = words_of(tokens, items=items)
         if max_blocks is None:
             max_blocks = max(len(words) // 4 - 1, 0) // self.config.block_size
         elif isinstance(max_blocks, bool) or not isinstance(max_blocks, int) or max_blocks < 0:
@@ -414,7 +410,7 @@ class CacheManager:
 
     def _admission(self, matched: Event, words: memoryview) -> Admission:
         assert isinstance(matched, RequestMatched)
-        block_bytes = self._state.block_bytes
-        self._tails[matched.key] = bytes(words[len(words) // block_bytes * block_bytes :])
+        length = len(words)
+        self._tails[matched.key] = words[length - length % self._state.block_bytes :].tobytes()
         request = self._state.requests[matched.request]
         return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits)

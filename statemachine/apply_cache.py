@@ -23,11 +23,61 @@ from statemachine.state import Node, Request, State
 
 def blocks_cached(state: State, event: BlocksCached) -> None:
     """A request's computed blocks enter the tree."""
-    request = request_of(state, event, event.request)
+    number, leaf_id, cut, upper, new, duplicates, taken, blocks, generated = event
+    request = request_of(state, event, number)
     block_bytes = state.block_bytes
-    path = request.leaf
-    path_end = path.end
-    bottom = node_of(state, event, event.leaf) if event.leaf else path
+    bottom = path = request.leaf
+    path_end = path.start + path.size
+    words = request.words + generated if generated else request.words
+    known = duplicates + taken
+    total = duplicates + len(blocks)
+    chain: list[Node] = []
+    if leaf_id:
+        bottom = node_of(state, event, leaf_id)
+        chain = _known_below(state, event, path, bottom, words)
+    elif known or upper:
+        violated(event, "nothing is known below the request's own path, and that cannot be cut")
+    fresh = total - known
+    if fresh < 0 or bool(fresh) != bool(new):
+        violated(event, f"{known} blocks are known below the path, {total} are cached")
+    if len(words) < total * block_bytes:
+        violated(event, f"the words of {len(words) // block_bytes} blocks are known, {total} are cached")
+    if new:
+        siblings = bottom.children
+        if upper:
+            siblings = {bottom.words[cut * block_bytes : (cut + 1) * block_bytes]: bottom}
+        if new != state.next_node + bool(upper) or words[known * block_bytes : (known + 1) * block_bytes] in siblings:
+            violated(event, f"run {new} cannot be made below run {bottom.id}")
+    if request.waits and any(position < path_end + total for position in request.waits.values()):
+        violated(event, f"request {request.key!r} still waits for {[*request.waits]}")
+    own = request.table[path_end + duplicates : path_end + total]
+    if blocks != own:
+        expect_blocks(state, event, Tier.DEVICE, blocks, own, "next in the block table of a request")
+
+    if chain:
+        if upper:
+            bottom = chain[-1] = tree.split(state, bottom, cut, upper)
+        position = _join(state, chain, blocks)
+    else:
+        position = 0
+    leaf = bottom
+    if new:
+        leaf = Node(new, bottom, path_end + known, words[known * block_bytes : total * block_bytes], fresh)
+        leaf.device = blocks[position:]
+        leaf.device_ready = True
+        leaf.pins = 1
+        tree.attach(state, leaf)
+        state.next_node = new + 1
+    if duplicates:
+        request.duplicates.append((path_end, path_end + duplicates))
+        state.counters.duplicate_blocks += duplicates
+    request.leaf = leaf
+    request.words = words[total * block_bytes :]
+    state.counters.cached_blocks += len(blocks)
+
+
+def _known_below(state: State, event: BlocksCached, path: Node, bottom: Node, words: bytes) -> list[Node]:
+    """The runs from a request's path down to ``bottom``, which hold what the request is about to cache."""
     chain: list[Node] = []
     known = duplicates = 0
     node = bottom
@@ -38,63 +88,33 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
         if node.device_ready:
             duplicates += size
         if node.parent is None:
-            violated(event, f"run {event.leaf} is not below the path of request {request.key!r}")
+            violated(event, f"run {bottom.id} is not below the path of request {event.request}")
         node = node.parent
     chain.reverse()
-    if event.upper:
-        if not chain:
-            violated(event, "a run of the request's own path cannot be cut")
-        expect_cut(state, event, bottom, event.cut, event.upper)
-    words = request.words + event.words if event.words else request.words
-    total = event.duplicates + len(event.blocks)
-    fresh = total - known
-    if known != event.duplicates + event.taken or fresh < 0 or bool(fresh) != bool(event.node):
-        violated(event, f"{known} blocks are known below the path, {total} are cached")
-    if len(words) < total * block_bytes:
-        violated(event, f"the words of {len(words) // block_bytes} blocks are known, {total} are cached")
-    if chain and not words.startswith(tree.content_of(chain)[: known * block_bytes]):
+    if event.upper and not chain:
+        violated(event, "a run of the request's own path cannot be cut")
+    expect_cut(state, event, bottom, event.cut, event.upper)
+    if known != event.duplicates + event.taken:
+        violated(event, f"{known} blocks are known below the path, not {event.duplicates + event.taken}")
+    if chain and not words.startswith(tree.content_of(chain)[: known * state.block_bytes]):
         violated(event, "the words of the request and of the runs differ")
     if duplicates != event.duplicates:
         violated(event, f"{duplicates} blocks are valid on the device, not {event.duplicates}")
-    if event.node:
-        siblings = bottom.children
-        if event.upper:
-            siblings = {bottom.words[event.cut * block_bytes : (event.cut + 1) * block_bytes]: bottom}
-        first_words = words[known * block_bytes : (known + 1) * block_bytes]
-        if event.node != state.next_node + bool(event.upper) or first_words in siblings:
-            violated(event, f"run {event.node} cannot be made below run {bottom.id}")
-    if any(position < path_end + total for position in request.waits.values()):
-        violated(event, f"request {request.key!r} still waits for {[*request.waits]}")
-    own = request.table[path_end + duplicates : path_end + total]
-    expect_blocks(state, event, Tier.DEVICE, event.blocks, own, "next in the block table of a request")
+    return chain
 
-    if event.upper:
-        bottom = tree.split(state, bottom, event.cut, event.upper)
-        chain[-1] = bottom
-    position = 0
+
+def _join(state: State, chain: list[Node], blocks: IntArray) -> int:
+    """Pin known runs; those without a valid device copy take the request's blocks. Returns how many are taken."""
     for run in chain:
         if not run.pins:
             tree.leave_orders(state, run)
         run.pins += 1
+    position = 0
     for run in chain:
         if not run.device_ready:
-            _take_over(state, run, event.blocks[position : position + run.size])
+            _take_over(state, run, blocks[position : position + run.size])
             position += run.size
-    leaf = bottom
-    if event.node:
-        content = words[known * block_bytes : total * block_bytes]
-        leaf = Node(event.node, bottom, bottom.end, content, fresh)
-        leaf.device = event.blocks[position:]
-        leaf.device_ready = True
-        leaf.pins = 1
-        tree.attach(state, leaf)
-        state.next_node = event.node + 1
-    if duplicates:
-        request.duplicates.append((path_end, path_end + duplicates))
-    request.leaf = leaf
-    request.words = words[total * block_bytes :]
-    state.counters.cached_blocks += len(event.blocks)
-    state.counters.duplicate_blocks += duplicates
+    return position
 
 
 def _take_over(state: State, node: Node, blocks: IntArray) -> None:
@@ -133,53 +153,47 @@ def _replace(request: Request, node: Node, blocks: IntArray) -> None:
 
 def blocks_evicted(state: State, event: BlocksEvicted) -> None:
     """Cached copies become free."""
-    if event.tier not in (0, 1) or len(event.nodes) != len(event.counts) or not event.nodes:
+    tier, _, upper, ids, counts, named = event
+    if tier not in (0, 1) or len(ids) != len(counts) or not ids:
         violated(event, "tier, runs and counts do not fit")
-    device = event.tier == Tier.DEVICE
+    device = tier == Tier.DEVICE
     victims: list[tuple[Node, int, IntArray]] = []
     gone: set[Node] = set()
     position = 0
-    last = len(event.nodes) - 1
-    for id, count in zip(event.nodes, event.counts):
+    last = len(ids) - 1
+    for id, count in zip(ids, counts):
         node = node_of(state, event, id)
-        ids, other = (node.device, node.host) if device else (node.host, node.device)
+        copy, ready, other = (
+            (node.device, node.device_ready, node.host) if device else (node.host, node.host_ready, node.device)
+        )
+        if node.pins or copy is None or not ready or not 0 < count <= node.size or node in gone:
+            violated(event, f"{count} blocks of run {id} ({node.pins} pins) are not evictable, or it is named twice")
+        if node.transfer is not None and (not device or node.transfer.direction != Direction.BACKUP):
+            violated(event, f"run {id} is in transfer {node.transfer.id}")
         whole = count == node.size
-        if node in gone:
-            violated(event, f"run {id} is named twice")
-        _expect_evictable(state, event, device, node, count)
         if not whole and len(victims) != last:
-            violated(event, f"{count} of the {node.size} blocks of run {node.id} cannot be evicted")
+            violated(event, f"{count} of the {node.size} blocks of run {id} cannot be evicted")
         for child in node.children.values():
             if child not in gone and (other is None or (child.device if device else child.host) is not None):
-                violated(event, f"run {node.id} has the cached child {child.id}")
-        stop = position + count
-        blocks = event.blocks[position:stop]
-        assert ids is not None
-        if blocks != ids[: -count - 1 : -1]:
-            expect_blocks(state, event, Tier(event.tier), blocks, ids[: -count - 1 : -1], f"the end of run {node.id}")
-        position = stop
+                violated(event, f"run {id} has the cached child {child.id}")
+        blocks = named[position : position + count]
+        end = copy[: -count - 1 : -1]
+        if blocks != end:
+            expect_blocks(state, event, Tier(tier), blocks, end, f"the end of run {id}")
+        position += count
         victims.append((node, count, blocks))
         if whole:
             gone.add(node)
-    if position != len(event.blocks):
-        violated(event, f"{position} blocks belong to these runs, the event names {len(event.blocks)}")
-    if bool(event.upper) != (not whole and other is not None):
+    if position != len(named):
+        violated(event, f"{position} blocks belong to these runs, the event names {len(named)}")
+    if bool(upper) != (not whole and other is not None):
         violated(event, f"run {node.id} has to be cut exactly if it keeps a copy on the other tier")
-    expect_cut(state, event, node, node.size - count, event.upper)
-
-    if event.upper:
-        tree.split(state, node, node.size - count, event.upper)
+    if upper:
+        expect_cut(state, event, node, node.size - count, upper)
+        tree.split(state, node, node.size - count, upper)
     evict = _evict_device if device else _evict_host
     for node, count, blocks in victims:
         evict(state, node, count, blocks)
-
-
-def _expect_evictable(state: State, event: BlocksEvicted, device: bool, node: Node, count: int) -> None:
-    ids, ready = (node.device, node.device_ready) if device else (node.host, node.host_ready)
-    if node.pins or ids is None or not ready or not 0 < count <= node.size:
-        violated(event, f"{count} blocks of run {node.id} ({node.pins} pins) are not evictable")
-    if node.transfer is not None and (not device or node.transfer.direction != Direction.BACKUP):
-        violated(event, f"run {node.id} is in transfer {node.transfer.id}")
 
 
 def _evict_device(state: State, node: Node, count: int, blocks: IntArray) -> None:

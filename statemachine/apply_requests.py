@@ -17,7 +17,15 @@ from statemachine.events import (
     RequestReleased,
     Tier,
 )
-from statemachine.expect import expect_blocks, expect_cut, expect_granted, node_of, request_of, violated
+from statemachine.expect import (
+    expect_blocks,
+    expect_cut,
+    expect_free,
+    expect_granted,
+    node_of,
+    request_of,
+    violated,
+)
 from statemachine.ownership import owner
 from statemachine.state import Node, Request, State
 
@@ -44,37 +52,40 @@ def give_back(state: State, request: Request, blocks: IntArray) -> None:
 
 def request_matched(state: State, event: RequestMatched) -> None:
     """A request begins and pins its path."""
-    if event.request != state.next_request or event.key in state.keys:
-        violated(event, f"request {event.request} ({event.key!r}) is not the next new one")
-    namespace_root = state.roots.get(event.namespace)
+    number, leaf_id, cut, upper, device_blocks, host_blocks, key, namespace, words = event
+    if number != state.next_request or key in state.keys:
+        violated(event, f"request {number} ({key!r}) is not the next new one")
+    namespace_root = state.roots.get(namespace)
     leaf = namespace_root
     nodes: list[Node] = []
-    if event.leaf:
-        node = leaf = node_of(state, event, event.leaf)
-        if bool(event.cut) != bool(event.upper):
-            violated(event, "a cut needs a new id and the other way round")
-        expect_cut(state, event, leaf, event.cut, event.upper)
-        on_device = 0
+    found = device_blocks + host_blocks
+    if leaf_id:
+        node = leaf = node_of(state, event, leaf_id)
+        if cut or upper:
+            if not cut or not upper:
+                violated(event, "a cut needs a new id and the other way round")
+            expect_cut(state, event, leaf, cut, upper)
+        length = leaf.start + (cut or leaf.size)
+        on_device = length
         while node.parent is not None:
             nodes.append(node)
-            if node.device is not None:
-                on_device += event.cut if event.upper and node is leaf else node.size
-            elif not node.matchable():
-                violated(event, f"a run on the path to {leaf.id} is still arriving on the host")
+            if node.device is None:
+                on_device -= cut if cut and node is leaf else node.size
+                if not node.matchable():
+                    violated(event, f"a run on the path to {leaf.id} is still arriving on the host")
             node = node.parent
         if node is not namespace_root:
             violated(event, f"run {leaf.id} is not in the namespace of the request")
-        length = leaf.start + event.cut if event.upper else leaf.end
-        if on_device != event.device_blocks or length != event.device_blocks + event.host_blocks:
+        if on_device != device_blocks or length != found:
             violated(event, f"the path to run {leaf.id} has {on_device} blocks on the device, {length} in all")
-    elif event.device_blocks or event.host_blocks or event.cut or event.upper:
+    elif found or cut or upper:
         violated(event, "blocks without a run")
 
     if leaf is None:
-        leaf = tree.root(state, event.namespace)
-    elif event.upper:
-        leaf = nodes[0] = tree.split(state, leaf, event.cut, event.upper)
-    request = Request(event.request, event.key, event.namespace, leaf, event.words)
+        leaf = tree.root(state, namespace)
+    elif upper:
+        leaf = nodes[0] = tree.split(state, leaf, cut, upper)
+    request = Request(number, key, namespace, leaf, words)
     tree.pin(state, leaf)
     table = request.table
     for node in reversed(nodes):
@@ -85,37 +96,53 @@ def request_matched(state: State, event: RequestMatched) -> None:
             assert node.transfer is not None
             request.waits.setdefault(node.transfer.id, node.start)
             node.transfer.waiters[request.id] = None
-    state.requests[request.id] = request
-    state.keys[request.key] = request.id
-    state.next_request += 1
+    state.requests[number] = request
+    state.keys[key] = number
+    state.next_request = number + 1
     counters = state.counters
     counters.requests += 1
-    counters.queried_blocks += leaf.end + len(event.words) // state.block_bytes
-    counters.device_hit_blocks += event.device_blocks
-    counters.host_hit_blocks += event.host_blocks
+    counters.queried_blocks += found + len(words) // state.block_bytes
+    counters.device_hit_blocks += device_blocks
+    counters.host_hit_blocks += host_blocks
 
 
 def blocks_allocated(state: State, event: BlocksAllocated) -> None:
     """Free blocks become private."""
-    if len(event.requests) != len(event.counts) or sum(event.counts) != len(event.blocks):
+    ids, counts, after, held, blocks = event
+    total = len(blocks)
+    if len(ids) != len(counts) or sum(counts) != total:
         violated(event, "requests, counts and blocks do not fit")
-    requests = [request_of(state, event, id) for id in event.requests]
-    plain = expect_granted(state, event, event.blocks, event.after, event.held)
-    take_granted(state, plain, event.after, event.held)
+    live = state.requests
+    requests = [live[id] if id in live else request_of(state, event, id) for id in ids]
+    if held or after:
+        plain = expect_granted(state, event, blocks, after, held)
+        take_granted(state, plain, after, held)
+    else:
+        expect_free(state, event, blocks)
+        free = state.device.free
+        del free[len(free) - total :]
+        plain = total
     position = 0
-    for request, count in zip(requests, event.counts):
+    for request, count in zip(requests, counts):
         stop = position + count
         if stop > plain:
-            first = plain
-            for id, held in zip(event.after, event.held):
-                begin, end = max(first, position), min(first + held, stop)
-                if begin < end:
-                    request.waits.setdefault(id, len(request.table) + begin - position)
-                    state.transfers[id].waiters[request.id] = None
-                first += held
-        request.table.extend(event.blocks[position:stop])
+            _wait_for_held(state, request, position, stop, plain, event)
+        request.table.extend(blocks[position:stop])
         position = stop
-    state.counters.allocated_blocks += len(event.blocks)
+    state.counters.allocated_blocks += total
+
+
+def _wait_for_held(
+    state: State, request: Request, position: int, stop: int, plain: int, event: BlocksAllocated
+) -> None:
+    """Of the granted blocks, those from ``position`` to ``stop`` go to ``request``; copies still read the last ones."""
+    first = plain
+    for id, held in zip(event.after, event.held):
+        begin, end = max(first, position), min(first + held, stop)
+        if begin < end:
+            request.waits.setdefault(id, len(request.table) + begin - position)
+            state.transfers[id].waiters[request.id] = None
+        first += held
 
 
 def allocation_refused(state: State, event: AllocationRefused) -> None:
@@ -152,6 +179,8 @@ def blocks_trimmed(state: State, event: BlocksTrimmed) -> None:
 
 def _merges(event: RequestReleased, loose: list[Node]) -> list[tuple[Node, list[Node]]]:
     """Which of the runs that nobody holds any more, deepest first, absorb which."""
+    if len(event.merged) != len(event.absorbed):
+        violated(event, "merges do not fit")
     merges: list[tuple[Node, list[Node]]] = []
     position = 0
     for id, count in zip(event.merged, event.absorbed):
@@ -169,26 +198,27 @@ def _merges(event: RequestReleased, loose: list[Node]) -> list[tuple[Node, list[
 
 def request_released(state: State, event: RequestReleased) -> None:
     """A request ends; its path is unpinned, its runs merge."""
-    request = request_of(state, event, event.request)
-    expect_blocks(state, event, Tier.DEVICE, event.blocks, request.private()[::-1], f"private to {request.key!r}")
-    if len(event.merged) != len(event.absorbed):
-        violated(event, "merges do not fit")
-    loose = []
-    node = request.leaf
-    while node.parent is not None and node.pins == 1:
-        loose.append(node)
-        node = node.parent
-    if event.final > len(loose) or any(
-        len(run.children) > (1 if i else 0) for i, run in enumerate(loose[: event.final])
-    ):
-        violated(event, f"the deepest {event.final} runs are not the end of everything")
-    merges = _merges(event, loose) if event.merged else []
+    number, _, final, merged, absorbed, blocks = event
+    request = request_of(state, event, number)
+    own = request.private()
+    own.reverse()
+    if blocks != own:
+        expect_blocks(state, event, Tier.DEVICE, blocks, own, f"private to {request.key!r}")
+    merges: list[tuple[Node, list[Node]]] = []
+    if final or merged or absorbed:
+        loose = tree.loosened(request.leaf)
+        if final > len(loose) or any(len(run.children) > (1 if i else 0) for i, run in enumerate(loose[:final])):
+            violated(event, f"the deepest {final} runs are not the end of everything")
+        merges = _merges(event, loose)
 
-    for id in request.waits:
-        del state.transfers[id].waiters[request.id]
-    tree.unpin(state, request.leaf, final=event.final)
-    give_back(state, request, event.blocks)
-    del state.requests[request.id]
+    tree.unpin(state, request.leaf, final=final)
+    if request.waits:
+        for id in request.waits:
+            del state.transfers[id].waiters[number]
+        give_back(state, request, blocks)
+    else:
+        state.device.free.extend(blocks)
+    del state.requests[number]
     del state.keys[request.key]
     for lower, ancestors in merges:
         tree.absorb(state, lower, ancestors)

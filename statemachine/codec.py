@@ -21,17 +21,19 @@ from statemachine.events import KIND_OF, KINDS, Event
 
 ARGS_BYTES = 24
 
-Encoded = tuple[int, int, bytes, bytes]
-"""``(kind, subject, args, payload)``."""
+Encoded = tuple[int, int, bytes, bytes, bytes]
+"""``(kind, subject, args, head, tail)``: the payload is head + tail. Content words that end an event are the tail, so
+that writing an event copies them once."""
 
 
 class CodecError(ValueError):
     """A record is not a well-formed event of this schema."""
 
 
-def encode(event: Event) -> Encoded:
+def encode(event: Event) -> tuple[int, int, bytes, bytes]:
     """Turn an event into ``(kind, subject, args, payload)``; ``args`` has at most 24 bytes."""
-    return ENCODERS[type(event)](event)
+    kind, subject, args, head, tail = ENCODERS[type(event)](event)
+    return kind, subject, args, head + tail
 
 
 def decode(kind: int, subject: int, args: bytes, payload: bytes) -> Event:
@@ -93,8 +95,9 @@ def _encoder(
     ]
     yield f"    head = pack({', '.join(fixed + lengths)})"
     parts = ["head[24:]"] * bool(spill) + [name for name, _ in variable]
+    tail = parts.pop() if variable and variable[-1][1] == "bytes" else "b''"
     payload = f"join(({', '.join(parts)},))" if parts else "b''"
-    yield f"    return {kind}, {subject or 0}, head[:24], {payload}"
+    yield f"    return {kind}, {subject or 0}, head[:24], {payload}, {tail}"
 
 
 def _decoder(

@@ -57,6 +57,9 @@ from statemachine.ownership import transfer_blocks
 from statemachine.room import Supply, device_supply, evicted, host_room
 from statemachine.state import Node, Request, State, Transfer
 
+_NONE: IntArray = array("Q")
+_NO_COUNTS: IntArray = array("I")
+
 
 def decide(state: State, command: Command) -> list[Event]:
     """The events of a command.
@@ -106,24 +109,24 @@ def out_of_blocks(
 
 def _admit(state: State, command: Admit) -> list[Event]:
     path = _path(state, command)
-    if command.blocks < path.device + path.host:
+    _, cut, device, host, _ = path
+    wanted = command.blocks - device
+    if wanted < host:
         raise InvalidCommand(
-            f"{command.blocks} blocks are fewer than the {path.device + path.host} that match; "
+            f"{command.blocks} blocks are fewer than the {device + host} that match; "
             "pass the number of blocks of the whole prompt, or a smaller limit"
         )
     kept, own = _kept(path)
-    wanted = command.blocks - path.device
     available = available_blocks(state) - own
     supply = None
-    events: list[Event] = [_matched(state, command, path)]
     if wanted <= available:
-        supply = device_supply(state, wanted, kept, path.host, state.next_node + (1 if path.cut else 0))
+        supply = device_supply(state, wanted, kept, host, state.next_node + (1 if cut else 0))
     if supply is None:
         raise out_of_blocks(state, wanted, min(available, wanted - 1), command.key)
-    events += supply.events
-    if path.host:
+    events: list[Event] = [_matched(state, command, path), *supply.events]
+    if host:
         events.append(_swapped_in(state, path, supply, events))
-    count = wanted - path.host
+    count = wanted - host
     if count:
         events.append(_granted(array("Q", [state.next_request]), array("I", [count]), supply, count))
     return events
@@ -150,9 +153,10 @@ def _match(state: State, command: Match) -> list[Event]:
 
 
 def _path(state: State, command: Match | Admit) -> tree.Path:
-    if command.key in state.keys:
-        raise DuplicateRequest(f"request {command.key!r} is live already: release it first, or choose another name")
-    return tree.find(state, state.roots.get(command.namespace), command.words, command.limit)
+    key, words, namespace, limit, *_ = command
+    if key in state.keys:
+        raise DuplicateRequest(f"request {key!r} is live already: release it first, or choose another name")
+    return tree.find(state, state.roots.get(namespace), words, limit)
 
 
 def _kept(path: tree.Path) -> tuple[dict[Node, int], int]:
@@ -171,13 +175,13 @@ def _kept(path: tree.Path) -> tuple[dict[Node, int], int]:
 
 
 def _matched(state: State, command: Match | Admit, path: tree.Path) -> RequestMatched:
-    leaf = path.leaf.id if path.leaf is not None else 0
-    upper = state.next_node if path.cut else 0
-    full = len(command.words) // state.block_bytes * state.block_bytes
-    rest = bytes(command.words[(path.device + path.host) * state.block_bytes : full])
-    return RequestMatched(
-        state.next_request, leaf, path.cut, upper, path.device, path.host, command.key, command.namespace, rest
-    )
+    key, words, namespace, *_ = command
+    node, cut, device, host, _ = path
+    leaf = node.id if node is not None else 0
+    upper = state.next_node if cut else 0
+    block_bytes = state.block_bytes
+    rest = words[(device + host) * block_bytes : len(words) // block_bytes * block_bytes].tobytes()
+    return RequestMatched(state.next_request, leaf, cut, upper, device, host, key, namespace, rest)
 
 
 def _swapped_in(state: State, path: tree.Path, supply: Supply, events: list[Event]) -> TransferStarted:
@@ -321,10 +325,8 @@ def _backup(state: State, request: Request, chain: list[Node], cut: int, new: in
         counts.append(len(ids))
         sources.extend(ids)
     targets = free[len(free) - wanted :][::-1]
-    none, zero = array("Q"), array("I")
-    events.append(
-        TransferStarted(state.next_transfer, Direction.BACKUP, 0, 0, nodes, counts, none, zero, sources, targets)
-    )
+    number = state.next_transfer
+    events.append(TransferStarted(number, Direction.BACKUP, 0, 0, nodes, counts, _NONE, _NO_COUNTS, sources, targets))
     return events
 
 
@@ -354,17 +356,21 @@ def _reassign(state: State, command: Reassign) -> list[Event]:
 
 def _release(state: State, command: Release) -> list[Event]:
     request = request_named(state, command.key)
-    loose: list[Node] = []
-    node = request.leaf
-    while node.parent is not None and node.pins == 1:
-        loose.append(node)
-        node = node.parent
+    loose = tree.loosened(request.leaf)
     final = 0
     if command.final:
         for index, run in enumerate(loose):
             if len(run.children) > (1 if index else 0):
                 break
             final += 1
+    merged, absorbed = _merges(loose, final) if len(loose) > 1 else (_NONE, _NO_COUNTS)
+    blocks = request.private()
+    blocks.reverse()
+    return [RequestReleased(request.id, command.reason, final, merged, absorbed, blocks)]
+
+
+def _merges(loose: list[Node], final: int) -> tuple[IntArray, IntArray]:
+    """Which of these runs (deepest first) absorb how many of their ancestors; none across the border of ``final``."""
     merged, absorbed = array("Q"), array("I")
     index = 0
     while index < len(loose):
@@ -375,9 +381,7 @@ def _release(state: State, command: Release) -> list[Event]:
             merged.append(loose[index].id)
             absorbed.append(stop - index - 1)
         index = stop
-    return [
-        RequestReleased(request.id, command.reason, final, merged, absorbed, request.private()[::-1]),
-    ]
+    return merged, absorbed
 
 
 def _finish_transfer(state: State, command: FinishTransfer) -> list[Event]:

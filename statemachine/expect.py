@@ -47,14 +47,19 @@ def expect_cut(state: State, event: Event, node: Node, cut: int, upper: int) -> 
         violated(event, f"run {node.id} of {node.size} blocks cannot be cut at {cut} with new id {upper}")
 
 
+def expect_free(state: State, event: Event, given: IntArray) -> None:
+    """The ids come from the top of the device's free list."""
+    top = state.device.free[: -len(given) - 1 : -1]
+    if given != top:
+        expect_blocks(state, event, Tier.DEVICE, given, top, "next on the free list")
+
+
 def expect_granted(state: State, event: Event, given: IntArray, after: IntArray, held: IntArray) -> int:
     """The ids come from the top of the free list, then from what transfers hold. Returns how many are plainly free."""
     plain = len(given) - sum(held) if held else len(given)
     if plain < 0 or len(after) != len(held):
         violated(event, "the counts of held blocks do not fit the blocks")
-    free = state.device.free
-    top = free[: -plain - 1 : -1]
-    expect_blocks(state, event, Tier.DEVICE, given[:plain] if held else given, top, "next on the free list")
+    expect_free(state, event, given[:plain] if held else given)
     position = plain
     for id, count in zip(after, held, strict=True):
         transfer = state.transfers.get(id)

@@ -25,6 +25,7 @@ from statemachine.state import Node, State
 _NONE: IntArray = array("Q")
 _NO_COUNTS: IntArray = array("I")
 _NOTHING_KEPT: Mapping[Node, int] = {}
+_NOTHING_HELD: list[tuple[int, IntArray]] = []
 
 
 class Victim(NamedTuple):
@@ -83,7 +84,7 @@ def device_supply(
     next_node = next_node or state.next_node
     need = wanted - len(free)
     if need <= 0:
-        return Supply([], free[len(free) - wanted :][::-1], [], next_node)
+        return Supply([], free[: -wanted - 1 : -1], _NOTHING_HELD, next_node)
     victims = _victims(state, need, kept)
     if not victims:
         return None
@@ -107,21 +108,21 @@ def _victims(state: State, need: int, kept: Mapping[Node, int]) -> list[Victim]:
     victims: list[Victim] = []
     skipped: set[Node] = set()
     through = state.policy == HostPolicy.WRITE_THROUGH
-    for order, final in ((state.final, True), (state.device_order, False)):
+    for order in (state.final, state.device_order):
         for node in order:
             have = node.size
-            if kept and node in kept:
+            if node in kept:
                 have -= kept[node]
                 if have <= 0:
                     continue
             if through and node.children and _stuck(node, skipped):
                 skipped.add(node)
                 continue
-            take = have if have < need else need
-            victims.append(Victim(node, take, take == have, final))
-            need -= take
-            if not need:
+            if have >= need:
+                victims.append(Victim(node, need, need == have, order is state.final))
                 return victims
+            victims.append(Victim(node, have, True, order is state.final))
+            need -= have
     return []
 
 
@@ -137,8 +138,9 @@ def _stuck(node: Node, skipped: set[Node]) -> bool:
 def evicted(tier: Tier, victims: Iterable[Victim], reason: EvictReason, upper: int = 0) -> BlocksEvicted:
     """The event that gives up these victims on a tier."""
     nodes, counts, blocks = array("Q"), array("I"), array("i")
+    device = tier == Tier.DEVICE
     for node, take, _, _ in victims:
-        ids = node.device if tier == Tier.DEVICE else node.host
+        ids = node.device if device else node.host
         assert ids is not None
         nodes.append(node.id)
         counts.append(take)
@@ -155,7 +157,7 @@ def _drop(state: State, victims: list[Victim], next_node: int) -> _Plan:
         next_node += 1
     event = evicted(Tier.DEVICE, victims, EvictReason.CAPACITY, upper)
     if not state.transfers:
-        return [event], event.blocks, [], next_node
+        return [event], event.blocks, _NOTHING_HELD, next_node
     freed = array("i")
     held: dict[int, IntArray] = {}
     for node, take, _, _ in victims:

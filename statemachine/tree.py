@@ -55,7 +55,7 @@ def find(state: State, start: Node | None, words: memoryview, limit: int) -> Pat
     on_device = True
     blocked = False
     while node is not None and offset < stop:
-        child = node.children.get(bytes(words[offset : offset + block_bytes]))
+        child = node.children.get(words[offset : offset + block_bytes].tobytes())
         if child is None:
             break
         if child.device is None:
@@ -135,6 +135,16 @@ def unpin(state: State, leaf: Node, above: Node | None = None, final: int = 0) -
     if node is not above:
         node.pins -= 1
         forget_root(state, node)
+
+
+def loosened(leaf: Node) -> list[Node]:
+    """The runs that nobody holds any more once the only holder of ``leaf`` lets go, deepest first."""
+    loose = []
+    node = leaf
+    while node.pins == 1 and node.parent is not None:
+        loose.append(node)
+        node = node.parent
+    return loose
 
 
 def root_of(node: Node) -> Node:

@@ -31,7 +31,6 @@ from ipc import (
     SharedMemoryFull,
     TransactionTooLarge,
     memory,
-    record_bytes,
     segment,
 )
 from ipc.control import READERS, Control
@@ -59,7 +58,6 @@ def name() -> Iterator[str]:
 
 
 def write(writer: LogWriter, entries: list[Entry]) -> None:
-    writer.reserve(sum(record_bytes(len(payload)) for _, _, _, payload in entries))
     writer.append(entries)
 
 
@@ -211,8 +209,23 @@ def test_limits(name: str) -> None:
     assert not objects_of(name)
     writer = LogWriter.create(name, schema_hash=1, segment_bytes=SMALL)
     with pytest.raises(TransactionTooLarge):
-        writer.reserve(writer.max_transaction_bytes + 1)
+        write(writer, [(1, 1, b"", bytes(writer.max_transaction_bytes))])
+    assert writer.next_sequence == 1
     write(writer, [(1, 1, b"", bytes(writer.max_transaction_bytes - 128))])
+    writer.close(unlink=True)
+
+
+def test_what_is_staged_is_not_seen_and_is_overwritten(name: str) -> None:
+    writer = LogWriter.create(name, schema_hash=1, segment_bytes=SMALL)
+    reader = LogReader(name)
+    write(writer, [(1, 1, b"a" * 24, b"first")])
+    writer.stage([(9, 9, b"z" * 24, b"never", b" published"), (9, 9, b"z" * 24, b"", b"x" * 500)])
+    assert [record.subject for record in drain(reader)] == [1] and writer.next_sequence == 2
+    writer.stage([(2, 2, b"b" * 24, b"head ", b"and tail")])
+    writer.publish()
+    (record,) = drain(reader)
+    assert (record.sequence, record.subject, record.payload) == (2, 2, b"head and tail")
+    reader.close()
     writer.close(unlink=True)
 
 
@@ -306,14 +319,13 @@ def test_the_next_worker_on_a_line_is_woken_too(name: str) -> None:
 
 _WRITER = """
 import sys
-from ipc import LogWriter, record_bytes
+from ipc import LogWriter
 writer = LogWriter.create(sys.argv[1], schema_hash=1, segment_bytes=64 << 10, retain_bytes=None)
 print("ready", flush=True)
 i = 0
 while True:
     payload = (i % 1000).to_bytes(2, "little") * (i % 200)
     entries = [(1, i, b"", payload)] * (i % 3 + 1)
-    writer.reserve(sum(record_bytes(len(payload)) for _ in entries))
     writer.append(entries)
     i += 1
 """

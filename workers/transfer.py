@@ -12,7 +12,7 @@ import sys
 import time
 from types import FrameType
 
-from ipc import LogReader, LogWriter, record_bytes
+from ipc import LogReader, LogWriter
 from ipc.signals import Signals
 from statemachine import codec
 from statemachine.events import KIND_OF, Direction, IntArray, TransferFinished, TransferStarted, WorkerJoined
@@ -103,9 +103,7 @@ class TransferWorker:
 
     def _answer(self, acknowledgement: Acknowledgement) -> None:
         # append() fences between the copies before it and its commit word, so who sees the answer sees the bytes
-        record = acknowledgement.record()
-        self.log.reserve(record_bytes(len(record[3])))
-        self.log.append([record])
+        self.log.append([acknowledgement.record()])
 
     def close(self) -> None:
         """Leave; the answers stay until the engine has read them."""
