@@ -25,11 +25,12 @@ from statemachine.content import Item, Tokens, words_of
 from statemachine.decide import available_blocks, decide, peek, request_named
 from statemachine.encoding import state_digest
 from statemachine.errors import InvalidCommand, OutOfBlocks
-from statemachine.events import BlocksAllocated, Event, Outcome, ReleaseReason, RequestMatched, Tier
+from statemachine.events import BlocksAllocated, Event, Outcome, PoolResized, ReleaseReason, RequestMatched, Tier
 from statemachine.state import State
 from workers.pools import Pools, create_pools
 
-_EVICT_STEP = 1 << 16
+_EVICTED_BYTES = 16
+"""What a block of a one-block run takes in the log when it is evicted: its id, its run's id and size."""
 
 
 class ManagerClosed(RuntimeError):
@@ -70,6 +71,7 @@ class CacheManager:
         self._ranks: Ranks | None = None
         self._tails: dict[str, bytes] = {}
         """By live request: the words after its last full block."""
+        self._evict_step = writer.max_transaction_bytes // _EVICTED_BYTES // 2
         self._step = 0
         self._closed = ""
 
@@ -275,7 +277,7 @@ class CacheManager:
         """
         self._execute(commands.Clear(force))
         for tier in (Tier.HOST, Tier.DEVICE):
-            while self._execute(commands.Evict(tier, _EVICT_STEP)):
+            while self._execute(commands.Evict(tier, self._evict_step)):
                 pass
 
     def resize(self, tier: Tier, blocks: int) -> None:
@@ -291,7 +293,8 @@ class CacheManager:
             most = self.config.device_blocks if tier == Tier.DEVICE else self.config.host_blocks
             if blocks > most:
                 raise InvalidCommand(f"the {tier.name} pool has room for {most} blocks, not for {blocks}")
-        self._execute(commands.Resize(tier, blocks))
+        while not isinstance(self._execute(commands.Resize(tier, blocks, self._evict_step))[-1], PoolResized):
+            pass
 
     def available_blocks(self) -> int:
         """Device blocks that are free or can be evicted."""

@@ -92,10 +92,14 @@ class Clear(NamedTuple):
 
 
 class Resize(NamedTuple):
-    """Give a tier another number of blocks; shrinking drops what is cached in the highest ids."""
+    """Give a tier another number of blocks; shrinking drops what is cached in the highest ids.
+
+    One transaction drops about ``step`` blocks at most: the command is repeated until a ``PoolResized`` ends it.
+    """
 
     tier: Tier
     blocks: int
+    step: int = 1 << 16
 
 
 class LoseTier(NamedTuple):

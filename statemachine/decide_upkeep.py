@@ -92,8 +92,22 @@ def _resize(state: State, command: Resize) -> list[Event]:
         events = _vacate(state, command.tier, taken)
     if not device:
         events += _shrink_residents(state, command.blocks, events)
-    events.append(PoolResized(command.tier, command.blocks))
-    return events
+    return _first_step(events, command.step) or [*events, PoolResized(command.tier, command.blocks)]
+
+
+def _first_step(events: list[Event], step: int) -> list[Event]:
+    """As many whole runs of the first of these evictions as ``step`` blocks allow, one at least; none: all fit."""
+    if sum(len(event.blocks) for event in events if isinstance(event, BlocksEvicted)) <= step:
+        return []
+    event = events[0]
+    assert isinstance(event, BlocksEvicted)
+    runs = blocks = 0
+    for count in event.counts:
+        if runs and blocks + count > step:
+            break
+        runs += 1
+        blocks += count
+    return [event._replace(nodes=event.nodes[:runs], counts=event.counts[:runs], blocks=event.blocks[:blocks])]
 
 
 def _vacate(state: State, tier: Tier, blocks: set[int]) -> list[Event]:

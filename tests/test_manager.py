@@ -28,6 +28,7 @@ from kvledger import (
     ManagerClosed,
     OutOfBlocks,
     RequestNotReady,
+    Tier,
     UnknownRequest,
 )
 from kvledger.pattern import PatternEngine, chain
@@ -253,3 +254,37 @@ def test_not_ready_is_not_cached() -> None:
 def test_impossible_settings_name_the_setting(change: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         CacheConfig(**{**vars(CONFIG), **change})  # type: ignore[arg-type]
+
+
+def test_clearing_and_shrinking_a_large_cache_are_split_into_steps() -> None:
+    """One-block runs, on both tiers: everything in one transaction would be several times what the log takes."""
+    config = CacheConfig(
+        block_size=1,
+        device_blocks=9000,
+        host_blocks=9000,
+        host_policy=HostPolicy.WRITE_THROUGH,
+        segment_bytes=64 << 10,
+        retain_bytes=None,
+    )
+    with CacheManager.create(f"m{os.getpid()}", config) as manager:
+        for i in range(8000):
+            manager.admit(str(i), np.array([i], np.int32), max_blocks=1)
+            manager.cache(str(i))
+            manager.release(str(i))
+        manager.admit("pinned", np.array([7999], np.int32), max_blocks=1)
+        digest = manager.digest()
+        with pytest.raises(Busy):
+            manager.resize(Tier.DEVICE, 1)
+        assert manager.digest() == digest, "refused as a whole, not after the first steps"
+        manager.release("pinned")
+        manager.resize(Tier.DEVICE, 10)
+        assert manager.stats()["device_total_blocks"] == 10 and manager.stats()["runs"] <= 10
+        for i in range(10):
+            manager.admit(str(i), np.array([i], np.int32), max_blocks=1)
+        for i in range(10):
+            manager.release(str(i))
+        manager.clear()
+        assert manager.stats()["runs"] == 0
+        reader = LogReader(manager.name)
+        assert state_digest(replay(reader).state) == manager.digest()
+        reader.close()
