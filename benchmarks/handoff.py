@@ -2,6 +2,7 @@
 
 ``python -m benchmarks.handoff`` (ZeroMQ: after ``pip install "kvledger[bench]"``). Times are stamped with the
 machine's monotonic clock in both processes; a message every 200 µs, so that the spinning reader finds an empty log.
+Last, what two transfer workers cost that have nothing to do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from multiprocessing.managers import BaseManager
 from typing import Any
 
 from ipc import LogReader, LogWriter
+from kvledger import CacheConfig, CacheManager, HostPolicy
 
 COUNT = 3000
 _PERIOD_NS = 200_000
@@ -125,6 +127,24 @@ def zeromq() -> list[int]:
     return delays
 
 
+def idle(seconds: float = 10.0) -> float:
+    """Share of one core that an idle transfer worker takes."""
+    config = CacheConfig(device_blocks=64, host_blocks=64, host_policy=HostPolicy.EXCLUSIVE, ranks=2)
+    with CacheManager.create(f"idle-{os.getpid()}", config) as manager:
+        assert manager._ranks is not None
+        pids = [manager._ranks.supervisor.pid(rank) for rank in range(2)]
+        time.sleep(0.5)
+        before = sum(map(_cpu_seconds, pids))
+        time.sleep(seconds)
+        return (sum(map(_cpu_seconds, pids)) - before) / seconds / len(pids)
+
+
+def _cpu_seconds(pid: int) -> float:
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     rows = {"kvledger log, spinning": log, "multiprocessing.Queue": queue, "BaseManager queue": manager_queue}
     try:
@@ -139,6 +159,7 @@ def main() -> None:
         p50, p99 = statistics.median(delays) / 1e3, delays[len(delays) * 99 // 100] / 1e3
         ours = ours or p50
         print(f"{name:26} p50 {p50:8.1f} µs  p99 {p99:8.1f} µs  {p50 / ours:6.1f} x")
+    print(f"an idle transfer worker takes {idle():.2%} of a core")
 
 
 if __name__ == "__main__":
