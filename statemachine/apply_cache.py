@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 
 from statemachine import tree
+from statemachine.apply_transfers import delete
 from statemachine.events import (
     BlocksCached,
     BlocksEvicted,
@@ -264,23 +265,35 @@ def pool_resized(state: State, event: PoolResized) -> None:
 
 
 def tier_lost(state: State, event: TierLost) -> None:
-    """All copies on the tier are gone."""
+    """All copies on the tier are gone; runs that have no other copy go, with all below them."""
     tier = Tier(event.tier)
     if state.transfers or (tier == Tier.DEVICE and state.requests):
         violated(event, "transfers (and for the device, requests) have to end first")
-    pool = state.pool(tier)
-    order = list(state.host_order) if tier == Tier.HOST else [*state.final, *state.device_order]
-    pinned = [node for node in state.nodes.values() if node.pins and tier == Tier.HOST and node.host is not None]
-    for node in order:
-        ids = node.host if tier == Tier.HOST else node.device
-        assert ids is not None
-        if tier == Tier.HOST:
-            _evict_host(state, node, node.size, ids[::-1])
-        else:
-            _evict_device(state, node, node.size, ids[::-1])
-    for node in pinned:
-        assert node.host is not None
-        pool.free.extend(node.host[::-1])
-        state.host_resident -= node.size
-        node.host = None
-        node.host_ready = False
+    if tier == Tier.DEVICE and not event.pools:
+        violated(event, "there is no doing without the device tier")
+    if tier == Tier.DEVICE:
+        for node in [*state.final, *state.device_order]:
+            assert node.device is not None
+            state.evictable -= node.size
+            state.counters.device_evicted_blocks += node.size
+            state.device.free.extend(node.device[::-1])
+            (state.final if node in state.final else state.device_order).remove(node)
+            node.device = None
+            node.device_ready = False
+            if node.host is None:
+                delete(state, node)
+    else:
+        for node in list(state.host_order):
+            assert node.host is not None
+            _evict_host(state, node, node.size, node.host[::-1])
+        for _, node in sorted(state.nodes.items()):
+            if node.host is not None:  # on the path of a request, with a device copy
+                state.host.free.extend(node.host[::-1])
+                state.host_resident -= node.size
+                state.counters.host_evicted_blocks += node.size
+                node.host = None
+                node.host_ready = False
+        if not event.pools:
+            state.policy = HostPolicy.OFF
+    if event.pools:
+        state.pools = event.pools

@@ -226,7 +226,7 @@ def _finish_swap_in(state: State, transfer: Transfer, valid: int, outcome: Outco
         transfer.leaf = None
         tree.unpin(state, leaf)
     if undone and outcome == Outcome.CORRUPT:
-        _delete(state, undone[0])
+        delete(state, undone[0])
 
 
 def _shorten(state: State, request: Request, first: Node) -> None:
@@ -256,6 +256,7 @@ def _shorten(state: State, request: Request, first: Node) -> None:
                 other.waiters.pop(request.id, None)
     tree.unpin(state, request.leaf, above=above)
     request.leaf = above
+    request.matched = min(request.matched, start)
 
 
 def _abandon_below(state: State, node: Node) -> None:
@@ -294,10 +295,10 @@ def _finish_copy_out(state: State, transfer: Transfer, valid: int) -> None:
             doomed.append(node)
     for node in doomed:
         if node.id in state.nodes:
-            _delete(state, node)
+            delete(state, node)
 
 
-def _delete(state: State, top: Node) -> None:
+def delete(state: State, top: Node) -> None:
     """Delete a run and all below it. None of them has a place on the device; what copies use stays with the copies."""
     subtree = [top]
     for node in subtree:

@@ -191,6 +191,10 @@ def _block_tables(state: State) -> Iterator[str]:
                         f"{node!r} has block {block} there"
                     )
                 position += 1
+        if request.matched > end or not any(
+            request.matched in (node.start, node.end) for node in [request.leaf, *state.path(request.leaf)]
+        ):
+            yield f"{request.matched} blocks are said to have matched {request.key!r}, no run ends there"
         if any(position >= end for position in own):
             yield f"{request.key!r} has duplicates outside its path"
         for node in state.path(request.leaf):

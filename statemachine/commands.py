@@ -103,16 +103,18 @@ class Resize(NamedTuple):
 
 
 class LoseTier(NamedTuple):
-    """The memory of a tier is gone."""
+    """The memory of a tier is gone. ``pools``: ids of the pools from now on; empty: do without the host tier."""
 
     tier: Tier
     reason: str
+    pools: str
 
 
 class JoinWorker(NamedTuple):
     """A new incarnation of a rank's transfer worker is ready."""
 
     rank: int
+    incarnation: int
     pid: int
 
 
@@ -124,7 +126,7 @@ class LoseWorker(NamedTuple):
 
 
 class StartEpoch(NamedTuple):
-    """A new engine process took over after event ``last_sequence``."""
+    """A new engine process took over after event ``last_sequence``: end what the dead one had begun."""
 
     epoch: int
     last_sequence: int

@@ -15,6 +15,7 @@ from statemachine.commands import (
     StartEpoch,
     TakeDigest,
 )
+from statemachine.decide_epoch import start_epoch
 from statemachine.encoding import counters_digest, state_digest
 from statemachine.errors import Busy, InvalidCommand
 from statemachine.events import (
@@ -22,7 +23,6 @@ from statemachine.events import (
     CacheCleared,
     DigestScope,
     DigestTaken,
-    EpochStarted,
     Event,
     EvictReason,
     PoolResized,
@@ -160,25 +160,23 @@ def _shrink_residents(state: State, blocks: int, events: list[Event]) -> list[Ev
 def _lose_tier(state: State, command: LoseTier) -> list[Event]:
     if state.transfers or (command.tier == Tier.DEVICE and state.requests):
         raise Busy("end the transfers (and for the device, the requests) first")
-    return [TierLost(command.tier, command.reason)]
+    if command.tier == Tier.DEVICE and not command.pools:
+        raise InvalidCommand("there is no doing without the device tier: name the pools that take its place")
+    return [TierLost(command.tier, command.reason, command.pools)]
 
 
 def _join_worker(state: State, command: JoinWorker) -> list[Event]:
     if not 0 <= command.rank < state.opened.ranks:
         raise InvalidCommand(f"there are ranks 0 to {state.opened.ranks - 1}, not {command.rank}")
-    return [WorkerJoined(command.rank, state.workers.get(command.rank, 0) + 1, command.pid)]
+    if command.incarnation <= state.workers.get(command.rank, 0):
+        raise InvalidCommand(f"incarnation {command.incarnation} of rank {command.rank} is not a new one")
+    return [WorkerJoined(command.rank, command.incarnation, command.pid)]
 
 
 def _lose_worker(state: State, command: LoseWorker) -> list[Event]:
     if command.rank not in state.workers:
         raise InvalidCommand(f"no worker of rank {command.rank} has joined")
     return [WorkerLost(command.rank, state.workers[command.rank], command.reason)]
-
-
-def _start_epoch(state: State, command: StartEpoch) -> list[Event]:
-    if command.epoch <= state.epoch:
-        raise InvalidCommand(f"epoch {command.epoch} does not come after {state.epoch}")
-    return [EpochStarted(command.epoch, command.last_sequence)]
 
 
 def _take_digest(state: State, command: TakeDigest) -> list[Event]:
@@ -194,7 +192,7 @@ UPKEEP: dict[type[Any], Callable[[State, Any], list[Event]]] = {
     LoseTier: _lose_tier,
     JoinWorker: _join_worker,
     LoseWorker: _lose_worker,
-    StartEpoch: _start_epoch,
+    StartEpoch: start_epoch,
     TakeDigest: _take_digest,
 }
 

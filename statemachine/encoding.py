@@ -13,14 +13,14 @@ from collections.abc import Iterable
 import xxhash
 
 from statemachine import codec
-from statemachine.events import Direction, IntArray, LedgerOpened
+from statemachine.events import Direction, HostPolicy, IntArray, LedgerOpened
 from statemachine.order import Order
 from statemachine.state import NO_CHILDREN, Node, Part, Request, State, Transfer
 
-MAGIC = b"kvlstate1"
+MAGIC = b"kvlstate2"
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_SCALARS = struct.Struct("<12Q")
+_SCALARS = struct.Struct("<13Q")
 _NODE = struct.Struct("<QQIIIQBBQ")
 _NO_COPY, _ARRIVING, _READY = 0, 1, 2
 
@@ -72,6 +72,7 @@ def _scalars(state: State) -> tuple[int, ...]:
         state.next_transfer,
         state.generation,
         state.epoch,
+        state.policy,
         len(state.workers),
         len(state.retired),
     )
@@ -90,6 +91,7 @@ def encode_state(state: State) -> bytes:
     blob(args.ljust(codec.ARGS_BYTES, b"\0"))
     blob(payload)
     put(_SCALARS.pack(*_scalars(state)))
+    blob(state.pools.encode())
     for rank, incarnation in sorted(state.workers.items()):
         put(struct.pack("<II", rank, incarnation))
     totals = state.counters.as_dict()
@@ -133,7 +135,7 @@ def encode_state(state: State) -> bytes:
     for number in sorted(state.requests):
         request = state.requests[number]
         leaf = request.leaf
-        put(struct.pack("<QQI", number, leaf.id, 0 if leaf.id else root_index[id(leaf)]))
+        put(struct.pack("<QQII", number, leaf.id, 0 if leaf.id else root_index[id(leaf)], request.matched))
         blob(request.key.encode())
         blob(request.namespace)
         blob(request.words)
@@ -212,9 +214,12 @@ class _Reader:
             state.next_transfer,
             state.generation,
             state.epoch,
+            policy,
             workers,
             retired,
         ) = scalars
+        state.policy = HostPolicy(policy)
+        state.pools = self._blob().decode()
         for _ in range(workers):
             rank, incarnation = self._unpack("<II")
             state.workers[rank] = incarnation
@@ -274,10 +279,11 @@ class _Reader:
 
     def _requests(self, state: State, roots: list[Node]) -> None:
         for _ in range(self._u32()):
-            number, leaf, root = self._unpack("<QQI")
+            number, leaf, root, matched = self._unpack("<QQII")
             key = self._blob().decode()
             node = state.nodes[leaf] if leaf else roots[root]
             request = Request(number, key, self._blob(), node, self._blob())
+            request.matched = matched
             request.table = self._array("i")
             request.duplicates = list(_pairs(self._array("I")))
             request.waits = dict(_pairs(self._array("Q")))

@@ -270,10 +270,14 @@ class PoolResized(NamedTuple):
 
 
 class TierLost(NamedTuple):
-    """Every copy on a tier is gone (its memory died or is not the same any more)."""
+    """Every copy on a tier is gone (its memory died or is not the same any more).
+
+    ``pools`` are the ids of the pools from now on, as in :class:`LedgerOpened`; empty: the host tier is not used again.
+    """
 
     tier: U8
     reason: Text
+    pools: Text
 
 
 class WorkerJoined(NamedTuple):

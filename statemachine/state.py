@@ -85,13 +85,15 @@ class Pool:
 class Request:
     """A live request: its path in the tree, its words beyond the path, its block table."""
 
-    __slots__ = ("duplicates", "id", "key", "leaf", "namespace", "table", "waits", "words")
+    __slots__ = ("duplicates", "id", "key", "leaf", "matched", "namespace", "table", "waits", "words")
 
     def __init__(self, id: int, key: str, namespace: bytes, leaf: Node, words: bytes) -> None:
         self.id = id
         self.key = key
         self.namespace = namespace
         self.leaf = leaf
+        self.matched = leaf.end
+        """Leading blocks of the path that were cached when it began; those after them it cached itself."""
         self.words = words
         """Content of the full blocks after the path."""
         self.table: IntArray = array("i")
@@ -180,6 +182,7 @@ class State:
         "nodes",
         "opened",
         "policy",
+        "pools",
         "requests",
         "retired",
         "roots",
@@ -190,6 +193,9 @@ class State:
     def __init__(self, opened: LedgerOpened) -> None:
         self.opened = opened
         self.policy = HostPolicy(opened.host_policy)
+        """What happens on the host tier; ``OFF`` once that tier was lost for good."""
+        self.pools = opened.pools
+        """Random ids of the pools."""
         self.block_bytes = 4 * opened.block_size
         self.device = Pool(opened.device_blocks)
         self.host = Pool(opened.host_blocks + opened.host_staging_blocks)

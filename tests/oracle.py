@@ -34,6 +34,8 @@ class OneTier:
         self.lru: list[Path] = []
         self.live: dict[str, Live] = {}
         self.generation = 0
+        self.cached_by: dict[Path, str] = {}
+        """Blocks that a live request has cached itself."""
 
     def path(self, request: Live, position: int) -> Path:
         return (request.root, *request.content[: position + 1])
@@ -96,6 +98,7 @@ class OneTier:
                 request.own.add(i)
             else:
                 self.block[path] = request.table[i]
+                self.cached_by[path] = key
             self.pin(path)
         request.cached = max(request.cached, blocks)
 
@@ -112,6 +115,7 @@ class OneTier:
 
     def release(self, key: str, final: bool) -> None:
         request = self.live.pop(key)
+        self.cached_by = {path: other for path, other in self.cached_by.items() if other != key}
         retired = request.root[1] < self.generation
         alone = final or retired
         below: Path | None = None
@@ -125,6 +129,21 @@ class OneTier:
             below = path
         private = [block for i, block in enumerate(request.table) if i >= request.cached or i in request.own]
         self.free += reversed(private)
+
+    def restart(self) -> list[int]:
+        """The engine died: its requests end; what only they had cached is evicted, leaves first. Returns those."""
+        suspects = set(self.cached_by)
+        for key in sorted(self.live):
+            self.release(key, False)
+        evicted = []
+        for path in [*self.final, *self.lru]:
+            below = [other for other in self.block if len(other) > len(path) and other[: len(path)] == path]
+            if path in suspects and not below:
+                evicted.append(self.block.pop(path))
+                del self.pins[path]
+                (self.final if path in self.final else self.lru).remove(path)
+        self.free += evicted
+        return evicted
 
     def clear(self) -> list[int]:
         evicted = self.evict(len(self.final) + len(self.lru))

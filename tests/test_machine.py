@@ -22,19 +22,23 @@ from statemachine.commands import (
     EndQuarantine,
     Evict,
     FinishTransfer,
+    LoseTier,
     Match,
     Reassign,
     Release,
     Resize,
+    StartEpoch,
     Trim,
 )
 from statemachine.decide import decide
+from statemachine.decide_epoch import untrusted
 from statemachine.encoding import restore, snapshot, state_digest
 from statemachine.errors import CommandRejected, OutOfBlocks
 from statemachine.events import (
     BlocksEvicted,
     Direction,
     Event,
+    EvictReason,
     HostPolicy,
     LedgerOpened,
     Outcome,
@@ -44,7 +48,7 @@ from statemachine.events import (
     TransferFinished,
     TransferStarted,
 )
-from statemachine.state import State
+from statemachine.state import Node, State
 from tests.oracle import Memory, OneTier
 
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
@@ -247,6 +251,59 @@ class Machine(RuleBasedStateMachine):
     def resize(self, tier: Tier, blocks: int) -> None:
         if tier == Tier.DEVICE or self.state.policy != HostPolicy.OFF:
             self.do(Resize(tier, blocks))
+
+    def poison(self) -> None:
+        """The engine died before the blocks were written that only live requests have cached."""
+        suspects = untrusted(self.state)
+
+        def trusted_below(node: Node) -> bool:
+            return any(child not in suspects or trusted_below(child) for child in node.children.values())
+
+        for node in suspects:
+            if not trusted_below(node):
+                assert node.device is not None and node.device_ready
+                for block in node.device:
+                    self.memory.write(block, ("never written",))
+
+    @rule()
+    def restart(self) -> None:
+        self.poison()
+        done = self.do(StartEpoch(self.state.epoch + 1, len(self.tail)))
+        assert isinstance(done, list) and not self.state.requests
+        self.content.clear()
+        if self.oracle is not None:
+            evictions = [event for event in done if isinstance(event, BlocksEvicted)]
+            assert all(event.reason == EvictReason.UNTRUSTED for event in evictions)
+            assert [block for event in evictions for block in event.blocks] == self.oracle.restart()
+
+    def end_everything(self, requests: bool) -> None:
+        if requests:
+            self.restart()
+        for id in list(self.state.transfers):
+            self.memory.todo.pop(id, None)  # the workers were stopped first
+            if self.state.transfers[id].quarantined:
+                self.do(EndQuarantine(id))
+            else:
+                self.do(FinishTransfer(id, Outcome.FAILED, 0))
+        assert not self.state.transfers
+
+    @precondition(lambda self: self.oracle is None)
+    @rule(again=st.booleans())
+    def lose_the_host_tier(self, again: bool) -> None:
+        self.end_everything(requests=False)
+        assert isinstance(self.do(LoseTier(Tier.HOST, "gone", "new" if again else "")), list)
+        assert not self.state.host_resident and len(self.state.host.free) == self.state.host.capacity
+        self.memory.host.clear()
+        if not again:
+            assert self.state.policy == HostPolicy.OFF
+
+    @precondition(lambda self: self.oracle is None)
+    @rule()
+    def lose_the_device_tier(self) -> None:
+        self.end_everything(requests=True)
+        assert isinstance(self.do(LoseTier(Tier.DEVICE, "gone", "new")), list)
+        assert len(self.state.device.free) == self.state.device.capacity and not self.state.evictable
+        self.memory.device.clear()
 
     @rule()
     def take_snapshot(self) -> None:
