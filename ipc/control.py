@@ -73,10 +73,9 @@ class Control:
             unlink(control_name(ledger))
             os.close(memory.fd)
             raise
-        control.lock()
         words = control.words
         words[1], words[_SCHEMA] = VERSION, schema_hash
-        words[_PID], words[_START] = own_identity()
+        control.lock()
         words[0] = MAGIC
         return control
 
@@ -110,6 +109,9 @@ class Control:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise WriterAlive(_who_is_there(self.ledger)) from None
+        # The start time first: who sees one without the other takes the writer for dead, not for alive.
+        pid, self.words[_START] = own_identity()
+        self.words[_PID] = pid
 
     @property
     def schema_hash(self) -> int:
@@ -202,7 +204,8 @@ def _who_is_there(ledger: str) -> str:
         if alive(pid, started):
             return f"ledger {ledger!r} is written by process {pid} (started at clock tick {started})"
         return (
-            f"ledger {ledger!r} is left of process {pid}, which is dead: choose another name, or rm /dev/shm/{ledger}.*"
+            f"ledger {ledger!r} is left of process {pid}, which is dead: open it, choose another name, "
+            "or remove it with kvledger segments --remove-dead"
         )
     finally:
         control.close()

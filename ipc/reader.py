@@ -12,7 +12,7 @@ from ipc.errors import LedgerNotFound, LogCorrupt, Overrun
 from ipc.fence import make_fence
 from ipc.names import bell_name, segments_of
 from ipc.record import Position, Record
-from ipc.segment import HEADER_BYTES, NEXT, TAIL, MappedSegment, locate
+from ipc.segment import HEADER_BYTES, NEXT, TAIL, MappedSegment, locate, next_segment
 
 SPINS = 200
 _NAP_S = 0.002
@@ -81,10 +81,10 @@ class LogReader:
         segment = self._segment
         assert segment is not None
         tail = segment.words[TAIL]
-        if tail == self._at.offset:
+        if tail <= self._at.offset:  # less: what a dead writer had written beyond its hint was read
             following = segment.words[NEXT]
             if not following:
-                return []
+                return self._at_the_end(segment, limit)
             self._release()
             self._acquire()
             tail = segment.words[TAIL]
@@ -100,10 +100,49 @@ class LogReader:
         records, damaged = at.read(segment.buffer, tail, self.cursor, limit)
         if damaged is not None and not records:
             raise LogCorrupt(segment.name, damaged, f"a record after {at.sequence - 1} is damaged")
-        self.cursor = max(self.cursor, at.sequence)
+        self._advance()
+        return records
+
+    def _at_the_end(self, segment: MappedSegment, limit: int) -> list[Record]:
+        """Nothing more was published here; but the writer may have died, and another one may go on elsewhere."""
+        if self._control.current[0] != segment.header.epoch:
+            return self._cross(segment, limit)
+        offset = self._at.offset
+        if offset < len(segment.buffer) and segment.words[offset >> 3] == self._at.sequence:
+            if not self._control.writer_alive():
+                return self._read_to_the_cut(segment, limit)
+        return []
+
+    def _read_to_the_cut(self, segment: MappedSegment, limit: int) -> list[Record]:
+        """Whole transactions beyond the hint: their writer died before it could move it. They count."""
+        records, _ = self._at.read(segment.buffer, len(segment.buffer), self.cursor, limit)
+        self._advance()
+        return records
+
+    def _cross(self, segment: MappedSegment, limit: int) -> list[Record]:
+        """Go on to the segment that a later writer began, after what counts of this one."""
+        following = next_segment(self.ledger, segment.header)
+        if following is None:
+            return []
+        base = following.header.base_sequence
+        records: list[Record] = []
+        if self._at.sequence < base:
+            records = self._read_to_the_cut(segment, limit)
+        reached = self._at.sequence
+        if reached == base:
+            self._enter(following)
+            return records or self.poll(limit)
+        following.close()
+        if records:  # there are more
+            return records
+        if reached < base:
+            raise Overrun(self.ledger, reached, base)
+        raise LogCorrupt(segment.name, self._at.offset, f"event {reached} follows, the next writer began at {base}")
+
+    def _advance(self) -> None:
+        self.cursor = max(self.cursor, self._at.sequence)
         if self._line is not None:
             self._control.words[Control.line(self._line) + CURSOR] = self.cursor
-        return records
 
     def _enter_next(self, segment: MappedSegment, index: int) -> None:
         try:

@@ -18,7 +18,7 @@ from crc32c import crc32c
 
 from ipc import memory
 from ipc.errors import LedgerNotFound, LogCorrupt
-from ipc.names import segment_name
+from ipc.names import segment_name, segments_of
 
 HEADER_BYTES = 4096
 MAGIC = int.from_bytes(b"kvledger", "little")
@@ -118,6 +118,18 @@ def create(ledger: str, epoch: int, index: int, size: int) -> mmap.mmap:
     return map
 
 
+def is_blank(ledger: str, epoch: int, index: int) -> bool:
+    """Whether a segment has no header at all: it was prepared and never used, or is gone."""
+    try:
+        map = memory.attach(segment_name(ledger, epoch, index), write=False)
+    except LedgerNotFound:
+        return True
+    try:
+        return len(map) < HEADER_BYTES or not any(map[: _HEADER.size + 4])
+    finally:
+        map.close()
+
+
 def locate(ledger: str, segments: list[tuple[int, int]], sequence: int) -> tuple[MappedSegment | None, int]:
     """The segment that holds ``sequence`` (the last that starts at or before it), and the oldest sequence there is."""
     oldest = 0
@@ -135,3 +147,14 @@ def locate(ledger: str, segments: list[tuple[int, int]], sequence: int) -> tuple
         else:
             segment.close()
     return found, oldest
+
+
+def next_segment(ledger: str, header: Header) -> MappedSegment | None:
+    """The segment in use that comes after one, of the same or a later epoch."""
+    for epoch, index in segments_of(ledger):
+        if (epoch, index) > (header.epoch, header.number):
+            try:
+                return MappedSegment(ledger, epoch, index)
+            except (LogCorrupt, LedgerNotFound):
+                continue  # prepared and never used, or gone
+    return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import posix_ipc
@@ -23,7 +23,7 @@ from ipc import segment
 from ipc.control import MASK, PARKED, Control
 from ipc.errors import LedgerError, TransactionTooLarge
 from ipc.fence import make_fence
-from ipc.names import bell_name, control_name, remove_objects, segment_name
+from ipc.names import bell_name, control_name, remove_objects, segment_name, segments_of
 from ipc.names import unlink as remove
 from ipc.record import CRC_OFFSET, LINE, LINE_BYTES, TXN_BEGIN, TXN_END
 from ipc.segment import HEADER_BYTES, NEXT, TAIL, Header
@@ -46,6 +46,7 @@ class LogWriter:
         retain_bytes: int | None,
         epoch: int,
         base_sequence: int,
+        kept: list[tuple[int, int, int]] | None = None,
     ) -> None:
         if segment_bytes < _LEAST_SEGMENT or segment_bytes % 4096:
             raise LedgerError(f"segment_bytes must be a multiple of 4096 from {_LEAST_SEGMENT}, not {segment_bytes}")
@@ -61,11 +62,11 @@ class LogWriter:
         self._epoch = epoch
         self._index = 0
         self._crc = 0
-        self._kept: list[tuple[int, int]] = []
-        """``(index, base sequence)`` of the segments that exist."""
+        self._kept = kept or []
+        """``(epoch, index, base sequence)`` of the segments that exist."""
         self._release, self._acquire = make_fence()
         self._staged: tuple[list[tuple[int, int]], int, int, int, int] = [], HEADER_BYTES, 0, base_sequence, 0
-        self._hold: int | None = None
+        self._hold: Callable[[], int] | None = None
         self._bells: dict[int, posix_ipc.Semaphore] = {}
         self._listeners: list[tuple[int, int, int]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvledger-segment")
@@ -109,6 +110,46 @@ class LogWriter:
             remove(control_name(ledger))
             control.close()
             raise
+
+    @classmethod
+    def resume(
+        cls,
+        control: Control,
+        last_sequence: int,
+        *,
+        epoch: int,
+        config_hash: int = 0,
+        segment_bytes: int = 16 << 20,
+        retain_bytes: int | None = 256 << 20,
+    ) -> LogWriter:
+        """Continue a dead writer's log after event ``last_sequence``, in a segment of a new epoch.
+
+        Args:
+            control: of the ledger, locked by this process. It is the writer's from now on.
+            epoch: see :func:`next_epoch`.
+
+        Raises:
+            SharedMemoryFull: nothing has changed.
+        """
+        ledger = control.ledger
+        kept = []
+        for place in segments_of(ledger):
+            if segment.is_blank(ledger, *place):  # prepared by the dead writer, and never used
+                remove(segment_name(ledger, *place))
+                continue
+            with contextlib.suppress(LedgerError):
+                mapped = segment.MappedSegment(ledger, *place)
+                kept.append((*place, mapped.header.base_sequence))
+                mapped.close()
+        return cls(
+            control,
+            config_hash=config_hash,
+            segment_bytes=segment_bytes,
+            retain_bytes=retain_bytes,
+            epoch=epoch,
+            base_sequence=last_sequence + 1,
+            kept=kept,
+        )
 
     def stage(self, records: Sequence[Encoded], step: int = 0) -> None:
         """Write one transaction's ``(kind, subject, args, head, tail)`` records where nobody reads yet.
@@ -205,9 +246,9 @@ class LogWriter:
                         continue  # the worker left
                 bell.release()
 
-    def hold(self, sequence: int | None) -> None:
-        """Keep everything from ``sequence`` on, for a worker that is yet to come; ``None``: no longer."""
-        self._hold = sequence
+    def hold(self, oldest: Callable[[], int]) -> None:
+        """Keep everything from the sequence on that ``oldest`` returns, for workers that are yet to come."""
+        self._hold = oldest
 
     def _prepare(self) -> Future[mmap.mmap]:
         return self._thread.submit(segment.create, self.ledger, self._epoch, self._index + 1, self._segment_bytes)
@@ -230,7 +271,7 @@ class LogWriter:
                 started,
             ),
         )
-        self._kept.append((self._index, self.next_sequence))
+        self._kept.append((self._epoch, self._index, self.next_sequence))
         self._release()
         self._acquire()
         self._control.current = self._epoch, self._index
@@ -259,14 +300,15 @@ class LogWriter:
         names: list[str] = []
         if self._retain_bytes is None:
             return names
-        passed = self.next_sequence if self._hold is None else self._hold
+        passed = self.next_sequence if self._hold is None else self._hold()
         for reader in self._control.readers():
             if reader.worker and reader.alive:
                 passed = min(passed, reader.cursor)
         while len(self._kept) * self._segment_bytes > self._retain_bytes and len(self._kept) > 1:
-            if self._kept[1][1] > passed:
+            if self._kept[1][2] > passed:
                 break
-            names.append(segment_name(self.ledger, self._epoch, self._kept.pop(0)[0]))
+            epoch, index, _ = self._kept.pop(0)
+            names.append(segment_name(self.ledger, epoch, index))
         return names
 
     def close(self, *, unlink: bool = False) -> None:
@@ -284,6 +326,17 @@ class LogWriter:
         if unlink:
             remove_objects(self.ledger)
         self._control.close()
+
+
+def segment_bytes_for(transaction_bytes: int) -> int:
+    """The smallest segment that takes such a transaction."""
+    size = HEADER_BYTES + 4 * transaction_bytes
+    return max(size + -size % 4096, _LEAST_SEGMENT)
+
+
+def next_epoch(control: Control) -> int:
+    """The epoch of a writer that takes the ledger over. One that died while it began counts too."""
+    return max([control.current[0], *(epoch for epoch, _ in segments_of(control.ledger))]) + 1
 
 
 def _put_away(map: mmap.mmap, names: list[str]) -> None:

@@ -70,6 +70,36 @@ class CacheConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {getattr(self, name)!r}")
 
+    @classmethod
+    def of(cls, opened: LedgerOpened, segment_bytes: int) -> CacheConfig:
+        """What a ledger says about itself. Time-outs and ``retain_bytes`` are not in it: they get their defaults."""
+        layout = PoolLayout.parse(opened.layout) if opened.ranks else None
+        return cls(
+            block_size=opened.block_size,
+            device_blocks=opened.device_blocks,
+            host_blocks=opened.host_blocks,
+            host_policy=HostPolicy(opened.host_policy),
+            host_staging_blocks=opened.host_staging_blocks,
+            ranks=opened.ranks,
+            segment_bytes=segment_bytes,
+            **({"layers": layout.layers, "block_bytes": layout.block_bytes} if layout is not None else {}),
+        )
+
+    def expect(self, opened: LedgerOpened) -> None:
+        """Check that a ledger was created with these sizes and policies.
+
+        Raises:
+            ConfigError: naming the first setting that differs.
+        """
+        theirs = CacheConfig.of(opened, self.segment_bytes)
+        names = ["block_size", "device_blocks", "host_blocks", "host_policy", "staging_blocks", "ranks"]
+        if self.ranks and theirs.ranks:
+            names += ["layers", "block_bytes"]
+        for name in names:
+            ours, there = getattr(self, name), getattr(theirs, name)
+            if ours != there:
+                raise ConfigError(f"{name} is {there!r} in this ledger, not {ours!r}: open it without a configuration")
+
     @property
     def staging_blocks(self) -> int:
         """Host blocks for copies in transit."""

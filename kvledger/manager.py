@@ -16,9 +16,11 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from ipc import LogWriter, TransactionTooLarge
+from ipc import Control, LogWriter, TransactionTooLarge, record_bytes
+from ipc.writer import next_epoch, segment_bytes_for
 from kvledger.config import CacheConfig
 from kvledger.ranks import BlockTable, Progress, Ranks, table_of
+from kvledger.rebuild import rebuild
 from statemachine import codec, commands
 from statemachine.apply import HANDLERS, genesis
 from statemachine.content import Item, Tokens, words_of
@@ -27,7 +29,7 @@ from statemachine.encoding import state_digest
 from statemachine.errors import InvalidCommand, OutOfBlocks
 from statemachine.events import BlocksAllocated, Event, Outcome, PoolResized, ReleaseReason, RequestMatched, Tier
 from statemachine.state import State
-from workers.pools import Pools, create_pools
+from workers.pools import Pools, create_pools, ids_of, reopen_pools
 
 _EVICTED_BYTES = 16
 """What a block of a one-block run takes in the log when it is evicted: its id, its run's id and size."""
@@ -94,7 +96,7 @@ class CacheManager:
         try:
             layout = config.layout if config.ranks else None
             pools = create_pools(name, layout) if layout is not None else []
-            opened = config.opened(layout.text() if layout is not None else "", ";".join(pool.id for pool in pools))
+            opened = config.opened(layout.text() if layout is not None else "", ids_of(pools))
             manager = cls(name, config, writer, genesis(opened), pools)
             manager._publish([opened], apply_them=False)
             if layout is not None:
@@ -105,6 +107,62 @@ class CacheManager:
                 manager.close()
             else:
                 writer.close(unlink=True)
+            raise
+        return manager
+
+    @classmethod
+    def open(cls, name: str, config: CacheConfig | None = None) -> Self:
+        """Take over the ledger of an engine that died, or that closed it with ``keep``: the cache is warm.
+
+        The state is what the log says, up to its last whole transaction. The dead engine's requests are released, and
+        what only they had cached is evicted. Workers that survived go on; the others are started again. Transfers in
+        flight stay in flight: they end when all ranks have answered.
+
+        Args:
+            config: must agree with the ledger, except for ``segment_bytes``, ``retain_bytes`` and the time-outs;
+                default: what the ledger says.
+
+        Raises:
+            ipc.LedgerNotFound: there is no ledger of that name.
+            ipc.WriterAlive: an engine is running on it; the message names its process.
+            ipc.LogCorrupt: the log is damaged, with segment and offset. Nothing was changed.
+            ipc.Overrun: the log does not reach back to its beginning, and there is no snapshot to start from.
+            ConfigError: ``config`` does not agree with the ledger, in the setting that is named.
+            ipc.SharedMemoryFull: there is no room for a new segment.
+        """
+        control = Control.open(name)
+        try:
+            control.lock()
+            rebuilt = rebuild(control)
+            state = rebuilt.state
+            if config is None:
+                config = CacheConfig.of(state.opened, rebuilt.segment_bytes)
+            config.expect(state.opened)
+            layout = config.layout if config.ranks else None
+            pools, lost = reopen_pools(name, layout, state.pools) if layout is not None else ([], {})
+            epoch = next_epoch(control)
+            events = decide(state, commands.StartEpoch(epoch, rebuilt.last_sequence))
+            size = sum(record_bytes(len(codec.encode(event)[3])) for event in events)
+            writer = LogWriter.resume(
+                control,
+                rebuilt.last_sequence,
+                epoch=epoch,
+                segment_bytes=max(config.segment_bytes, segment_bytes_for(size)),
+                retain_bytes=config.retain_bytes,
+            )
+        except BaseException:
+            control.close()
+            raise
+        manager = cls(name, config, writer, state, pools)
+        try:
+            manager._publish(events)
+            if layout is not None:
+                manager._ranks = Ranks(name, config, writer, state, manager._execute)
+                manager._ranks.adopt(
+                    rebuilt.started, {Tier[tier.upper()]: reason for tier, reason in lost.items()}, ids_of(pools)
+                )
+        except BaseException:
+            manager.close(keep=True)
             raise
         return manager
 

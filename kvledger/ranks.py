@@ -1,32 +1,34 @@
 """The ranks of a manager: their workers, what they were ordered, what they answered.
 
 The answers of all ranks become one ``TransferFinished``; a worker that dies is replaced; an order that takes too long
-times out. Deadlines live here, never in the state machine.
+times out; a rank that keeps failing costs the host tier. Deadlines live here, never in the state machine.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ipc import LogWriter
+from ipc import LedgerError, LogWriter
 from kvledger.config import CacheConfig
 from statemachine import commands
 from statemachine.errors import OutOfOrder
-from statemachine.events import Event, Outcome
+from statemachine.events import Event, HostPolicy, Outcome, Tier
 from statemachine.state import Request, State, Transfer
-from workers.acknowledgements import Acknowledgement, Status
-from workers.supervisor import Supervisor
+from workers.acknowledgements import Acknowledgement, EpochSeen, Status
+from workers.supervisor import Change, Supervisor, WorkerFailed
 
 BlockTable = npt.NDArray[np.int32]
 """Device block ids in token order, ``int32[blocks]``."""
 
 _BACK_OFF_S = 0.05
 _LONGEST_BACK_OFF_S = 5.0
+_MOST_FAILURES = 8
+"""In a row (deaths, failed copies, time-outs); then the host tier is given up."""
 _OUTCOMES = {Status.OK: Outcome.DONE, Status.FAILED: Outcome.FAILED, Status.CORRUPT: Outcome.CORRUPT}
 
 
@@ -64,7 +66,7 @@ class Ranks:
         state: State,
         execute: Callable[[commands.Command], list[Event]],
     ) -> None:
-        self.supervisor = Supervisor(ledger, config.layout, ready_timeout_s=config.ready_timeout_s)
+        self.supervisor = Supervisor(ledger, config.layout, epoch=state.epoch, ready_timeout_s=config.ready_timeout_s)
         self._config = config
         self._writer = writer
         self._state = state
@@ -73,16 +75,58 @@ class Ranks:
         """By transfer and rank, for transfers that some rank still works on."""
         self._orders: dict[int, _Order] = {}
         """By transfer in flight."""
-        self._restarts: dict[int, tuple[float, int]] = {}
-        """Ranks without a worker: when to start it, and the incarnations that failed in a row."""
+        self._restarts: dict[int, float] = {}
+        """Ranks without a worker: when to start it."""
+        self._failures: dict[int, int] = {}
+        """By rank, how often in a row its worker died or failed."""
+        self._joined: dict[int, float] = {}
+        """By rank, when its worker joined."""
+        self._unheard: dict[int, float] = {}
+        """Adopted workers that have not acknowledged this epoch, and until when they have to."""
+        self._epoch_began = 0
+        self._giving_up = ""
+        """Why the host tier goes, as soon as no worker is left that could write to it."""
+        writer.hold(self._oldest_in_flight)
 
     def start(self) -> None:
         """Start all workers and wait for them. Raises :class:`workers.WorkerFailed`."""
         for rank in range(self._config.ranks):
-            self.supervisor.start(rank, 1, self._writer.next_sequence)
+            self.supervisor.start(rank, self._writer.next_sequence)
         for change in self.supervisor.wait_until_ready():
-            self._execute(commands.JoinWorker(change.rank, self.supervisor.pid(change.rank)))
+            self._join(change)
+
+    def adopt(self, started: Mapping[int, int], lost: Mapping[Tier, str], pools: str) -> None:
+        """Take over from a dead engine: its workers, and the transfers in flight.
+
+        Args:
+            started: for each transfer in flight the event that started it.
+            lost: tiers whose memory is not what it was, and why; then no worker is adopted.
+            pools: ids of the pools that are there now.
+        """
+        self._epoch_began = self._writer.next_sequence
+        for id in self._state.transfers:
+            self._orders[id] = _Order(started.get(id, self._epoch_began), self._deadline())
+        without_host = self._state.policy == HostPolicy.OFF != self._state.opened.host_policy
+        adopted = self.supervisor.adopt(self._state.workers, keep=not lost and not without_host)
+        for rank in range(self._config.ranks):
+            if rank in adopted:
+                self._unheard[rank] = time.monotonic() + self._config.ready_timeout_s
+                self._joined[rank] = time.monotonic()
+                continue
+            if rank in self._state.workers:
+                self._execute(commands.LoseWorker(rank, "it did not outlive the engine, or its pools"))
+            self._never_again(rank)
+            if not without_host:
+                self._restarts[rank] = 0.0
+        if lost:
+            self._end_transfers({})
+            for tier in sorted(lost, reverse=True):
+                self._execute(commands.LoseTier(tier, lost[tier], pools))
         self._writer.listen()
+        deadline = time.monotonic() + self._config.ready_timeout_s
+        while self._restarts and time.monotonic() < deadline:
+            self.poll()
+            time.sleep(0.005)
 
     def stop(self) -> None:
         """Stop all workers."""
@@ -90,22 +134,34 @@ class Ranks:
 
     def started(self, sequence: int) -> None:
         """Transfers that are new since event ``sequence`` get a deadline."""
-        deadline = time.monotonic() + self._config.transfer_timeout_s
+        deadline = self._deadline()
         for id in self._state.transfers:
             if id not in self._orders:
                 self._orders[id] = _Order(sequence, deadline)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._config.transfer_timeout_s
 
     def poll(self) -> list[Progress]:
         """Fold the answers into the log; never blocks. Returns the requests that can go on."""
         progress: dict[str, Progress] = {}
         transfers = self._state.transfers
         for answer in self.supervisor.acknowledgements():
-            if answer.transfer in transfers:
+            if isinstance(answer, EpochSeen):
+                self._heard(answer)
+            elif answer.transfer in transfers:
                 self._answers.setdefault(answer.transfer, {})[answer.rank] = answer
+                if answer.status == Status.FAILED:
+                    self._failed(answer.rank, answer.error)
+                else:
+                    self._failures[answer.rank] = 0
         self._watch_workers()
+        if self._giving_up:
+            self._give_up(progress)
         if not transfers:
-            return []
+            return list(progress.values())
         now = time.monotonic()
+        late: set[int] = set()
         for id, transfer in list(transfers.items()):
             answers = self._answers.get(id, {})
             if len(answers) == self._config.ranks:
@@ -120,8 +176,19 @@ class Ranks:
                         continue  # the transfer that brings the front of its path ends first
                 del self._answers[id], self._orders[id]
             elif not transfer.quarantined and now > self._orders[id].deadline:
+                late.update(range(self._config.ranks))
+                late.difference_update(answers)
                 self._finish(transfer, Outcome.TIMED_OUT, 0, progress)
+        for rank in sorted(late):
+            self._failed(rank, f"its transfers took longer than {self._config.transfer_timeout_s:g} s")
         return list(progress.values())
+
+    def _heard(self, answer: EpochSeen) -> None:
+        """An adopted worker follows this engine: all that was ordered before it has executed, for the last time."""
+        if answer.epoch == self._state.epoch and self._unheard.pop(answer.rank, None) is not None:
+            for id, transfer in self._state.transfers.items():
+                if transfer.quarantined and self._orders[id].sequence < self._epoch_began:
+                    self._no_more(id, answer.rank, "done before this epoch")
 
     def _watch_workers(self) -> None:
         """Log who came and who went, and start a dead rank's worker again."""
@@ -129,33 +196,77 @@ class Ranks:
             rank = change.rank
             if change.ready:
                 del self._restarts[rank]
-                if not self._restarts:
-                    self._writer.hold(None)
-                self._execute(commands.JoinWorker(rank, self.supervisor.pid(rank)))
-                self._writer.listen()
+                self._join(change)
                 self._never_again(rank)  # what timed out before it joined is not executed by it
                 continue
-            _, failures = self._restarts.get(rank, (0.0, 0))
-            self._restarts[rank] = time.monotonic() + min(_BACK_OFF_S * 2**failures, _LONGEST_BACK_OFF_S), failures + 1
-            if rank in self._state.workers:
+            if time.monotonic() - self._joined.pop(rank, float("inf")) > _LONGEST_BACK_OFF_S:
+                self._failures[rank] = 0
+            self._unheard.pop(rank, None)
+            self._lost(rank, change.reason)
+            if self._state.workers.get(rank) == change.incarnation:
                 self._execute(commands.LoseWorker(rank, change.reason))
             # What it answered is done again by its successor, except what it can no longer touch.
             for answers in self._answers.values():
                 answers.pop(rank, None)
             self._never_again(rank)
-            self._writer.hold(self._oldest_in_flight())
-        if self._restarts:
-            now = time.monotonic()
-            for rank, (when, failures) in self._restarts.items():
-                if now >= when:
-                    self._restarts[rank] = float("inf"), failures
-                    self.supervisor.start(rank, self._state.workers.get(rank, 0) + 1, self._oldest_in_flight())
+        now = time.monotonic()
+        for rank, when in list(self._unheard.items()):
+            if now > when:
+                del self._unheard[rank]
+                self.supervisor.kill(rank, "it does not follow the new engine")
+        for rank, when in list(self._restarts.items()):
+            if now >= when and not self._giving_up:
+                self._restarts[rank] = float("inf")
+                try:
+                    self.supervisor.start(rank, self._oldest_in_flight())
+                except (LedgerError, WorkerFailed) as error:
+                    self._lost(rank, str(error))
+
+    def _join(self, change: Change) -> None:
+        self._joined[change.rank] = time.monotonic()
+        self._execute(commands.JoinWorker(change.rank, change.incarnation, self.supervisor.pid(change.rank)))
+        self._writer.listen()
+
+    def _lost(self, rank: int, reason: str) -> None:
+        """A rank has no worker: start one, later each time."""
+        failures = self._failures.get(rank, 0)
+        self._restarts[rank] = time.monotonic() + min(_BACK_OFF_S * 2**failures, _LONGEST_BACK_OFF_S)
+        self._failed(rank, reason)
+
+    def _failed(self, rank: int, reason: str) -> None:
+        """One more failure of a rank. After too many in a row no more is asked of the workers."""
+        self._failures[rank] = self._failures.get(rank, 0) + 1
+        if self._failures[rank] >= _MOST_FAILURES and self._state.policy != HostPolicy.OFF and not self._giving_up:
+            self._giving_up = f"rank {rank} failed {self._failures[rank]} times in a row: {reason}"
+            for each in range(self._config.ranks):
+                self.supervisor.kill(each, "the host tier is given up")
+
+    def _give_up(self, progress: dict[str, Progress]) -> None:
+        """Once no worker is left: end all transfers, and go on without a host tier."""
+        if self.supervisor.idle():
+            self._end_transfers(progress)
+            self._execute(commands.LoseTier(Tier.HOST, self._giving_up, ""))
+            self._giving_up = ""
+            self._restarts.clear()
+
+    def _end_transfers(self, progress: dict[str, Progress]) -> None:
+        """All workers are proven dead: nothing in flight can arrive, and nothing can be overwritten any more."""
+        for id, transfer in list(self._state.transfers.items()):
+            if transfer.quarantined:
+                self._execute(commands.EndQuarantine(id))
+            else:
+                self._finish(transfer, Outcome.FAILED, 0, progress)
+        self._answers.clear()
+        self._orders.clear()
 
     def _never_again(self, rank: int) -> None:
         """The worker that might still have written what is quarantined is dead: that counts as its answer."""
         for id, transfer in self._state.transfers.items():
             if transfer.quarantined:
-                self._answers.setdefault(id, {})[rank] = Acknowledgement(rank, id, 0, Status.FAILED, "dead")
+                self._no_more(id, rank, "dead")
+
+    def _no_more(self, transfer: int, rank: int, reason: str) -> None:
+        self._answers.setdefault(transfer, {})[rank] = Acknowledgement(rank, transfer, 0, Status.FAILED, reason)
 
     def _oldest_in_flight(self) -> int:
         """Sequence from which on a new worker has to read the log."""

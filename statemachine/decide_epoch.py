@@ -71,7 +71,7 @@ def untrusted(state: State) -> set[Node]:
 
 def _doomed(state: State, suspects: set[Node]) -> set[Node]:
     """Those of the suspects that nobody holds and that have nothing but each other below them."""
-    doomed = _doomed(trial, suspects)
+    doomed: set[Node] = set()
     for node in sorted(suspects, key=lambda node: -node.start):
         at_rest = state.nodes.get(node.id) is node and not node.pins and node.transfer is None
         if at_rest and all(child in doomed for child in node.children.values()):

@@ -136,12 +136,12 @@ def test_a_worker_holds_the_log_back(name: str) -> None:
 
 def test_the_log_is_held_for_a_worker_that_is_yet_to_come(name: str) -> None:
     writer = LogWriter.create(name, schema_hash=1, segment_bytes=SMALL, retain_bytes=SMALL)
-    writer.hold(700)
+    writer.hold(lambda: 700)
     for i in range(4000):
         write(writer, [(1, i, b"", bytes(60))])
     worker = LogReader(name, from_sequence=700, worker=True)
     assert len(drain(worker)) == 3301
-    writer.hold(None)
+    writer.hold(lambda: writer.next_sequence)
     for i in range(2000):
         write(writer, [(1, i, b"", bytes(60))])
         worker.poll()

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from ipc import Record
 
-KIND = 1
-SCHEMA_HASH = int.from_bytes(b"kvl.ack1", "little")
+KIND, EPOCH_KIND = 1, 2
+SCHEMA_HASH = int.from_bytes(b"kvl.ack2", "little")
 _ARGS = struct.Struct("<III")
 
 
@@ -39,6 +39,24 @@ class Acknowledgement(NamedTuple):
         """From a record of a worker's log."""
         rank, status, valid = _ARGS.unpack_from(record.args)
         return cls(rank, record.subject, valid, Status(status), record.payload.decode())
+
+
+class EpochSeen(NamedTuple):
+    """A rank has read the start of an epoch: whatever was ordered before it is executed."""
+
+    rank: int
+    epoch: int
+
+    def record(self) -> tuple[int, int, bytes, bytes]:
+        """As ``(kind, subject, args, payload)``."""
+        return EPOCH_KIND, self.epoch, _ARGS.pack(self.rank, 0, 0), b""
+
+
+def answer_of(record: Record) -> Acknowledgement | EpochSeen:
+    """What a record of a worker's log says."""
+    if record.kind == EPOCH_KIND:
+        return EpochSeen(_ARGS.unpack_from(record.args)[0], record.subject)
+    return Acknowledgement.of(record)
 
 
 def log_name(ledger: str, rank: int, incarnation: int) -> str:

@@ -7,13 +7,15 @@ carries a random id: an engine that opens a ledger again sees whether it is stil
 
 from __future__ import annotations
 
+import mmap
 import secrets
 import struct
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
-from ipc import LedgerError, memory
+from ipc import LedgerError, LedgerNotFound, memory
 from ipc.names import unlink
 from workers.layout import PoolLayout
 
@@ -34,21 +36,15 @@ class Pools:
         self.rank = rank
         self.layout = layout
         names = pool_names(ledger, rank)
-        block = layout.layers * layout.block_bytes
-        sizes = [_HEADER_BYTES + block * layout.device_blocks, _HEADER_BYTES + block * layout.host_blocks]
-        maps = []
-        for name, size in zip(names, sizes, strict=True):
-            maps.append(memory.create(name, size) if create else memory.attach(name, write=True))
         if create:
-            for map in maps:
-                map[: _HEADER.size] = _HEADER.pack(_MAGIC, layout.fingerprint, secrets.token_bytes(16))
-        ids = []
-        for name, map, size in zip(names, maps, sizes, strict=True):
-            magic, fingerprint, id = _HEADER.unpack(map[: _HEADER.size])
-            if magic != _MAGIC or fingerprint != layout.fingerprint or len(map) != size:
+            for name, size in zip(names, _sizes(layout), strict=True):
+                _create(name, size, layout)
+        maps = []
+        for name, size in zip(names, _sizes(layout), strict=True):
+            maps.append(memory.attach(name, write=True))
+            if _id_in(maps[-1], size, layout) is None:
                 raise PoolMismatch(f"{name} does not have the layout {layout.text()}: the ledger was created anew?")
-            ids.append(id.hex())
-        self.id = ",".join(ids)
+        self.id = ",".join(_HEADER.unpack(map[: _HEADER.size])[2].hex() for map in maps)
         device, host = (np.frombuffer(map, np.uint8, offset=_HEADER_BYTES) for map in maps)
         self.device: Bytes = device.reshape(layout.layers, layout.device_blocks, layout.block_bytes)
         """``uint8[layers, blocks, block_bytes]``."""
@@ -59,6 +55,59 @@ class Pools:
 def pool_names(ledger: str, rank: int) -> list[str]:
     """Shared-memory names of a rank's device and host pool."""
     return [f"/{ledger}.pool.device.{rank}", f"/{ledger}.pool.host.{rank}"]
+
+
+def _sizes(layout: PoolLayout) -> list[int]:
+    """Bytes of a rank's device and host pool."""
+    block = layout.layers * layout.block_bytes
+    return [_HEADER_BYTES + block * layout.device_blocks, _HEADER_BYTES + block * layout.host_blocks]
+
+
+def _create(name: str, size: int, layout: PoolLayout) -> None:
+    map = memory.create(name, size)
+    map[: _HEADER.size] = _HEADER.pack(_MAGIC, layout.fingerprint, secrets.token_bytes(16))
+    map.close()
+
+
+def _id_in(map: mmap.mmap, size: int, layout: PoolLayout) -> str | None:
+    """Id of a pool; ``None``: it does not have this layout."""
+    if len(map) != size:
+        return None
+    magic, fingerprint, id = _HEADER.unpack(map[: _HEADER.size])
+    return id.hex() if magic == _MAGIC and fingerprint == layout.fingerprint else None
+
+
+def ids_of(pools: Iterable[Pools]) -> str:
+    """Ids of all pools, rank by rank, as they stand in the log."""
+    return ";".join(pool.id for pool in pools)
+
+
+def reopen_pools(ledger: str, layout: PoolLayout, ids: str) -> tuple[list[Pools], dict[str, str]]:
+    """Attach the pools that a ledger had, with the ``ids`` that stand in its log; replace those that are not the same.
+
+    Returns the pools, and for each tier (``device``, ``host``) that is not what it was the reason.
+
+    Raises:
+        ipc.SharedMemoryFull: a pool cannot be replaced.
+    """
+    lost: dict[str, str] = {}
+    known = [rank_ids.split(",") for rank_ids in ids.split(";")]
+    for rank in range(layout.ranks):
+        tiers = zip(("device", "host"), pool_names(ledger, rank), _sizes(layout), known[rank], strict=True)
+        for tier, name, size, id in tiers:
+            try:
+                map = memory.attach(name, write=True)
+            except LedgerNotFound:
+                lost.setdefault(tier, f"{name} is gone")
+            else:
+                found = _id_in(map, size, layout)
+                map.close()
+                if found == id:
+                    continue
+                lost.setdefault(tier, f"{name} is not the memory that it was")
+                unlink(name)
+            _create(name, size, layout)
+    return [Pools(ledger, rank, layout) for rank in range(layout.ranks)], lost
 
 
 def create_pools(ledger: str, layout: PoolLayout) -> list[Pools]:

@@ -7,17 +7,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import IO, NamedTuple
+from collections.abc import Mapping
+from typing import IO, NamedTuple, Self
 
-from ipc import LedgerError, LogReader
-from ipc.names import remove_objects
+from ipc import LedgerError, LogReader, Overrun
+from ipc.names import objects_of, remove_objects
 from ipc.signals import Signals
 from workers import transfer
-from workers.acknowledgements import Acknowledgement, log_name, signals_name
+from workers.acknowledgements import Acknowledgement, EpochSeen, answer_of, log_name, signals_name
+from workers.adopted import AdoptedProcess
 from workers.layout import PoolLayout
 
 _LOOK_EVERY_S = 0.02
 _STOP_S = 5.0
+_PROGRAM = ("-m", "workers.transfer")
 
 
 class WorkerFailed(RuntimeError):
@@ -34,29 +37,92 @@ class Change(NamedTuple):
 
 
 class _Worker:
-    """One incarnation of a rank's process."""
+    """One incarnation of a rank's process, started here or adopted from an engine that died."""
 
-    def __init__(self, ledger: str, rank: int, incarnation: int, layout: PoolLayout, from_sequence: int) -> None:
+    def __init__(
+        self,
+        ledger: str,
+        rank: int,
+        incarnation: int,
+        signals: Signals,
+        process: subprocess.Popen[bytes] | AdoptedProcess,
+        stderr: IO[bytes] | None,
+    ) -> None:
         self.rank = rank
         self.incarnation = incarnation
         self.log = log_name(ledger, rank, incarnation)
         self.reader: LogReader | None = None
         self.started = time.monotonic()
-        self.signals = Signals(signals_name(ledger, rank, incarnation), create=True)
-        self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        # exec, never fork: an inherited descriptor would keep the engine's lock
-        arguments = [str(rank), str(incarnation), str(from_sequence), layout.text()]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "workers.transfer", ledger, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self.stderr,
-        )
+        self.signals = signals
+        self.process = process
+        self.stderr = stderr
+        self.condemned = False
+        self._reason = ""
+
+    @classmethod
+    def start(
+        cls, ledger: str, rank: int, incarnation: int, epoch: int, layout: PoolLayout, from_sequence: int
+    ) -> Self:
+        """Start the process."""
+        signals = Signals(signals_name(ledger, rank, incarnation), create=True)
+        stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        arguments = [str(rank), str(incarnation), str(epoch), str(from_sequence), layout.text()]
+        try:
+            # exec, never fork: an inherited descriptor would keep the engine's lock
+            process = subprocess.Popen(
+                [sys.executable, *_PROGRAM, ledger, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+        except OSError as error:
+            signals.close(remove=True)
+            stderr.close()
+            raise WorkerFailed(f"the worker of rank {rank} cannot be started: {error}") from error
+        return cls(ledger, rank, incarnation, signals, process, stderr)
+
+    @classmethod
+    def adopt(cls, ledger: str, rank: int, incarnation: int) -> Self | None:
+        """Take over an incarnation that was ready and still lives; ``None``: there is none."""
+        try:
+            signals = Signals(signals_name(ledger, rank, incarnation))
+        except LedgerError:
+            return None
+        words = signals.words
+        process = AdoptedProcess.of(words[transfer.PID], words[transfer.START])
+        if process is None or words[transfer.READY] != transfer.IS_READY:
+            if process is not None:
+                process.kill()
+                process.wait()
+            signals.close()
+            return None
+        worker = cls(ledger, rank, incarnation, signals, process, None)
+        worker.listen()
+        return worker
+
+    def listen(self) -> None:
+        """Read its answers, from the oldest that is still there."""
+        oldest = 1
+        while self.reader is None:
+            try:
+                self.reader = LogReader(self.log, from_sequence=oldest, name="engine", worker=True)
+            except Overrun as overrun:
+                oldest = overrun.available
+
+    def condemn(self, reason: str) -> None:
+        """Kill it, for this reason (empty: it has given one itself)."""
+        self.condemned = True
+        self._reason = reason
+        self.process.kill()
 
     def reason(self) -> str:
         """Why it ended, as well as one can tell."""
+        if self._reason:
+            return self._reason
         if text := self.signals.text:
             return text
+        if self.stderr is None:
+            return "it ended; an earlier engine had started it, so its exit status is not known"
         self.stderr.seek(0)
         lines = self.stderr.read().decode(errors="replace").strip().splitlines()
         code = self.process.returncode
@@ -71,31 +137,92 @@ class _Worker:
                 self.process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel; it will never return
+                    self.process.wait(_STOP_S)
         if self.reader is not None:
             self.reader.close()
-        self.stderr.close()
+        if self.stderr is not None:
+            self.stderr.close()
         self.signals.close(remove=True)
         remove_objects(self.log)
+
+
+def incarnations_left(ledger: str, rank: int) -> list[int]:
+    """Numbers of the incarnations of a rank that have objects in shared memory."""
+    prefix = log_name(ledger, rank, 0)[:-1]
+    numbers = {name.removeprefix("sem.").removeprefix(prefix).partition(".")[0] for name in objects_of(prefix[:-1])}
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 class Supervisor:
     """The workers of one ledger."""
 
-    def __init__(self, ledger: str, layout: PoolLayout, *, ready_timeout_s: float) -> None:
+    def __init__(self, ledger: str, layout: PoolLayout, *, epoch: int, ready_timeout_s: float) -> None:
         self._ledger = ledger
         self._layout = layout
         self._ready_timeout_s = ready_timeout_s
+        self._epoch = epoch
         self._workers: dict[int, _Worker] = {}
+        self._incarnations: dict[int, int] = {}
+        """By rank: the last number given to a worker, ready or not."""
         self._next_look = 0.0
 
-    def start(self, rank: int, incarnation: int, from_sequence: int) -> None:
-        """Start a rank's worker; it executes what is in flight from ``from_sequence`` on, once it has joined."""
-        self._workers[rank] = _Worker(self._ledger, rank, incarnation, self._layout, from_sequence)
+    def start(self, rank: int, from_sequence: int) -> None:
+        """Start a rank's worker; it executes what is in flight from ``from_sequence`` on, once it has joined.
+
+        Raises:
+            WorkerFailed: there is no process to be had.
+            ipc.SharedMemoryFull
+        """
+        number = self._incarnations[rank] = self._incarnations.get(rank, 0) + 1
+        self._workers[rank] = _Worker.start(self._ledger, rank, number, self._epoch, self._layout, from_sequence)
+
+    def adopt(self, joined: Mapping[int, int], *, keep: bool) -> list[int]:
+        """Take over what a dead engine left: the incarnation of each rank that had ``joined``, if it still lives.
+
+        What other incarnations leave is removed. Without ``keep`` the joined ones are ended too. Returns the ranks
+        that have a worker.
+        """
+        for rank in range(self._layout.ranks):
+            number = joined.get(rank, 0)
+            worker = _Worker.adopt(self._ledger, rank, number) if number else None
+            if worker is not None and not keep:
+                worker.process.kill()
+                worker.discard()
+                worker = None
+            if worker is not None:
+                self._workers[rank] = worker
+            self._incarnations[rank] = number
+            for incarnation in incarnations_left(self._ledger, rank):
+                self._incarnations[rank] = max(self._incarnations[rank], incarnation)
+                if worker is None or incarnation != number:
+                    self._remove(rank, incarnation)
+        return sorted(self._workers)
+
+    def _remove(self, rank: int, incarnation: int) -> None:
+        """An incarnation that never joined, or is dead. One that is only starting finds that it is not wanted."""
+        with contextlib.suppress(LedgerError):
+            signals = Signals(signals_name(self._ledger, rank, incarnation))
+            process = AdoptedProcess.of(signals.words[transfer.PID], signals.words[transfer.START])
+            if process is not None:
+                process.kill()
+                process.wait()
+            signals.close()
+        remove_objects(log_name(self._ledger, rank, incarnation))
 
     def pid(self, rank: int) -> int:
         """Process id of a rank's worker."""
         return self._workers[rank].process.pid
+
+    def kill(self, rank: int, reason: str) -> None:
+        """End a rank's worker, if it has one; :meth:`changes` reports it."""
+        worker = self._workers.get(rank)
+        if worker is not None:
+            worker.condemn(reason)
+
+    def idle(self) -> bool:
+        """Whether there is no worker, not even one that starts: nobody copies anything."""
+        return not self._workers
 
     def changes(self) -> list[Change]:
         """Who became ready and who is gone since the last look; looks 50 times per second at most."""
@@ -106,21 +233,22 @@ class Supervisor:
         found = []
         for worker in list(self._workers.values()):
             ready = worker.signals.words[transfer.READY]
-            if worker.process.poll() is not None or ready == transfer.HAS_FAILED:
-                found.append(self._gone(worker, ""))
+            if worker.process.poll() is not None:
+                found.append(self._gone(worker))
+            elif worker.condemned:
+                continue  # until it is proven dead
+            elif ready == transfer.HAS_FAILED:
+                worker.condemn("")
             elif worker.reader is None:
                 if ready == transfer.IS_READY:
-                    worker.reader = LogReader(worker.log, name="engine", worker=True)
+                    worker.listen()
                     found.append(Change(worker.rank, worker.incarnation, True))
                 elif now - worker.started > self._ready_timeout_s:
-                    found.append(self._gone(worker, f"not ready within {self._ready_timeout_s:g} s"))
+                    worker.condemn(f"not ready within {self._ready_timeout_s:g} s")
         return found
 
-    def _gone(self, worker: _Worker, reason: str) -> Change:
-        if worker.process.poll() is None:
-            worker.process.kill()
-            worker.process.wait()
-        reason = reason or worker.reason()
+    def _gone(self, worker: _Worker) -> Change:
+        reason = worker.reason()
         del self._workers[worker.rank]
         worker.discard()
         return Change(worker.rank, worker.incarnation, False, reason)
@@ -133,7 +261,10 @@ class Supervisor:
         """
         ready: dict[int, Change] = {}
         waiting = len(self._workers)
+        deadline = time.monotonic() + self._ready_timeout_s + _STOP_S
         while len(ready) < waiting:
+            if time.monotonic() > deadline:
+                raise WorkerFailed(f"ranks {sorted(self._workers.keys() - ready)} neither get ready nor end")
             for change in self.changes():
                 if not change.ready:
                     raise WorkerFailed(f"the worker of rank {change.rank} did not start: {change.reason}")
@@ -141,12 +272,12 @@ class Supervisor:
             time.sleep(0.005)
         return [ready[rank] for rank in sorted(ready)]
 
-    def acknowledgements(self) -> list[Acknowledgement]:
+    def acknowledgements(self) -> list[Acknowledgement | EpochSeen]:
         """The workers' answers since the last call."""
-        answers = []
+        answers: list[Acknowledgement | EpochSeen] = []
         for worker in self._workers.values():
             if worker.reader is not None:
-                answers += [Acknowledgement.of(record) for record in worker.reader.poll()]
+                answers += [answer_of(record) for record in worker.reader.poll()]
         return answers
 
     def stop(self) -> None:

@@ -13,22 +13,31 @@ import time
 from types import FrameType
 
 from ipc import LogReader, LogWriter
+from ipc.processes import own_identity
 from ipc.signals import Signals
 from statemachine import codec
-from statemachine.events import KIND_OF, Direction, IntArray, TransferFinished, TransferStarted, WorkerJoined
+from statemachine.events import (
+    KIND_OF,
+    Direction,
+    EpochStarted,
+    IntArray,
+    TransferFinished,
+    TransferStarted,
+    WorkerJoined,
+)
 from workers import acknowledgements
-from workers.acknowledgements import Acknowledgement, Status
+from workers.acknowledgements import Acknowledgement, EpochSeen, Status
 from workers.layout import PoolLayout
 from workers.pools import Pools
 
-READY, HEARTBEAT = 0, 8
-"""Words of the worker's signals, on cache lines of their own."""
+READY, HEARTBEAT, PID, START = 0, 8, 16, 17
+"""Words of the worker's signals, on cache lines of their own. ``PID`` and ``START`` say who it is."""
 STARTING, IS_READY, HAS_FAILED = 0, 1, 2
 ORPHAN_GRACE_S = 5.0
 _PARK_S = 0.25
 _ACK_SEGMENT_BYTES = 1 << 18
-_KINDS = {KIND_OF[event]: event for event in (TransferStarted, TransferFinished, WorkerJoined)}
-_MASK = sum(1 << KIND_OF[event] for event in (TransferStarted, WorkerJoined))
+_KINDS = {KIND_OF[event]: event for event in (TransferStarted, TransferFinished, WorkerJoined, EpochStarted)}
+_MASK = sum(1 << KIND_OF[event] for event in (TransferStarted, WorkerJoined, EpochStarted))
 
 
 def copy_blocks(pools: Pools, direction: Direction, sources: IntArray, targets: IntArray) -> int:
@@ -52,11 +61,19 @@ def copy_blocks(pools: Pools, direction: Direction, sources: IntArray, targets: 
 
 
 class TransferWorker:
-    """One incarnation of a rank's worker; :meth:`step` is the whole loop body."""
+    """One incarnation of a rank's worker; :meth:`step` is the whole loop body.
 
-    def __init__(self, ledger: str, rank: int, incarnation: int, layout: PoolLayout, from_sequence: int) -> None:
+    ``epoch`` is that of the engine that started it. A later engine adopts it if it has joined, else it has to leave.
+    """
+
+    def __init__(
+        self, ledger: str, rank: int, incarnation: int, epoch: int, layout: PoolLayout, from_sequence: int
+    ) -> None:
         self.rank = rank
         self.incarnation = incarnation
+        self.epoch = epoch
+        self.superseded = False
+        """A later engine does not know of this worker: it has to leave."""
         self.pools = Pools(ledger, rank, layout)
         self.log = LogWriter.create(
             acknowledgements.log_name(ledger, rank, incarnation),
@@ -86,6 +103,11 @@ class TransferWorker:
                     self._pending.pop(event.transfer, None)
             elif isinstance(event, WorkerJoined) and (event.rank, event.incarnation) == (self.rank, self.incarnation):
                 self._joined = True
+            elif isinstance(event, EpochStarted) and event.epoch > self.epoch:
+                if not self._joined:
+                    self.superseded = True
+                    break
+                self._answer(EpochSeen(self.rank, event.epoch))
             if self._joined:
                 for transfer in self._pending.values():
                     self._answer(self._execute(transfer))
@@ -101,7 +123,7 @@ class TransferWorker:
             return Acknowledgement(self.rank, transfer.transfer, 0, Status.FAILED, reason[:1000])
         return Acknowledgement(self.rank, transfer.transfer, valid, Status.OK, "")
 
-    def _answer(self, acknowledgement: Acknowledgement) -> None:
+    def _answer(self, acknowledgement: Acknowledgement | EpochSeen) -> None:
         # append() fences between the copies before it and its commit word, so who sees the answer sees the bytes
         self.log.append([acknowledgement.record()])
 
@@ -112,8 +134,8 @@ class TransferWorker:
 
 
 def main(arguments: list[str]) -> int:
-    """``ledger rank incarnation from_sequence layout``; runs until SIGTERM, or until the engine is gone."""
-    ledger, rank, incarnation, from_sequence = arguments[0], *map(int, arguments[1:4])
+    """``ledger rank incarnation epoch from_sequence layout``; runs until SIGTERM, or until the engine is gone."""
+    ledger, rank, incarnation, epoch, from_sequence = arguments[0], *map(int, arguments[1:5])
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -123,8 +145,10 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then stops its workers
     signals = Signals(acknowledgements.signals_name(ledger, rank, incarnation))
+    pid, signals.words[START] = own_identity()
+    signals.words[PID] = pid
     try:
-        worker = TransferWorker(ledger, rank, incarnation, PoolLayout.parse(arguments[4]), from_sequence)
+        worker = TransferWorker(ledger, rank, incarnation, epoch, PoolLayout.parse(arguments[5]), from_sequence)
     except Exception as error:  # the reason travels to the engine, which raises it
         signals.text = f"{type(error).__name__}: {error}"
         signals.words[READY] = HAS_FAILED
@@ -132,11 +156,14 @@ def main(arguments: list[str]) -> int:
     signals.words[READY] = IS_READY
     try:
         orphan_since = 0.0
-        while not stopping:
-            if not worker.step(_PARK_S) and not worker.reader.writer_alive():
-                orphan_since = orphan_since or time.monotonic()
-                if time.monotonic() - orphan_since > ORPHAN_GRACE_S:
-                    break
+        while not stopping and not worker.superseded:
+            if not worker.step(_PARK_S):
+                if worker.reader.writer_alive():
+                    orphan_since = 0.0
+                else:
+                    orphan_since = orphan_since or time.monotonic()
+                    if time.monotonic() - orphan_since > ORPHAN_GRACE_S:
+                        break
             signals.words[HEARTBEAT] = time.time_ns()
     except Exception as error:
         signals.text = f"{type(error).__name__}: {error}"

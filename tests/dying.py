@@ -1,0 +1,91 @@
+"""Dying in the middle of an append: at any of its stores, without a hook in the writer.
+
+The views that a :class:`ipc.LogWriter` stores through are replaced by ones that stop at the chosen store, either with
+SIGKILL or (so that one process can look at what is left) with an exception.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NoReturn
+
+from ipc import LogWriter
+from ipc.segment import TAIL
+
+
+class Moment(Enum):
+    """Where an append ends for ever."""
+
+    BEFORE = "nothing is written"
+    IN_A_LINE = "half of the last record's line is written, without its sequence"
+    IN_A_PAYLOAD = "half of a payload is written"
+    BEFORE_COMMIT = "all bodies are written, no commit word"
+    COMMITTING = "all commit words but the last are written"
+    BEFORE_HINT = "everything but the tail hint is written"
+    AFTER = "everything is written"
+
+
+class Died(BaseException):
+    """Instead of SIGKILL."""
+
+
+class _View:
+    """A view that counts its stores, and ends at one of them."""
+
+    def __init__(self, view: memoryview, end: Callable[[], NoReturn], at: int = -1, key: int | None = None) -> None:
+        self._view, self._end, self._at, self._key = view, end, at, key
+        self._stores = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._view[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self._stores == self._at or (self._key is not None and key == self._key):
+            if isinstance(key, slice):  # the second half arrives, the first does not
+                start, stop = key.start, key.stop
+                half = (stop - start) // 2
+                self._view[start + half : stop] = bytes(value)[half:]
+            self._end()
+        self._stores += 1
+        self._view[key] = value
+
+
+def die_in_append(
+    writer: LogWriter, moment: Moment, append: Callable[..., None], *arguments: Any, really: bool = False
+) -> None:
+    """Call ``append(writer, *arguments)``, which is to append one transaction with payloads, and end it there."""
+
+    def end() -> NoReturn:
+        if really:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise Died
+
+    views = {"_buffer": writer._buffer, "_words": writer._words, "_words32": writer._words32}
+    release = writer._release
+    fatal: Any = writer
+    if moment is Moment.BEFORE:
+        if really:
+            end()
+        return
+    if moment in (Moment.IN_A_LINE, Moment.IN_A_PAYLOAD):
+        fatal._buffer = _View(writer._buffer, end, 0 if moment is Moment.IN_A_LINE else 1)
+    elif moment is Moment.BEFORE_COMMIT:
+        fatal._release = end
+    elif moment is Moment.COMMITTING:
+        fatal._words32 = _View(writer._words32, end, max(len(arguments) - 1, 0))
+    elif moment is Moment.BEFORE_HINT:
+        fatal._words = _View(writer._words, end, key=TAIL)
+    try:
+        append(writer, *arguments)
+    except Died:
+        pass
+    else:
+        assert moment is Moment.AFTER, moment
+        if really:
+            end()
+    for name, view in views.items():
+        setattr(writer, name, view)
+    writer._release = release

@@ -1,0 +1,173 @@
+"""Workers that die, hang or fail at every moment of a copy: nothing is lost, and somebody is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from ipc.names import remove_objects
+from kvledger import CacheConfig, CacheManager, HostPolicy
+from kvledger.pattern import PatternEngine
+from statemachine.events import Outcome, TierLost, TransferFinished, WorkerLost
+from tests.test_recovery import CONFIG, prompt, serve, settled, story
+from workers import WorkerFailed, supervisor
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    ledger = f"failing-{os.getpid()}"
+    yield ledger
+    remove_objects(ledger)
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    monkeypatch.setattr(supervisor, "_PROGRAM", ("-m", "tests.dying_worker", moment))
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "before the copy",
+        "during the copy",
+        "before its acknowledgement",
+        "in its acknowledgement",
+        "between acknowledgement and hint",
+        "after its acknowledgement",
+    ],
+)
+def test_killed_at_a_moment_of_its_copy(name: str, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    fail(monkeypatch, moment)
+    with CacheManager.create(name, CONFIG) as manager:
+        engine = PatternEngine(manager.pools)
+        hits = sum(serve(manager, engine, str(i), prompt(i % 4)) for i in range(24))
+        assert hits == 20 * 6
+        assert manager._ranks is not None
+        while manager._ranks._restarts:
+            manager.poll()
+        lost = [event for event in story(name) if isinstance(event, WorkerLost)]
+        assert [(event.rank, event.reason) for event in lost] == [(1, "killed by signal 9")]
+        assert manager.state.workers == {0: 1, 1: 2}
+
+
+def test_killed_while_parked_and_as_often_as_you_like(name: str) -> None:
+    with CacheManager.create(name, CONFIG) as manager:
+        engine = PatternEngine(manager.pools)
+        assert manager._ranks is not None
+        for i in range(12):
+            if i % 3 == 0:
+                time.sleep(0.02)  # long enough to park
+                os.kill(manager._ranks.supervisor.pid(i % 2), signal.SIGKILL)
+            serve(manager, engine, str(i), prompt(i % 4))
+            settled(manager)
+            while manager._ranks._restarts:
+                manager.poll()
+        assert sum(manager.state.workers.values()) == 2 + 4
+        story(name)
+
+
+@pytest.mark.parametrize("policy", [HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH])
+@pytest.mark.parametrize("moment", ["every copy raises", "successors cannot start"])
+def test_a_rank_that_keeps_failing_costs_the_host_tier(
+    name: str, monkeypatch: pytest.MonkeyPatch, moment: str, policy: HostPolicy
+) -> None:
+    monkeypatch.setattr("kvledger.ranks._LONGEST_BACK_OFF_S", 0.1)
+    fail(monkeypatch, moment)
+    with CacheManager.create(name, CacheConfig(**{**vars(CONFIG), "host_policy": policy})) as manager:
+        engine = PatternEngine(manager.pools)
+        assert manager._ranks is not None
+        if moment == "successors cannot start":
+            os.kill(manager._ranks.supervisor.pid(1), signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        number = 0
+        while manager.state.policy != HostPolicy.OFF:
+            serve(manager, engine, f"request {number}", prompt(number % 5))
+            number += 1
+            assert time.monotonic() < deadline
+        settled(manager)
+        state = manager.state
+        assert not state.host_resident and len(state.host.free) == state.host.capacity and not state.transfers
+        before = manager.next_sequence
+        for i in range(6):  # the service goes on, with what the device holds
+            serve(manager, engine, f"after {i}", prompt(i % 2))
+        assert manager.peek(prompt(1)) == (6, 0)
+        assert manager._ranks.supervisor.idle() and manager.next_sequence > before
+        events = story(name)
+        (lost,) = [event for event in events if isinstance(event, TierLost)]
+        assert "rank 1 failed 8 times in a row" in lost.reason
+        failed = [event for event in events if isinstance(event, TransferFinished) and event.outcome == Outcome.FAILED]
+        assert failed or moment != "every copy raises"
+        manager.close(keep=True)
+    with CacheManager.open(name) as manager:  # and after a restart
+        assert manager.state.policy == HostPolicy.OFF and not manager.state.host_resident
+        assert serve(manager, PatternEngine(manager.pools), "a", prompt(1)) == 6
+
+
+def test_who_waits_for_a_failed_copy_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CacheManager.create(name, CONFIG) as manager:
+        engine = PatternEngine(manager.pools)
+        for i in range(3):
+            serve(manager, engine, str(i), prompt(i))
+        settled(manager)
+        assert manager.peek(prompt(0))[1]
+        fail(monkeypatch, "every copy raises")
+        assert manager._ranks is not None
+        os.kill(manager._ranks.supervisor.pid(1), signal.SIGKILL)
+        while manager.state.workers[1] == 1:
+            manager.poll()
+        admission = manager.admit("waits", prompt(0))
+        assert not admission.ready and admission.host_blocks
+        progress = [entry for entry in manager.wait("waits") if entry.key == "waits"]
+        assert progress[-1].shortened and progress[-1].cached_blocks == admission.device_blocks
+        assert len(manager.block_table("waits")) == progress[-1].cached_blocks + 1
+        manager.allocate({"waits": admission.host_blocks})
+        manager.wait("waits")
+        manager.cache("waits")
+        manager.release("waits")
+        story(name)
+
+
+def test_without_memory_a_worker_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail(monkeypatch, "no memory")
+    with pytest.raises(WorkerFailed, match=r"rank \d did not start: .*(Cannot allocate memory|MemoryError)"):
+        CacheManager.create(name, CacheConfig(**{**vars(CONFIG), "block_bytes": 1 << 16}))
+
+
+def test_a_worker_that_does_not_get_ready_is_not_waited_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_PROGRAM", ("-c", "import time; time.sleep(600)"))
+    with pytest.raises(WorkerFailed, match=r"rank 0 did not start: not ready within 0.3 s"):
+        CacheManager.create(name, CacheConfig(**{**vars(CONFIG), "ready_timeout_s": 0.3}))
+
+
+def test_an_adopted_worker_that_hangs_is_replaced(name: str) -> None:
+    manager = CacheManager.create(name, CONFIG)
+    for i in range(3):
+        serve(manager, PatternEngine(manager.pools), str(i), prompt(i))
+    settled(manager)
+    assert manager._ranks is not None
+    os.kill(manager._ranks.supervisor.pid(1), signal.SIGSTOP)
+    manager._writer.close()  # the engine is gone, its workers are not
+    with CacheManager.open(name, CacheConfig(**{**vars(CONFIG), "ready_timeout_s": 2})) as manager:
+        attention = PatternEngine(manager.pools)
+        assert serve(manager, attention, "again", np.array(prompt(0))) == 6
+        settled(manager)
+        assert manager.state.workers == {0: 1, 1: 2}
+        (lost,) = [event for event in story(name) if isinstance(event, WorkerLost)]
+        assert lost.reason == "it does not follow the new engine"
+
+
+def test_a_worker_that_had_not_joined_leaves_when_another_engine_comes(name: str) -> None:
+    manager = CacheManager.create(name, CONFIG)
+    assert manager._ranks is not None
+    stray = supervisor._Worker.start(name, 1, 2, 1, CONFIG.layout, 1)
+    while not stray.signals.words[0]:
+        time.sleep(0.01)
+    manager._writer.close()
+    with CacheManager.open(name) as manager:
+        stray.process.wait(30)
+        assert manager.state.workers == {0: 1, 1: 1}
+        serve(manager, PatternEngine(manager.pools), "a", prompt(1))
