@@ -59,6 +59,21 @@ class RunOptions:
 
 
 @dataclass
+class Crashes:
+    """Kills and what became of them."""
+
+    engine: int = 0
+    workers: int = 0
+    followers: int = 0
+    not_reached: list[str] = field(default_factory=list)
+    """Crashes that were asked for at events that never came."""
+    recovery_ms: list[float] = field(default_factory=list)
+    """From the start of ``CacheManager.open`` to its return, once per engine killed."""
+    lost_events: int = 0
+    """Events that were published, and that the next engine did not know."""
+
+
+@dataclass
 class Summary:
     """What a run did. Blocks are counted once per request that uses them."""
 
@@ -87,6 +102,8 @@ class Summary:
     invariants_checked: int = 0
     digest: str = ""
     replay_digest: str = ""
+    crashes: Crashes | None = None
+    """What was killed, in a run with crashes."""
 
     @property
     def device_hit_rate(self) -> float:
@@ -140,7 +157,7 @@ class Run:
         self.options = options
         self.summary = Summary(trace=trace.name)
         self.stop = False
-        self._progress = progress
+        self.progress = progress
         self._block_size = trace.block_size or options.block_size
         self._in_flight = _InFlight(options.trace_clock)
         self._now = 0.0
@@ -180,7 +197,7 @@ class Run:
         self.summary.ledger = name
         config = self.config()
         with ExitStack() as stack:
-            manager = CacheManager.create(name, config)
+            manager = self.manager(name, config)
             stack.callback(manager.close, keep=self.options.keep)
             if self.options.per_request is not None:
                 self._per_request = stack.enter_context(open(self.options.per_request, "w"))
@@ -194,10 +211,12 @@ class Run:
             begun = time.perf_counter()
             try:
                 for request in self.trace.requests:
+                    if self.is_served(request.number):
+                        continue
                     self._serve(manager, request)
                     if not request.number % _RECORD_EVERY:
                         self._record()
-                    self._progress(request.number + 1)
+                    self.progress(request.number + 1)
                 while self._in_flight:
                     self._release(manager)
             except Interrupted:
@@ -205,6 +224,14 @@ class Run:
             self.summary.seconds = time.perf_counter() - begun
             self._finish(manager)
         return self.summary
+
+    def manager(self, name: str, config: CacheConfig) -> CacheManager:
+        """The manager of the run."""
+        return CacheManager.create(name, config)
+
+    def is_served(self, number: int) -> bool:
+        """Whether a request was served in an earlier life of this run."""
+        return False
 
     def _record(self) -> None:
         if self._recorder is not None and self._recording is not None:

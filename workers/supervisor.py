@@ -197,7 +197,7 @@ class Supervisor:
                 self._incarnations[rank] = max(self._incarnations[rank], incarnation)
                 if worker is None or incarnation != number:
                     self._remove(rank, incarnation)
-        return sorted(self._workers)
+        return self.ranks()
 
     def _remove(self, rank: int, incarnation: int) -> None:
         """An incarnation that never joined, or is dead. One that is only starting finds that it is not wanted."""
@@ -209,6 +209,10 @@ class Supervisor:
                 process.wait()
             signals.close()
         remove_objects(log_name(self._ledger, rank, incarnation))
+
+    def ranks(self) -> list[int]:
+        """Ranks that have a worker, ready or not."""
+        return sorted(self._workers)
 
     def pid(self, rank: int) -> int:
         """Process id of a rank's worker."""

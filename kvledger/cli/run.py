@@ -8,7 +8,7 @@ import signal
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,11 +20,14 @@ from kvledger import sample, traces
 from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
 from kvledger.config import ConfigError
 from kvledger.pattern import WrongBytes
-from kvledger.run import Run, RunOptions, Summary
+from kvledger.run import Crashes, Run, RunOptions, Summary
 from kvledger.traces import Trace, TraceError
 from statemachine.errors import CommandRejected, InvariantViolation
 from statemachine.events import HostPolicy
 from workers import WorkerFailed
+
+if TYPE_CHECKING:
+    from kvledger.crashes import CrashRun
 
 
 class Policy(StrEnum):
@@ -64,6 +67,11 @@ def run(
     record: Annotated[Path | None, typer.Option(help="Write the log to this .kvlog file (must not exist)")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the ledger in /dev/shm for inspection")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the ledger; default run-PID")] = None,
+    crash: Annotated[
+        list[str] | None,
+        typer.Option(help="Kill engine@EVENT, worker:RANK@EVENT or follower@EVENT, and go on; repeatable"),
+    ] = None,
+    chaos: Annotated[int | None, typer.Option(help="Kill engine and workers at random events, drawn from SEED")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
 ) -> None:
     """Drive a trace through a real manager, log and worker processes; verify every byte; summarise."""
@@ -87,7 +95,13 @@ def run(
     errors = Console(stderr=True)
     try:
         loaded = _load(trace, requests, seed)
-        summary = _execute(loaded, options, name, errors)
+        job = None
+        if crash or chaos is not None:
+            from kvledger.crashes import Crash, CrashRun
+
+            source = {"path": str(trace) if trace else None, "requests": len(loaded.requests), "seed": seed}
+            job = CrashRun(source, len(loaded.requests), options, [Crash.parse(text) for text in crash or []], chaos)
+        summary = _execute(loaded, job or Run(loaded, options), name, errors)
     except (WrongBytes, InvariantViolation) as error:
         errors.print(f"[bold red]FAILED[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED) from error
@@ -102,6 +116,9 @@ def run(
     if summary.replay_digest != summary.digest:
         errors.print("[bold red]FAILED[/] the replay of the log has another digest than the run")
         raise typer.Exit(FAILED)
+    if summary.crashes is not None and summary.crashes.lost_events:
+        errors.print("[bold red]FAILED[/] events were lost that had been published")
+        raise typer.Exit(FAILED)
     if summary.interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -113,7 +130,7 @@ def _load(path: Path | None, requests: int | None, seed: int) -> Trace:
     return trace if requests is None else trace._replace(requests=trace.requests[:requests])
 
 
-def _execute(trace: Trace, options: RunOptions, name: str | None, console: Console) -> Summary:
+def _execute(trace: Trace, job: Run | CrashRun, name: str | None, console: Console) -> Summary:
     progress = Progress(
         TextColumn("requests"),
         BarColumn(),
@@ -130,7 +147,7 @@ def _execute(trace: Trace, options: RunOptions, name: str | None, console: Conso
             speed = progress.tasks[0].speed
             progress.update(task, completed=done, rate=f"{speed:.0f}/s" if speed else "")
 
-    job = Run(trace, options, show)
+    job.progress = show
 
     def stop(number: int, frame: FrameType | None) -> None:
         job.stop = True
@@ -170,6 +187,19 @@ def _print(summary: Summary, options: RunOptions) -> None:
     table.add_row("digest", summary.digest)
     agree = "equal" if summary.replay_digest == summary.digest else f"DIFFERENT: {summary.replay_digest}"
     table.add_row("replay from the log", agree)
+    if summary.crashes is not None:
+        _add_crashes(table, summary.crashes)
     if options.keep:
         table.add_row("kept", f"ledger {summary.ledger!r} in /dev/shm")
     Console().print(table)
+
+
+def _add_crashes(table: Table, crashes: Crashes) -> None:
+    kills = f"engine {crashes.engine:,}, workers {crashes.workers:,}, followers {crashes.followers:,}"
+    table.add_row("killed", kills)
+    if crashes.recovery_ms:
+        times = sorted(crashes.recovery_ms)
+        table.add_row("recovery ms", f"median {times[len(times) // 2]:,}  longest {times[-1]:,}")
+    table.add_row("published events lost", f"{crashes.lost_events:,}")
+    if crashes.not_reached:
+        table.add_row("not reached", ", ".join(crashes.not_reached))
