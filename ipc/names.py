@@ -70,8 +70,12 @@ def unlink(name: str) -> None:
 
 
 def remove_objects(ledger: str) -> None:
-    """Remove everything that belongs to a ledger. The caller has made sure that nobody uses it."""
-    for name in objects_of(ledger):
+    """Remove everything that belongs to a ledger. The caller has made sure that nobody uses it.
+
+    Its control segment goes last: as long as something is left it can be found by it.
+    """
+    control = control_name(ledger)[1:]
+    for name in sorted(objects_of(ledger), key=lambda name: (name == control, name)):
         if name.startswith("sem."):
             with contextlib.suppress(posix_ipc.ExistentialError):
                 posix_ipc.unlink_semaphore("/" + name.removeprefix("sem."))

@@ -75,6 +75,8 @@ def read_header(buffer: memoryview, name: str) -> Header:
     Raises:
         LogCorrupt: it is not one, or of another version.
     """
+    if len(buffer) < HEADER_BYTES:
+        raise LogCorrupt(name, 0, "too short for a log segment")
     data = bytes(buffer[: _HEADER.size])
     crc = int.from_bytes(buffer[_HEADER.size : _HEADER.size + 4], "little")
     fields = _HEADER.unpack(data)

@@ -16,7 +16,7 @@ from ipc import memory
 from ipc.errors import LedgerNotFound, LogCorrupt
 from ipc.names import SHM, objects_of, unlink
 
-_MAGIC = int.from_bytes(b"kvlsnap1", "little")
+MAGIC = int.from_bytes(b"kvlsnap1", "little")
 _HEADER = struct.Struct("<QQQI")
 _HEADER_BYTES = _HEADER.size + 4
 
@@ -41,7 +41,7 @@ def write(ledger: str, sequence: int, data: bytes) -> None:
     """
     partial = f"{snapshot_name(ledger, sequence)}.partial.{os.getpid()}"
     map = memory.create(partial, _HEADER_BYTES + len(data))
-    header = _HEADER.pack(_MAGIC, sequence, len(data), crc32c(data))
+    header = _HEADER.pack(MAGIC, sequence, len(data), crc32c(data))
     map[:_HEADER_BYTES] = header + crc32c(header).to_bytes(4, "little")
     map[_HEADER_BYTES:] = data
     map.close()
@@ -64,7 +64,7 @@ def read(ledger: str, sequence: int) -> bytes:
         raise LogCorrupt(name, 0, "this is not a snapshot, or its header is damaged")
     magic, number, size, crc = _HEADER.unpack(header)
     body = data[_HEADER_BYTES:]
-    if magic != _MAGIC or number != sequence or len(body) != size or crc32c(body) != crc:
+    if magic != MAGIC or number != sequence or len(body) != size or crc32c(body) != crc:
         raise LogCorrupt(name, _HEADER_BYTES, "the snapshot is damaged")
     return body
 

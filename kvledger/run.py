@@ -29,6 +29,7 @@ from statemachine.replay import replay
 
 _RECORD_EVERY = 256
 _CHECK_EVERY = 5_000
+_SHOW_EVERY = 16
 _SEGMENT_BYTES = 4 << 20
 _TRANSFER_WAIT_S = 120.0
 
@@ -216,7 +217,8 @@ class Run:
                     self._serve(manager, request)
                     if not request.number % _RECORD_EVERY:
                         self._record()
-                    self.progress(request.number + 1)
+                    if not request.number % _SHOW_EVERY:
+                        self.progress(request.number + 1)
                 while self._in_flight:
                     self._release(manager)
             except Interrupted:

@@ -22,7 +22,7 @@ from workers.layout import PoolLayout
 Bytes = npt.NDArray[np.uint8]
 _HEADER_BYTES = 4096
 _HEADER = struct.Struct("<8sQ16s")
-_MAGIC = b"kvlpool1"
+MAGIC = b"kvlpool1"
 
 
 class PoolMismatch(LedgerError):
@@ -65,7 +65,7 @@ def _sizes(layout: PoolLayout) -> list[int]:
 
 def _create(name: str, size: int, layout: PoolLayout) -> None:
     map = memory.create(name, size)
-    map[: _HEADER.size] = _HEADER.pack(_MAGIC, layout.fingerprint, secrets.token_bytes(16))
+    map[: _HEADER.size] = _HEADER.pack(MAGIC, layout.fingerprint, secrets.token_bytes(16))
     map.close()
 
 
@@ -74,7 +74,7 @@ def _id_in(map: mmap.mmap, size: int, layout: PoolLayout) -> str | None:
     if len(map) != size:
         return None
     magic, fingerprint, id = _HEADER.unpack(map[: _HEADER.size])
-    return id.hex() if magic == _MAGIC and fingerprint == layout.fingerprint else None
+    return id.hex() if magic == MAGIC and fingerprint == layout.fingerprint else None
 
 
 def ids_of(pools: Iterable[Pools]) -> str:

@@ -3,6 +3,7 @@
 import typer
 
 from kvledger.cli.run import run
+from kvledger.cli.segments import segments
 
 __all__ = ["app", "main"]
 
@@ -16,12 +17,8 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps ``run`` a subcommand while it is the only one."""
-
-
 app.command()(run)
+app.command()(segments)
 
 
 def main() -> None:

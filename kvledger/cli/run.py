@@ -143,9 +143,8 @@ def _execute(trace: Trace, job: Run | CrashRun, name: str | None, console: Conso
     task = progress.add_task("requests", total=len(trace.requests), rate="")
 
     def show(done: int) -> None:
-        if not done % 16:
-            speed = progress.tasks[0].speed
-            progress.update(task, completed=done, rate=f"{speed:.0f}/s" if speed else "")
+        speed = progress.tasks[0].speed
+        progress.update(task, completed=done, rate=f"{speed:.0f}/s" if speed else "")
 
     job.progress = show
 
