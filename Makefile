@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test check clean
+.PHONY: run test check chaos clean
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
 
 test: check
 	$(VENV)/bin/python -m pytest
+
+# A thousand kills of engines and workers under load, some minutes; SEED=n draws others.
+chaos: $(VENV)/installed
+	$(VENV)/bin/python -m tests.chaos --kills 1000 --seed $(or $(SEED),0)
 
 # Style, types and the direction of imports.
 check: $(VENV)/installed

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import time
 from typing import NamedTuple
 
 import posix_ipc
@@ -26,6 +27,7 @@ from ipc.processes import alive, own_identity
 from ipc.segment import MAGIC, VERSION
 
 READERS = 128
+_TEARDOWN_S = 5.0
 _LINES = 4096
 _BYTES = _LINES + READERS * 64
 _SCHEMA, _PID, _START, _CURRENT = 2, 3, 4, 192 // 8
@@ -105,10 +107,16 @@ class Control:
         Raises:
             WriterAlive: naming the process.
         """
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WriterAlive(_who_is_there(self.ledger)) from None
+        deadline = time.monotonic() + _TEARDOWN_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # A writer that was killed while it started a process leaves the lock to the child, until that execs.
+                if self.writer_alive() or time.monotonic() > deadline:
+                    raise WriterAlive(_who_is_there(self.ledger)) from None
+            time.sleep(0.001)
         # The start time first: who sees one without the other takes the writer for dead, not for alive.
         pid, self.words[_START] = own_identity()
         self.words[_PID] = pid

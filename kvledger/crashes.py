@@ -67,7 +67,7 @@ class Crash(NamedTuple):
 def drawn(seed: int, after: int, ranks: int) -> Crash:
     """The next crash of ``--chaos SEED``: within a few hundred events, the engine as often as all workers."""
     rng = random.Random(f"{seed} {after}")
-    event = after + rng.choice((rng.randrange(1, 20), rng.randrange(20, 400), rng.randrange(100, 2000)))
+    event = after + rng.choice((rng.randrange(1, 20), rng.randrange(20, 200), rng.randrange(100, 1000)))
     if ranks and rng.random() < 0.5:
         return Crash(event, "worker", rng.randrange(ranks))
     return Crash(event, "engine")

@@ -51,6 +51,11 @@ def rebuild(control: Control) -> Rebuilt:
         started.update((record.subject, record.sequence) for record in records if record.kind == _STARTED)
 
     recovered = recover(ledger, sequence + 1, feed)
+    if not recovered.last_sequence:
+        raise LedgerError(
+            f"ledger {ledger!r} has no event, its engine died while it was created: remove it with "
+            "kvledger segments --remove-dead, and create it anew"
+        )
     state = replay.state
     if not state.transfers.keys() <= started.keys():  # older than the snapshot
         with contextlib.suppress(LogCorrupt):

@@ -53,31 +53,46 @@ class _View:
         self._view[key] = value
 
 
+def arm(writer: LogWriter, moment: Moment, records: int, end: Callable[[], NoReturn]) -> Callable[[], None]:
+    """Let the next transaction, of so many records, end there; returns what disarms it.
+
+    ``BEFORE`` and ``AFTER`` are up to the caller, and ``IN_A_PAYLOAD`` needs a payload.
+    """
+    views = {"_buffer": writer._buffer, "_words": writer._words, "_words32": writer._words32}
+    release = writer._release
+    fatal: Any = writer
+    if moment in (Moment.IN_A_LINE, Moment.IN_A_PAYLOAD):
+        fatal._buffer = _View(writer._buffer, end, 0 if moment is Moment.IN_A_LINE else 1)
+    elif moment is Moment.BEFORE_COMMIT:
+        fatal._release = end
+    elif moment is Moment.COMMITTING:
+        fatal._words32 = _View(writer._words32, end, records - 1)
+    elif moment is Moment.BEFORE_HINT:
+        fatal._words = _View(writer._words, end, key=TAIL)
+
+    def disarm() -> None:
+        for name, view in views.items():
+            setattr(writer, name, view)
+        writer._release = release
+
+    return disarm
+
+
 def die_in_append(
     writer: LogWriter, moment: Moment, append: Callable[..., None], *arguments: Any, really: bool = False
 ) -> None:
-    """Call ``append(writer, *arguments)``, which is to append one transaction with payloads, and end it there."""
+    """Call ``append(writer, *arguments)``, which appends one record for each argument (or one), and end it there."""
 
     def end() -> NoReturn:
         if really:
             os.kill(os.getpid(), signal.SIGKILL)
         raise Died
 
-    views = {"_buffer": writer._buffer, "_words": writer._words, "_words32": writer._words32}
-    release = writer._release
-    fatal: Any = writer
     if moment is Moment.BEFORE:
         if really:
             end()
         return
-    if moment in (Moment.IN_A_LINE, Moment.IN_A_PAYLOAD):
-        fatal._buffer = _View(writer._buffer, end, 0 if moment is Moment.IN_A_LINE else 1)
-    elif moment is Moment.BEFORE_COMMIT:
-        fatal._release = end
-    elif moment is Moment.COMMITTING:
-        fatal._words32 = _View(writer._words32, end, max(len(arguments) - 1, 0))
-    elif moment is Moment.BEFORE_HINT:
-        fatal._words = _View(writer._words, end, key=TAIL)
+    disarm = arm(writer, moment, max(len(arguments), 1), end)
     try:
         append(writer, *arguments)
     except Died:
@@ -86,6 +101,4 @@ def die_in_append(
         assert moment is Moment.AFTER, moment
         if really:
             end()
-    for name, view in views.items():
-        setattr(writer, name, view)
-    writer._release = release
+    disarm()

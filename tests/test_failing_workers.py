@@ -13,7 +13,7 @@ import pytest
 from ipc.names import remove_objects
 from kvledger import CacheConfig, CacheManager, HostPolicy
 from kvledger.pattern import PatternEngine
-from statemachine.events import Outcome, TierLost, TransferFinished, WorkerLost
+from statemachine.events import Outcome, QuarantineEnded, TierLost, TransferFinished, WorkerLost
 from tests.test_recovery import CONFIG, prompt, serve, settled, story
 from workers import WorkerFailed, supervisor
 
@@ -171,3 +171,36 @@ def test_a_worker_that_had_not_joined_leaves_when_another_engine_comes(name: str
         stray.process.wait(30)
         assert manager.state.workers == {0: 1, 1: 1}
         serve(manager, PatternEngine(manager.pools), "a", prompt(1))
+
+
+def test_a_quarantine_outlives_its_engine_and_ends(name: str) -> None:
+    """One rank's worker was replaced before the engine died: only by its word for the new epoch can this one end."""
+    config = CacheConfig(**{**vars(CONFIG), "transfer_timeout_s": 0.3})
+    manager = CacheManager.create(name, config)
+    for i in range(3):
+        serve(manager, PatternEngine(manager.pools), str(i), prompt(i))
+    settled(manager)
+    assert manager._ranks is not None
+    pids = [manager._ranks.supervisor.pid(rank) for rank in range(2)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    manager.admit("waits", prompt(8))
+    assert manager.state.transfers
+    while not all(transfer.quarantined for transfer in manager.state.transfers.values()):
+        manager.poll()
+    os.kill(pids[1], signal.SIGKILL)
+    while manager.state.workers[1] == 1:
+        manager.poll()
+    assert manager.state.transfers, "rank 0 has not answered"
+    manager._writer.close()
+    with CacheManager.open(name, config) as manager:
+        for _ in range(50):
+            manager.poll()
+            time.sleep(0.005)
+        assert manager.state.transfers, "rank 0 might still write"
+        os.kill(pids[0], signal.SIGCONT)
+        settled(manager)
+        assert manager.state.workers == {0: 1, 1: 2}
+        events = story(name)
+        assert isinstance(events[-1], QuarantineEnded)
+        assert sum(isinstance(event, WorkerLost) for event in events) == 1, "nobody had to be killed for it"

@@ -14,6 +14,7 @@ import pytest
 from ipc import LogCorrupt, LogReader, LogWriter, Overrun, Record, record_bytes
 from ipc.control import Control
 from ipc.names import remove_objects, segment_name, segments_of
+from ipc.processes import start_time
 from ipc.recovery import Decision, End, examine, recover
 from ipc.segment import HEADER_BYTES, TAIL, MappedSegment
 from ipc.writer import next_epoch
@@ -276,3 +277,22 @@ def test_old_epochs_go_when_nobody_needs_them(name: str) -> None:
         slow.poll()
     slow.close()
     second.close(unlink=True)
+
+
+KILLED_WHILE_IT_STARTS_A_PROCESS = """
+import os, subprocess, sys
+from ipc.control import Control
+control = Control.create(sys.argv[1], 1)
+subprocess.Popen(["sleep", "0.5"], pass_fds=[control._fd])
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_lock_that_a_dying_writer_left_to_a_child_is_waited_for(name: str) -> None:
+    """Found by the campaign: between fork and exec the child of a dead writer still holds its lock."""
+    subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_STARTS_A_PROCESS, name], timeout=60)
+    control = Control.open(name)
+    assert not control.writer_alive()
+    control.lock()
+    assert control.writer == (os.getpid(), start_time(os.getpid()))
+    control.close()

@@ -126,8 +126,9 @@ class _Worker:
         self.stderr.seek(0)
         lines = self.stderr.read().decode(errors="replace").strip().splitlines()
         code = self.process.returncode
-        ended = f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
-        return f"{ended}: {lines[-1]}" if lines else ended
+        if code is not None and code < 0:
+            return f"killed by signal {-code}"
+        return f"exit status {code}: {lines[-1]}" if lines else f"exit status {code}"
 
     def discard(self) -> None:
         """Make sure that it is dead, and remove what it leaves."""
