@@ -56,6 +56,7 @@ class Control:
         self._map = mmap.mmap(fd, _BYTES)
         self._buffer = memoryview(self._map)
         self.words = self._buffer.cast("Q")
+        self._writes = False
 
     @classmethod
     def create(cls, ledger: str, schema_hash: int) -> Control:
@@ -120,6 +121,7 @@ class Control:
         # The start time first: who sees one without the other takes the writer for dead, not for alive.
         pid, self.words[_START] = own_identity()
         self.words[_PID] = pid
+        self._writes = True
 
     @property
     def schema_hash(self) -> int:
@@ -195,7 +197,9 @@ class Control:
         return found
 
     def close(self) -> None:
-        """Unmap it and give up the writer's lock."""
+        """Unmap it; a writer gives up its lock, and is one no longer although its process lives."""
+        if self._writes:
+            self.words[_PID] = 0
         self.words.release()
         self._buffer.release()
         self._map.close()
@@ -211,9 +215,9 @@ def _who_is_there(ledger: str) -> str:
         pid, started = control.writer
         if alive(pid, started):
             return f"ledger {ledger!r} is written by process {pid} (started at clock tick {started})"
+        left = f"is left of process {pid}, which is dead" if pid else "was closed and kept"
         return (
-            f"ledger {ledger!r} is left of process {pid}, which is dead: open it, choose another name, "
-            "or remove it with kvledger segments --remove-dead"
+            f"ledger {ledger!r} {left}: open it, choose another name, or remove it with kvledger segments --remove-dead"
         )
     finally:
         control.close()

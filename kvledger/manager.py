@@ -161,6 +161,8 @@ class CacheManager:
                 manager._ranks.adopt(
                     rebuilt.started, {Tier[tier.upper()]: reason for tier, reason in lost.items()}, ids_of(pools)
                 )
+            else:
+                manager._end_transfers()
         except BaseException:
             manager.close(keep=True)
             raise
@@ -458,8 +460,13 @@ class CacheManager:
         if self._ranks is not None:
             self._ranks.started(self._writer.next_sequence - len(events))
         else:
-            for id, transfer in list(self._state.transfers.items()):
-                self._publish(decide(self._state, commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets))))
+            self._end_transfers()
+
+    def _end_transfers(self) -> None:
+        """Without workers there are no bytes to move: every transfer is done."""
+        for id, transfer in list(self._state.transfers.items()):
+            done = commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets))
+            self._publish(decide(self._state, commands.EndQuarantine(id) if transfer.quarantined else done))
 
     def _prompt(self, tokens: Tokens, items: Sequence[Item], max_blocks: int | None) -> tuple[memoryview, int]:
         words = words_of(tokens, items=items)

@@ -230,7 +230,7 @@ class Ranks:
     def _lost(self, rank: int, reason: str) -> None:
         """A rank has no worker: start one, later each time."""
         failures = self._failures.get(rank, 0)
-        self._restarts[rank] = time.monotonic() + min(_BACK_OFF_S * 2**failures, _LONGEST_BACK_OFF_S)
+        self._restarts[rank] = time.monotonic() + min(_BACK_OFF_S * 2 ** min(failures, 16), _LONGEST_BACK_OFF_S)
         self._failed(rank, reason)
 
     def _failed(self, rank: int, reason: str) -> None:

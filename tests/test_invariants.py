@@ -114,6 +114,10 @@ def permute_a_table(state: State) -> None:
     table[0], table[1] = table[1], table[0]
 
 
+def misremember_the_match(state: State) -> None:
+    next(request for request in state.requests.values() if request.key == "b").matched = 1
+
+
 CORRUPTIONS: list[tuple[Callable[[State], None], str]] = [
     (lose_a_block, "conservation"),
     (free_twice, "conservation"),
@@ -124,6 +128,7 @@ CORRUPTIONS: list[tuple[Callable[[State], None], str]] = [
     (miscount_residents, "in flight"),
     (forget_a_waiter, "transfers end"),
     (permute_a_table, "block tables"),
+    (misremember_the_match, "block tables"),
 ]
 
 

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from ipc import LogReader, Overrun, WriterAlive, snapshots
+from ipc import LedgerError, LedgerNotFound, LogCorrupt, LogReader, LogWriter, Overrun, WriterAlive, snapshots
 from ipc.names import remove_objects, segments_of, unlink
 from ipc.processes import alive, start_time
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy, OutOfBlocks, ReleaseReason
+from kvledger.ledgers import Ledger, ledgers
 from kvledger.pattern import PatternEngine, chain
+from statemachine import codec
 from statemachine.content import words_of
 from statemachine.encoding import snapshot, state_digest
 from statemachine.events import (
@@ -159,6 +161,11 @@ def settled(manager: CacheManager) -> None:
         manager.poll()
         assert time.monotonic() < deadline, manager.state.transfers
         time.sleep(0.002)
+
+
+def listed(name: str) -> Ledger:
+    """What ``kvledger segments`` knows of a ledger."""
+    return next(entry for entry in ledgers() if entry.name == name)
 
 
 def state_before(name: str) -> State:
@@ -337,3 +344,63 @@ def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy
     manager._writer.close()
     with CacheManager.open(name):  # the new pools are known by now
         assert len([event for event in story(name) if isinstance(event, TierLost)]) == 1
+
+
+def test_without_workers_nothing_stays_in_flight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine dies between the order of a copy and its end, which without workers follow each other at once."""
+    config = CacheConfig(block_size=4, device_blocks=8, host_blocks=8, host_policy=HostPolicy.EXCLUSIVE)
+    manager = CacheManager.create(name, config)
+    manager.admit("a", prompt(1))
+    manager.cache("a")
+    manager.release("a")
+    monkeypatch.setattr(manager, "_follow", lambda events: None)
+    manager.admit("b", prompt(2))
+    assert manager.state.transfers
+    manager._writer.close()
+    with CacheManager.open(name) as manager:
+        assert not manager.state.transfers and manager.peek(prompt(1)) == (1, 5)
+        story(name)
+
+
+def test_a_damaged_log_is_refused_and_stays_as_it_is(name: str) -> None:
+    manager = CacheManager.create(name, CacheConfig(block_size=4, device_blocks=16))
+    manager.admit("a", prompt(1))
+    manager.release("a")
+    manager.close(keep=True)
+    with open(f"/dev/shm/{name}.1.0", "r+b") as file:
+        file.seek(4096 + 70)
+        file.write(b"\xff")
+    for _ in range(2):
+        with pytest.raises(LogCorrupt, match="the log goes on at byte"):
+            CacheManager.open(name)
+        assert segments_of(name) == [(1, 0)]
+        assert listed(name).state == "dead", "who could not open it has not become its engine"
+
+
+def test_a_ledger_without_an_event_says_what_to_do(name: str) -> None:
+    LogWriter.create(name, schema_hash=codec.SCHEMA_HASH, segment_bytes=SMALL).close()
+    with pytest.raises(LedgerError, match="segments --remove-dead"):
+        CacheManager.open(name)
+    with pytest.raises(LedgerNotFound):
+        CacheManager.open(f"{name}x")
+
+
+def test_another_version_is_refused(name: str) -> None:
+    LogWriter.create(name, schema_hash=1, segment_bytes=SMALL).close()
+    with pytest.raises(LedgerError, match="another event table"):
+        CacheManager.open(name)
+
+
+def test_a_long_dead_engine_had_many_requests(name: str) -> None:
+    """Ending them all is one transaction; the new segments are made large enough for it."""
+    config = CacheConfig(block_size=4, device_blocks=4000, segment_bytes=SMALL)
+    manager = CacheManager.create(name, config)
+    for i in range(500):
+        manager.admit(str(i), prompt(i))
+        manager.cache(str(i))
+    assert len(manager.state.requests) == 500
+    manager._writer.close()
+    with CacheManager.open(name, config) as manager:
+        assert not manager.state.requests and manager.available_blocks() == 4000
+        assert manager._writer.max_transaction_bytes > SMALL
+        assert len(epoch_of(story(name))) == 502

@@ -36,6 +36,13 @@ class Change(NamedTuple):
     reason: str = ""
 
 
+def end(process: subprocess.Popen[bytes] | AdoptedProcess) -> None:
+    """Kill a process and wait for its end; one that hangs in the kernel is left behind, it will never return."""
+    process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_S)
+
+
 class _Worker:
     """One incarnation of a rank's process, started here or adopted from an engine that died."""
 
@@ -92,12 +99,16 @@ class _Worker:
         process = AdoptedProcess.of(words[transfer.PID], words[transfer.START])
         if process is None or words[transfer.READY] != transfer.IS_READY:
             if process is not None:
-                process.kill()
-                process.wait()
+                end(process)
             signals.close()
             return None
         worker = cls(ledger, rank, incarnation, signals, process, None)
-        worker.listen()
+        try:
+            worker.listen()
+        except LedgerError:  # its answers cannot be read: another one does it again
+            process.kill()
+            worker.discard()
+            return None
         return worker
 
     def listen(self) -> None:
@@ -137,9 +148,7 @@ class _Worker:
             try:
                 self.process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
-                self.process.kill()
-                with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel; it will never return
-                    self.process.wait(_STOP_S)
+                end(self.process)
         if self.reader is not None:
             self.reader.close()
         if self.stderr is not None:
@@ -206,8 +215,7 @@ class Supervisor:
             signals = Signals(signals_name(self._ledger, rank, incarnation))
             process = AdoptedProcess.of(signals.words[transfer.PID], signals.words[transfer.START])
             if process is not None:
-                process.kill()
-                process.wait()
+                end(process)
             signals.close()
         remove_objects(log_name(self._ledger, rank, incarnation))
 
