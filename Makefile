@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test check chaos clean
+.PHONY: run test check chaos soak clean
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
@@ -20,6 +20,11 @@ check: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# Hours of simulated crashes; stops at the first failure and says how to repeat it.
+SOAK_SECONDS ?= 14400
+soak: $(VENV)/installed
+	$(VENV)/bin/kvledger simulate --seconds $(SOAK_SECONDS) --seed $$(date +%s)
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvledger needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -30,6 +30,7 @@ READERS = 128
 _TEARDOWN_S = 5.0
 _LINES = 4096
 _BYTES = _LINES + READERS * 64
+_BEING_CREATED = "ledger {!r} is only being created, or its creator died before it was done"
 _SCHEMA, _PID, _START, _CURRENT = 2, 3, 4, 192 // 8
 PID, START, CURSOR, PARKED, MASK, WORKER, NAME = range(7)
 """Words of a reader line."""
@@ -93,10 +94,16 @@ class Control:
             memory = posix_ipc.SharedMemory(control_name(check_name(ledger)))
         except posix_ipc.ExistentialError:
             raise LedgerNotFound(f"there is no ledger {ledger!r} on this machine") from None
+        if not memory.size:
+            os.close(memory.fd)
+            raise LedgerNotFound(_BEING_CREATED.format(ledger))
         if memory.size < _BYTES:
             os.close(memory.fd)
             raise LogCorrupt(control_name(ledger), 0, "too short for a control segment")
         control = cls(ledger, memory.fd)
+        if not control.words[0]:
+            control.close()
+            raise LedgerNotFound(_BEING_CREATED.format(ledger))
         if control.words[0] != MAGIC or control.words[1] != VERSION:
             control.close()
             raise LogCorrupt(control_name(ledger), 0, "not a control segment of this version of kvledger")

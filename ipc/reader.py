@@ -115,6 +115,8 @@ class LogReader:
 
     def _read_to_the_cut(self, segment: MappedSegment, limit: int) -> list[Record]:
         """Whole transactions beyond the hint: their writer died before it could move it. They count."""
+        self._release()  # that it is dead, or succeeded, was read before what it wrote
+        self._acquire()
         records, _ = self._at.read(segment.buffer, len(segment.buffer), self.cursor, limit)
         self._advance()
         return records

@@ -11,6 +11,7 @@ from hypothesis import assume, settings, target
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvledger.testing.oracle import Memory, OneTier
 from statemachine import codec
 from statemachine.apply import apply, genesis
 from statemachine.check import check
@@ -49,7 +50,6 @@ from statemachine.events import (
     TransferStarted,
 )
 from statemachine.state import Node, State
-from tests.oracle import Memory, OneTier
 
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
 NAMESPACES = st.sampled_from([b"", b"", b"", b"salt"])

@@ -4,6 +4,7 @@ import typer
 
 from kvledger.cli.run import run
 from kvledger.cli.segments import segments
+from kvledger.cli.simulate import simulate
 
 __all__ = ["app", "main"]
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 
 app.command()(run)
 app.command()(segments)
+app.command()(simulate)
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ Path = tuple[Any, ...]
 
 
 class Live:
+    """A live request of :class:`OneTier`."""
+
     def __init__(self, root: Any, content: list[Any]) -> None:
         self.root = root
         self.content = content
@@ -26,6 +28,8 @@ class Live:
 
 
 class OneTier:
+    """A cache without host tier. Every method is the naive form of the command of its name."""
+
     def __init__(self, blocks: int) -> None:
         self.free = list(range(blocks - 1, -1, -1))
         self.block: dict[Path, int] = {}
@@ -38,18 +42,22 @@ class OneTier:
         """Blocks that a live request has cached itself."""
 
     def path(self, request: Live, position: int) -> Path:
+        """The block at a position of a request's content."""
         return (request.root, *request.content[: position + 1])
 
     def hit(self, root: Any, content: list[Any], limit: int) -> int:
+        """How many leading blocks are cached."""
         count = 0
         while count < min(limit, len(content)) and (root, *content[: count + 1]) in self.block:
             count += 1
         return count
 
     def root(self, namespace: bytes) -> Any:
+        """What stands above a namespace's first blocks: it changes when the cache is cleared."""
         return namespace, self.generation
 
     def pin(self, path: Path) -> None:
+        """One more holder."""
         self.pins[path] = self.pins.get(path, 0) + 1
         for order in (self.final, self.lru):
             if path in order:
@@ -62,6 +70,7 @@ class OneTier:
         return granted, evicted
 
     def evict(self, count: int) -> list[int]:
+        """Give up the first blocks of the eviction order; asserts that each is a leaf."""
         evicted = []
         for path in [*self.final, *self.lru][:count]:
             assert not any(other[: len(path)] == path and other != path for other in self.block), "not a leaf"
@@ -90,6 +99,7 @@ class OneTier:
         return hits, granted, evicted
 
     def cache(self, key: str, blocks: int, generated: list[Any]) -> None:
+        """Publish the first ``blocks`` blocks."""
         request = self.live[key]
         request.content = request.content + generated
         for i in range(request.cached, blocks):
@@ -103,17 +113,20 @@ class OneTier:
         request.cached = max(request.cached, blocks)
 
     def trim(self, key: str, blocks: int) -> None:
+        """Give back the end of a block table."""
         table = self.live[key].table
         while len(table) > blocks:
             self.free.append(table.pop())
 
     def reassign(self, key: str, target: str, blocks: list[int]) -> None:
+        """Move blocks to another request."""
         source = self.live[key].table
         start = self.live[key].cached
         source[start:] = [block for block in source[start:] if block not in blocks]
         self.live[target].table += blocks
 
     def release(self, key: str, final: bool) -> None:
+        """End a request."""
         request = self.live.pop(key)
         self.cached_by = {path: other for path, other in self.cached_by.items() if other != key}
         retired = request.root[1] < self.generation
@@ -146,6 +159,7 @@ class OneTier:
         return evicted
 
     def clear(self) -> list[int]:
+        """Forget what nobody holds; nothing matches what was there."""
         evicted = self.evict(len(self.final) + len(self.lru))
         self.generation += 1
         return evicted
@@ -160,6 +174,7 @@ class Memory:
         self.todo: dict[int, TransferStarted] = {}
 
     def started(self, transfer: TransferStarted) -> None:
+        """A copy is ordered."""
         self.todo[transfer.transfer] = transfer
 
     def copy(self, id: int) -> None:
@@ -174,6 +189,7 @@ class Memory:
             target[b] = source.get(a, ())
 
     def write(self, block: int, path: Path) -> None:
+        """The engine computes a block."""
         self.device[block] = path
 
     def wrong(self, state: State, key: str, root: Any, content: list[Any]) -> str:

@@ -1,0 +1,47 @@
+"""``kvledger simulate``."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvledger.cli.exits import FAILED
+
+
+def simulate(
+    seed: Annotated[int, typer.Option(min=0, help="First seed; a failing run names its own")] = 0,
+    runs: Annotated[int, typer.Option(min=1, help="So many seeds from there on")] = 1_000,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Go on with further seeds for so long instead")] = None,
+) -> None:
+    """Run engine, workers and a follower in one process on weakly ordered memory, with crashes; verify everything.
+
+    Each seed draws traffic, faults and schedule. The same seed does the same thing. A run that fails is made smaller,
+    and the command that repeats it is printed.
+    """
+    from kvledger.testing.simulator import Plan, SimulationFailed, simulate_or_shrink
+
+    console = Console(stderr=True)
+    begun = time.monotonic()
+    number = points = kills = engines = verified = 0
+    with console.status("simulating") as status:
+        while time.monotonic() - begun < seconds if seconds is not None else number < runs:
+            try:
+                outcome = simulate_or_shrink(Plan.draw(seed + number))
+            except SimulationFailed as error:
+                console.print(f"[bold red]FAILED[/] seed {seed + number}: {error}", highlight=False, soft_wrap=True)
+                raise typer.Exit(FAILED) from error
+            number += 1
+            points += outcome.points
+            kills += outcome.kills
+            engines += outcome.engines
+            verified += outcome.verified_bytes
+            if not number % 20:
+                status.update(f"{number:,} runs, {number / (time.monotonic() - begun):.0f} per second")
+    rate = number / (time.monotonic() - begun)
+    print(
+        f"{number:,} runs from seed {seed} ({rate:.0f} per second): {points:,} points of schedule, {kills:,} kills, "
+        f"{engines:,} engines, {verified:,} bytes verified, nothing broken"
+    )

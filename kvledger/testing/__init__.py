@@ -1,0 +1,6 @@
+"""What tests of an engine that uses kvledger can build on, and what kvledger's own tests use.
+
+* :mod:`.oracle`: two naive models of the cache, block by block, slow and obvious.
+* :mod:`.strategies`: Hypothesis strategies for prompts and traffic (``pip install "kvledger[testing]"``).
+* :mod:`.simulator`: engine, workers and followers in one process, from one seed, on weakly ordered memory.
+"""

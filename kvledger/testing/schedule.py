@@ -1,0 +1,208 @@
+"""Simulated processes: threads of which exactly one runs, taking turns where a seed says so.
+
+A process gives up its turn between two lines of the code that shares memory (the modules of :data:`TRACED`), when it
+sleeps, and when it waits. It can be killed at any of these points; a killed process does nothing more, not even clean
+up. Time is virtual: it advances by a microsecond per traced line, and jumps when everybody sleeps.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from kvledger.testing.weak_memory import Buffer, Order
+
+_LINE_NS = 1_000
+_FIRST_PID = 100
+TRACED = ("/ipc/", "/workers/transfer.py", "/workers/acknowledgements.py")
+"""Parts of the file names of code whose lines are points of the schedule."""
+
+
+class Killed(BaseException):
+    """Unwinds the thread of a process that was killed. What it meets on its way has no effect any more."""
+
+
+class Stuck(AssertionError):
+    """Nobody can go on: everybody waits for somebody."""
+
+
+class Process:
+    """One simulated process."""
+
+    def __init__(self, schedule: Schedule, pid: int, name: str, main: Callable[[], int]) -> None:
+        self.pid = pid
+        self.name = name
+        self.buffer = Buffer(schedule.order)
+        self.started = schedule.now_ns // 1_000_000 + 1
+        self.exit_code: int | None = None
+        self.doomed = False
+        """It was killed and does not know yet."""
+        self.wake_ns = 0
+        self.waits_for: Callable[[], bool] = lambda: True
+        self.turn = threading.Lock()
+        self.turn.acquire()
+        self.error: BaseException | None = None
+        self.lines = 0
+        self._schedule = schedule
+        self._main = main
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs, or its last stores are still on their way."""
+        return self.exit_code is None
+
+    def _run(self) -> None:
+        self.turn.acquire()
+        code = -9
+        sys.settrace(self._trace)
+        try:
+            code = self._main()
+        except Killed:
+            pass
+        except BaseException as error:
+            self.error = error
+            code = 1
+        finally:
+            sys.settrace(None)
+            self._schedule.ended(self, code)
+
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        name = frame.f_code.co_filename
+        return self._line if any(part in name for part in TRACED) else None
+
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        self._schedule.point(self)
+        return self._line
+
+
+class Schedule:
+    """Runs processes one at a time. Everything that is left to chance comes from ``rng``."""
+
+    def __init__(self, rng: random.Random, order: Order) -> None:
+        self.rng = rng
+        self.order = order
+        self.now_ns = 1_000_000_000
+        self.processes: dict[int, Process] = {}
+        self.running: Process | None = None
+        self.points = 0
+        self.on_point: Callable[[Process], None] = lambda process: None
+        """Called at each point: where faults come from."""
+        self._left = 0
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._next_pid = _FIRST_PID
+        self.crashed: Process | None = None
+        """A process that ended with an error nobody expected."""
+
+    # From outside
+
+    def spawn(self, name: str, main: Callable[[], int]) -> Process:
+        """A new process; it runs when its turn comes."""
+        process = Process(self, self._next_pid, name, main)
+        self._next_pid += 1
+        self.processes[process.pid] = process
+        process.thread.start()
+        return process
+
+    def run(self) -> None:
+        """Let the processes run until all have ended. Raises what made one fail."""
+        self._hand_over()
+        self._done.acquire()
+        for process in self.processes.values():
+            process.thread.join()
+        if self.crashed is not None:
+            assert self.crashed.error is not None
+            raise self.crashed.error
+
+    # From inside a process
+
+    def point(self, process: Process) -> None:
+        """A place where anything may happen."""
+        if process.exit_code is not None or process.doomed:
+            raise Killed
+        process.buffer.collect()
+        process.lines += 1
+        self.points += 1
+        self.now_ns += _LINE_NS
+        self.on_point(process)
+        if process.doomed:
+            raise Killed
+        rng = self.rng
+        chance = rng.random()
+        if chance < 0.5:
+            process.buffer.drain(rng)
+        elif chance < 0.6:
+            other = rng.choice(list(self.processes.values()))
+            other.buffer.drain(rng)
+            other.buffer.refresh(rng)
+        self._left -= 1
+        if self._left <= 0:
+            self._give_up_turn(process)
+
+    def sleep(self, seconds: float) -> None:
+        """The running process sleeps."""
+        self.wait(lambda: False, seconds)
+
+    def wait(self, condition: Callable[[], bool], timeout: float | None) -> bool:
+        """The running process waits until the condition holds, or for ``timeout`` seconds. Returns whether it held."""
+        process = self.current()
+        process.buffer.collect()
+        process.waits_for = condition
+        process.wake_ns = self.now_ns + int((1e6 if timeout is None else timeout) * 1e9)
+        self._give_up_turn(process)
+        process.waits_for = lambda: True
+        process.wake_ns = 0
+        return condition()
+
+    def current(self) -> Process:
+        """The process whose code is running. Raises :class:`Killed` in one that should not run any more."""
+        process = self.running
+        assert process is not None and process.thread is threading.current_thread()
+        if process.exit_code is not None or process.doomed:
+            raise Killed
+        return process
+
+    def kill(self, process: Process) -> None:
+        """SIGKILL."""
+        if process.exit_code is None:
+            process.doomed = True
+            process.waits_for = lambda: True
+
+    def ended(self, process: Process, code: int) -> None:
+        """A thread has unwound. What it stored before becomes visible; its locks are given up by whoever asks."""
+        if not process.doomed:
+            process.buffer.collect()
+        process.buffer.leave()
+        process.exit_code = -9 if process.doomed else code
+        if process.error is not None and self.crashed is None:
+            self.crashed = process
+            for other in self.processes.values():
+                self.kill(other)
+        self._hand_over()
+
+    def _give_up_turn(self, process: Process) -> None:
+        self._hand_over()
+        process.turn.acquire()
+        if process.doomed:
+            raise Killed
+
+    def _hand_over(self) -> None:
+        """Choose who runs next, and wake it."""
+        living = [process for process in self.processes.values() if process.exit_code is None]
+        if not living:
+            self._done.release()
+            return
+        ready = [p for p in living if p.doomed or p.wake_ns <= self.now_ns or p.waits_for()]
+        if not ready:
+            self.now_ns = min(process.wake_ns for process in living)
+            ready = [process for process in living if process.wake_ns <= self.now_ns]
+        chosen = self.rng.choice(ready)
+        # Mostly some lines, sometimes one: races need both.
+        self._left = 1 if self.rng.random() < 0.2 else self.rng.randrange(2, 120)
+        self.running = chosen
+        chosen.turn.release()

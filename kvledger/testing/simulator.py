@@ -1,0 +1,404 @@
+"""The deterministic simulator: engine, workers and a follower in one process, from one seed, bytes and all.
+
+A :class:`Plan` (what the engine serves, what fails and when) is drawn first, as data. Then the project's real code
+runs it: :class:`CacheManager`, transfer workers, log, recovery, on simulated memory (:mod:`.weak_memory`), processes
+(:mod:`.schedule`) and system calls (:mod:`.system`). The engine computes real patterns and verifies every byte before
+it attends, as ``kvledger run`` does. Every run ends with the invariants, the digest of a replay and an empty
+``/dev/shm``. A failing plan is made smaller until nothing more can be left out.
+
+TigerBeetle's VOPR and FoundationDB's simulation are the models.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from unittest import mock
+
+import numpy as np
+
+from ipc import LedgerError, LedgerExists, LedgerNotFound, LogReader, writer
+from ipc.names import remove_objects
+from kvledger.config import CacheConfig
+from kvledger.manager import CacheManager
+from kvledger.pattern import PatternEngine, Seeds, chain
+from kvledger.testing.schedule import Process, Schedule
+from kvledger.testing.system import System, installed
+from kvledger.testing.weak_memory import Order
+from statemachine.content import words_of
+from statemachine.encoding import state_digest
+from statemachine.errors import OutOfBlocks
+from statemachine.events import HostPolicy, ReleaseReason, Tier
+from statemachine.replay import Replay
+from workers import WorkerFailed, transfer
+
+LEDGER = "simulated"
+_BLOCK = 2
+_LIMIT_POINTS = 3_000_000
+_SEGMENT_BYTES = 16 << 10
+"""Small, since every word is compared at every point; rotation comes early too."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong: ``victim`` is ``engine``, ``worker 0``, ``worker 1`` or ``auditor``."""
+
+    at: int
+    """The so-manieth traced line of the victim's incarnation."""
+    victim: str
+    what: str
+    """``kill``; for workers also ``fail`` (a copy raises) and ``hang`` (a copy takes longer than its time-out)."""
+    incarnation: int = 1
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of the engine: ``serve`` a prompt, ``release`` the oldest request, or something for the whole cache."""
+
+    what: str
+    prompt: tuple[int, ...] = ()
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run but the schedule, which the seed draws while it runs."""
+
+    seed: int
+    order: Order
+    policy: HostPolicy
+    ranks: int
+    device_blocks: int
+    host_blocks: int
+    operations: tuple[Operation, ...]
+    faults: tuple[Fault, ...]
+
+    @classmethod
+    def draw(cls, seed: int, order: Order | None = None) -> Plan:
+        """The plan of a seed."""
+        rng = random.Random(seed)
+        memory = rng.choice(list(Order))
+        policy = rng.choice([HostPolicy.EXCLUSIVE, HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH, HostPolicy.OFF])
+        ranks = rng.choice((1, 1, 2))
+        operations = []
+        for _ in range(rng.randrange(3, 14)):
+            prompt = tuple(rng.choice((1, 1, 1, 2)) for _ in range(rng.randrange(1, 6)))
+            kinds = ["serve"] * 8 + ["release"] * 3 + ["clear", "resize", "poll", "preempt"]
+            operations.append(Operation(rng.choice(kinds), prompt, rng.random() < 0.2))
+        faults = []
+        for _ in range(rng.choice((0, 1, 1, 2, 3))):
+            victim = rng.choice(["engine", "engine", "auditor", *(f"worker {rank}" for rank in range(ranks))])
+            what = rng.choice(("kill", "kill", "fail", "hang")) if victim.startswith("worker") else "kill"
+            faults.append(Fault(int(rng.random() ** 2 * 3000), victim, what, rng.choice((1, 1, 2))))
+        sizes = rng.randrange(6, 12), 0 if policy == HostPolicy.OFF else rng.randrange(4, 12)
+        return cls(seed, order or memory, policy, ranks, *sizes, tuple(operations), tuple(faults))
+
+    def config(self) -> CacheConfig:
+        """The cache of the run."""
+        return CacheConfig(
+            block_size=_BLOCK,
+            device_blocks=self.device_blocks,
+            host_blocks=self.host_blocks,
+            host_policy=self.policy,
+            ranks=self.ranks,
+            block_bytes=16,
+            segment_bytes=_SEGMENT_BYTES,
+            retain_bytes=None,
+            transfer_timeout_s=0.5,
+        )
+
+
+@dataclass
+class Outcome:
+    """What a run did."""
+
+    plan: Plan
+    points: int = 0
+    kills: int = 0
+    engines: int = 0
+    events: int = 0
+    hits: int = 0
+    verified_bytes: int = 0
+    digest: str = ""
+
+
+class SimulationFailed(AssertionError):
+    """A promise was broken; ``plan`` is the smallest one found that breaks it."""
+
+    def __init__(self, plan: Plan, reason: BaseException) -> None:
+        self.plan = plan
+        self.reason = reason
+        super().__init__(
+            f"{type(reason).__name__}: {reason}\n  again: kvledger simulate --seed {plan.seed} --runs 1"
+            f"\n  smallest plan that fails: {plan!r}"
+        )
+
+
+@dataclass
+class _Live:
+    key: str
+    seeds: Seeds
+
+
+@dataclass
+class Simulation:
+    """One run of a plan."""
+
+    plan: Plan
+    outcome: Outcome = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.outcome = Outcome(self.plan)
+        self._rng = random.Random(self.plan.seed ^ 0x5EED)
+        self._schedule = Schedule(self._rng, self.plan.order)
+        self._system = System(self._schedule, {"workers.transfer": self._worker})
+        self._next = 0
+        self._finished = False
+        self._incarnations: dict[str, int] = {}
+        self._faults: dict[Process, list[Fault]] = {}
+        self._kept: list[int] = []
+
+    def run(self) -> Outcome:
+        """Run it.
+
+        Raises:
+            whatever broke: ``WrongBytes``, ``InvariantViolation``, ``Diverged``, ``LogCorrupt``, a leftover, …
+        """
+        schedule = self._schedule
+        schedule.on_point = self._point
+        schedule.spawn("operator", self._operate)
+        schedule.spawn("auditor", self._audit)
+        with (
+            installed(self._system),
+            mock.patch.object(transfer, "copy_blocks", self._copy(transfer.copy_blocks)),
+            mock.patch.object(transfer, "_ACK_SEGMENT_BYTES", _SEGMENT_BYTES),
+            mock.patch.object(writer, "_LEAST_SEGMENT", _SEGMENT_BYTES),
+        ):
+            schedule.run()
+        left = [*self._system.names, *self._system.semaphores]
+        assert not left, f"left in shared memory: {left}"
+        self.outcome.points = schedule.points
+        return self.outcome
+
+    # What goes wrong
+
+    def _born(self, name: str, process: Process) -> None:
+        number = self._incarnations[name] = self._incarnations.get(name, 0) + 1
+        self._faults[process] = [f for f in self.plan.faults if f.victim == name and f.incarnation == number]
+
+    def _point(self, process: Process) -> None:
+        assert self._schedule.points < _LIMIT_POINTS, "the run does not come to an end"
+        faults = self._faults.get(process)
+        if faults and faults[0].what == "kill" and process.lines >= faults[0].at:
+            faults.pop(0)
+            self.outcome.kills += 1
+            self._schedule.kill(process)
+
+    def _copy(self, real: Callable[..., int]) -> Callable[..., int]:
+        def copy(*arguments: object) -> int:
+            faults = self._faults.get(self._schedule.current(), [])
+            if faults and faults[0].what != "kill":
+                fault = faults.pop(0)
+                if fault.what == "fail":
+                    raise OSError("a copy failed, as planned")
+                self._schedule.sleep(2.0)
+            return real(*arguments)
+
+        return copy
+
+    # The processes
+
+    def _worker(self, arguments: list[str]) -> int:
+        self._born(f"worker {arguments[1]}", self._schedule.current())
+        return transfer.main(arguments)
+
+    def _operate(self) -> int:
+        """Starts an engine, and another one when it has died."""
+        while not self._finished:
+            engine = self._schedule.spawn("engine", self._serve)
+            self._born("engine", engine)
+            self.outcome.engines += 1
+            self._schedule.wait(lambda engine=engine: engine.exit_code is not None, None)  # type: ignore[misc]
+        if engine.exit_code:  # killed while it closed: its workers leave by themselves, the rest is for the operator
+            self._schedule.sleep(2 * transfer.ORPHAN_GRACE_S)
+            assert not any(p.alive and p.name.startswith("workers") for p in self._schedule.processes.values())
+            remove_objects(LEDGER)
+        return 0
+
+    def _serve(self) -> int:
+        manager = self._open()
+        if manager is None:
+            return 1
+        engine = PatternEngine(manager.pools)
+        live: list[_Live] = []
+        while self._next < len(self.plan.operations):
+            operation = self.plan.operations[self._next]
+            self._next += 1  # an engine that dies here has lost this request, as its clients would see
+            self._perform(manager, engine, live, operation)
+        while live:
+            self._release(manager, engine, live, ReleaseReason.FINISHED, False)
+        self._wait(manager, lambda: not manager.state.transfers)
+        self.outcome.digest = manager.take_digest().hex()
+        self._compare(manager)
+        self.outcome.events = manager.next_sequence - 1
+        self.outcome.verified_bytes += engine.verified_bytes
+        self._finished = True
+        manager.close()
+        return 0
+
+    def _open(self) -> CacheManager | None:
+        """What an engine does at its start, and its operator when it cannot."""
+        try:
+            return CacheManager.open(LEDGER)
+        except LedgerNotFound:
+            pass
+        except LedgerError:
+            if self._next:  # it has served: that would be a loss
+                raise
+            remove_objects(LEDGER)  # its engine died while it created it
+        try:
+            return CacheManager.create(LEDGER, self.plan.config())
+        except WorkerFailed:
+            return None
+        except LedgerExists:
+            remove_objects(LEDGER)  # likewise, even earlier
+            return None
+
+    def _perform(self, manager: CacheManager, engine: PatternEngine, live: list[_Live], operation: Operation) -> None:
+        if operation.what == "serve":
+            self._request(manager, engine, live, operation)
+        elif operation.what in ("release", "preempt") and live:
+            reason = ReleaseReason.FINISHED if operation.what == "release" else ReleaseReason.PREEMPTED
+            self._release(manager, engine, live, reason, operation.final)
+        elif operation.what == "clear":
+            manager.clear(force=True)
+        elif operation.what == "resize" and not live:
+            self._wait(manager, lambda: not manager.state.transfers)
+            manager.resize(Tier.DEVICE, self.plan.device_blocks - len(operation.prompt) // 2)
+        else:
+            manager.poll()
+
+    def _request(self, manager: CacheManager, engine: PatternEngine, live: list[_Live], operation: Operation) -> None:
+        key = f"{self.outcome.engines}.{self._next}"
+        tokens = np.repeat(np.array(operation.prompt, np.int32), _BLOCK)
+        while True:
+            try:
+                admission = manager.admit(key, tokens, max_blocks=len(operation.prompt))
+                break
+            except OutOfBlocks:
+                if live:
+                    self._release(manager, engine, live, ReleaseReason.PREEMPTED, False)
+                elif manager.state.transfers:
+                    self._wait(manager, lambda: False, 0.05)
+                else:
+                    return  # it does not fit into the pool at all
+        self.outcome.hits += admission.device_blocks + admission.host_blocks
+        self._wait(manager, lambda: manager.ready(key))
+        table = manager.block_table(key)
+        if len(table) < len(operation.prompt):  # a swap-in failed: compute what is missing
+            try:
+                manager.allocate({key: len(operation.prompt) - len(table)})
+            except OutOfBlocks:
+                manager.release(key, ReleaseReason.FAILED)
+                return
+            self._wait(manager, lambda: manager.ready(key))
+        seeds = chain(words_of(tokens), 4 * _BLOCK, b"")
+        table, valid = manager.block_table(key), manager.cached_blocks(key)
+        engine.write(table[valid : len(seeds)], seeds[valid:])
+        engine.verify(key, table[: len(seeds)], seeds, manager.next_sequence - 1)
+        manager.cache(key, len(seeds))
+        live.append(_Live(key, seeds))
+
+    def _release(
+        self, manager: CacheManager, engine: PatternEngine, live: list[_Live], reason: ReleaseReason, final: bool
+    ) -> None:
+        request = live.pop(0)
+        table = manager.block_table(request.key)
+        engine.verify(request.key, table[: len(request.seeds)], request.seeds, manager.next_sequence - 1)
+        manager.release(request.key, reason, final=final)
+
+    def _wait(self, manager: CacheManager, done: Callable[[], bool], seconds: float = 60.0) -> None:
+        deadline = self._schedule.now_ns + int(seconds * 1e9)
+        while not done() and self._schedule.now_ns < deadline:
+            manager.poll()
+            self._schedule.sleep(2e-4)
+        assert done() or seconds < 1, f"transfers {[*manager.state.transfers]} do not end"
+
+    def _compare(self, manager: CacheManager) -> None:
+        """The log, read from its beginning, adds up to the engine's state, with all invariants at every event."""
+        reader = LogReader(LEDGER)
+        replay = Replay(check_every=1)
+        while records := reader.poll():
+            replay.feed(records)
+        assert state_digest(replay.state) == manager.digest(), "the replay has another state than the engine"
+        reader.close()
+
+    def _audit(self) -> int:
+        """Follows the log live and checks every event; it may be killed, and starts again from the beginning."""
+        while True:
+            child = self._schedule.spawn("auditing", self._follow)
+            self._born("auditor", child)
+            self._schedule.wait(lambda child=child: child.exit_code is not None, None)  # type: ignore[misc]
+            if child.exit_code == 0:
+                return 0
+
+    def _follow(self) -> int:
+        replay = Replay(check_every=1)
+        reader = None
+        while not self._finished:
+            try:
+                reader = reader or LogReader(LEDGER)
+                replay.feed(reader.poll())
+            except LedgerNotFound:
+                if self._finished:
+                    break
+            self._schedule.sleep(1e-3)
+        if reader is not None:
+            reader.close()
+        return 0
+
+
+def simulate(plan: Plan) -> Outcome:
+    """Run a plan. Raises what broke."""
+    return Simulation(plan).run()
+
+
+def simulate_or_shrink(plan: Plan) -> Outcome:
+    """Run a plan; if it fails, look for a smaller one that does.
+
+    Raises:
+        SimulationFailed: with what broke, the smallest plan that breaks it, and the command that repeats it.
+    """
+    try:
+        return simulate(plan)
+    except Exception as first:
+        error: BaseException = first
+    smaller = True
+    while smaller:
+        smaller = False
+        for candidate in _simpler(plan):
+            found = _broken(candidate)
+            if type(found) is type(error):
+                plan, error, smaller = candidate, found, True
+                break
+    raise SimulationFailed(plan, error)
+
+
+def _broken(plan: Plan) -> BaseException | None:
+    try:
+        simulate(plan)
+    except Exception as error:
+        return error
+    return None
+
+
+def _simpler(plan: Plan) -> Iterator[Plan]:
+    """Plans with something left out."""
+    for index in range(len(plan.faults)):
+        yield replace(plan, faults=plan.faults[:index] + plan.faults[index + 1 :])
+    for size in (4, 2, 1):
+        for index in range(0, len(plan.operations), size):
+            yield replace(plan, operations=plan.operations[:index] + plan.operations[index + size :])
+    if plan.ranks > 1:
+        yield replace(plan, ranks=1, faults=tuple(f for f in plan.faults if f.victim != "worker 1"))

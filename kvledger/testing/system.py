@@ -1,0 +1,350 @@
+"""The operating system that the simulation's processes see, in place of the real one.
+
+``installed(...)`` replaces, in the modules of the four packages, the *modules* they use to reach the system (``os``,
+``mmap``, ``posix_ipc``, ``fcntl``, ``time``, ``subprocess``, ``signal``) by objects with the same few functions. The
+project's own code runs as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import posix_ipc
+
+from kvledger.testing.schedule import Process, Schedule
+from kvledger.testing.weak_memory import SharedObject
+
+_PACKAGES = ("ipc", "workers", "kvledger")
+_NOT_REPLACED = ("kvledger.testing", "kvledger.cli")
+
+
+class System:
+    """Names in ``/dev/shm``, descriptors, locks, semaphores, processes and clocks of one simulation."""
+
+    def __init__(self, schedule: Schedule, programs: dict[str, Callable[[list[str]], int]]) -> None:
+        self.schedule = schedule
+        self.programs = programs
+        """What ``python -m NAME ARGUMENTS`` runs."""
+        self.names: dict[str, SharedObject] = {}
+        self.semaphores: dict[str, list[int]] = {}
+        self.capacity = 1 << 30
+        self._descriptors: dict[int, tuple[Process, SharedObject | Process]] = {}
+        self._locks: dict[SharedObject, Process] = {}
+        self._next_descriptor = 1000
+
+    def describe(self, thing: SharedObject | Process) -> int:
+        """A new file descriptor."""
+        self._next_descriptor += 1
+        self._descriptors[self._next_descriptor] = self.schedule.current(), thing
+        return self._next_descriptor
+
+    def behind(self, descriptor: int) -> Any:
+        """What a descriptor stands for."""
+        found = self._descriptors.get(descriptor)
+        if found is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return found[1]
+
+    def forget(self, descriptor: int) -> None:
+        """Close a descriptor; with the last one on an object the process gives up its lock."""
+        process, thing = self._descriptors.pop(descriptor)
+        held = any(entry == (process, thing) for entry in self._descriptors.values())
+        if isinstance(thing, SharedObject) and self._locks.get(thing) is process and not held:
+            del self._locks[thing]
+
+    def lock(self, shared: SharedObject) -> None:
+        """``flock``, exclusive, without waiting; a dead process holds nothing."""
+        holder = self._locks.get(shared)
+        me = self.schedule.current()
+        if holder is not None and holder.alive and holder is not me:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self._locks[shared] = me
+
+    def used(self) -> int:
+        """Bytes reserved."""
+        return sum(shared.size for shared in self.names.values())
+
+
+class _Module:
+    """A module with some functions of its own; the rest is the real one's."""
+
+    def __init__(self, real: Any, **functions: Any) -> None:
+        self._real = real
+        self.__dict__.update(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def _posix_ipc(system: System) -> _Module:
+    class SharedMemory:
+        def __init__(
+            self, name: str, flags: int = 0, mode: int = 0o600, size: int = 0, read_only: bool = False
+        ) -> None:
+            system.schedule.current()
+            name = name.lstrip("/")
+            if flags & posix_ipc.O_EXCL == posix_ipc.O_EXCL and flags & posix_ipc.O_CREAT:
+                if name in system.names:
+                    raise posix_ipc.ExistentialError("exists")
+                system.names[name] = SharedObject(name, size, os.getuid(), mode)
+            if name not in system.names:
+                raise posix_ipc.ExistentialError("does not exist")
+            self._shared = system.names[name]
+            self.name = "/" + name
+            self.fd = system.describe(self._shared)
+
+        @property
+        def size(self) -> int:
+            return self._shared.size
+
+        def close_fd(self) -> None:
+            system.forget(self.fd)
+
+    class Semaphore:
+        def __init__(self, name: str, flags: int = 0, mode: int = 0o600, initial_value: int = 0) -> None:
+            system.schedule.current()
+            self.name = name.lstrip("/")
+            if flags & posix_ipc.O_CREAT and flags & posix_ipc.O_EXCL:
+                if self.name in system.semaphores:
+                    raise posix_ipc.ExistentialError("exists")
+                system.semaphores[self.name] = [initial_value]
+            if self.name not in system.semaphores:
+                raise posix_ipc.ExistentialError("does not exist")
+            self._value = system.semaphores[self.name]
+
+        def release(self) -> None:
+            system.schedule.current().buffer.fence()
+            self._value[0] += 1
+
+        def acquire(self, timeout: float | None = None) -> None:
+            if not system.schedule.wait(lambda: self._value[0] > 0, timeout):
+                raise posix_ipc.BusyError("timed out")
+            self._value[0] -= 1
+            system.schedule.current().buffer.fence()
+
+        def unlink(self) -> None:
+            unlink_semaphore(self.name)
+
+        def close(self) -> None:
+            pass
+
+    def unlink_semaphore(name: str) -> None:
+        system.schedule.current()
+        if system.semaphores.pop(name.lstrip("/"), None) is None:
+            raise posix_ipc.ExistentialError("does not exist")
+
+    def unlink_shared_memory(name: str) -> None:
+        system.schedule.current()
+        if system.names.pop(name.lstrip("/"), None) is None:
+            raise posix_ipc.ExistentialError("does not exist")
+
+    return _Module(
+        posix_ipc,
+        SharedMemory=SharedMemory,
+        Semaphore=Semaphore,
+        unlink_semaphore=unlink_semaphore,
+        unlink_shared_memory=unlink_shared_memory,
+    )
+
+
+def _os(system: System) -> _Module:
+    def posix_fallocate(descriptor: int, offset: int, size: int) -> None:
+        shared = system.behind(descriptor)
+        if system.used() + size > system.capacity:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        shared.resize(size)
+
+    def statvfs(path: object) -> SimpleNamespace:
+        return SimpleNamespace(f_bavail=system.capacity - system.used(), f_frsize=1)
+
+    def listdir(path: object) -> list[str]:
+        system.schedule.current()
+        return [*system.names, *("sem." + name for name in system.semaphores)]
+
+    def rename(source: object, target: object) -> None:
+        system.schedule.current().buffer.fence()
+        system.names[str(target).rpartition("/")[2]] = system.names.pop(str(source).rpartition("/")[2])
+
+    def fstat(descriptor: int) -> SimpleNamespace:
+        shared = system.behind(descriptor)
+        return SimpleNamespace(
+            st_uid=shared.owner, st_mode=0o100000 | shared.mode, st_size=shared.size, st_nlink=1, st_ino=id(shared)
+        )
+
+    def pidfd_open(pid: int, flags: int = 0) -> int:
+        process = system.schedule.processes.get(pid)
+        if process is None or not process.alive:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return system.describe(process)
+
+    def kill(pid: int, number: int) -> None:
+        system.schedule.kill(system.schedule.processes[pid])
+
+    return _Module(
+        os,
+        posix_fallocate=posix_fallocate,
+        statvfs=statvfs,
+        listdir=listdir,
+        rename=rename,
+        fstat=fstat,
+        pidfd_open=pidfd_open,
+        kill=kill,
+        close=system.forget,
+        getpid=lambda: system.schedule.current().pid,
+    )
+
+
+class _Popen:
+    """A child process; it outlives its parent."""
+
+    def __init__(self, system: System, command: list[str], **options: object) -> None:
+        self._system = system
+        assert command[1] == "-m", command
+        program = system.programs[command[2]]
+        name = " ".join(command[2:5])
+        self._process = system.schedule.spawn(name, lambda: program(command[3:]))
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exit_code
+
+    def poll(self) -> int | None:
+        self._system.schedule.current()
+        return self._process.exit_code
+
+    def kill(self) -> None:
+        self._system.schedule.kill(self._process)
+
+    def terminate(self) -> None:
+        """There are no handlers in a simulation; SIGTERM is the politer SIGKILL."""
+        self.kill()
+
+    def send_signal(self, number: int) -> None:
+        self.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self._system.schedule.wait(lambda: self._process.exit_code is not None, timeout):
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
+        assert self._process.exit_code is not None
+        return self._process.exit_code
+
+
+class _Poll:
+    """``select.poll()`` for one process descriptor."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+
+    def register(self, descriptor: int, mask: int = 0) -> None:
+        self._process = self._system.behind(descriptor)
+
+    def poll(self, milliseconds: float) -> list[int]:
+        process = self._process
+        ended = process.exit_code is not None
+        if not ended and milliseconds:
+            ended = self._system.schedule.wait(lambda: process.exit_code is not None, milliseconds / 1e3)
+        return [1] if ended else []
+
+
+class _InlineExecutor:
+    """What the log writer's thread does, at once."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, wait: bool = True, **options: object) -> None:
+        pass
+
+
+def _replacements(system: System) -> dict[Any, Any]:
+    schedule = system.schedule
+    lock_of_a_fence = SimpleNamespace(
+        acquire=lambda: schedule.current().buffer.fence(), release=lambda: schedule.current()
+    )
+
+    def mapped(descriptor: int, length: int, **options: object) -> Any:
+        return schedule.current().buffer.map(system.behind(descriptor))
+
+    return {
+        posix_ipc: _posix_ipc(system),
+        os: _os(system),
+        mmap: _Module(mmap, mmap=mapped),
+        fcntl: _Module(
+            fcntl, flock=lambda fd, how: system.lock(system.behind(fd)), lockf=lambda *arguments: schedule.current()
+        ),
+        time: _Module(
+            time,
+            time_ns=lambda: schedule.now_ns,
+            time=lambda: schedule.now_ns / 1e9,
+            monotonic=lambda: schedule.now_ns / 1e9,
+            monotonic_ns=lambda: schedule.now_ns,
+            sleep=schedule.sleep,
+        ),
+        subprocess: _Module(subprocess, Popen=lambda command, **options: _Popen(system, command, **options)),
+        signal: _Module(
+            signal,
+            signal=lambda number, handler: signal.SIG_DFL,
+            pidfd_send_signal=lambda descriptor, number: schedule.kill(system.behind(descriptor)),
+        ),
+        select: _Module(select, poll=lambda: _Poll(system)),
+        threading: _Module(threading, Lock=lambda: lock_of_a_fence),
+    }
+
+
+@contextlib.contextmanager
+def installed(system: System) -> Iterator[None]:
+    """Every module of the project that reaches the operating system reaches ``system`` instead."""
+    replacements = _replacements(system)
+    undo: list[tuple[Any, str, Any]] = []
+
+    def put(module: Any, name: str, value: Any) -> None:
+        undo.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    def start_time(pid: int) -> int:
+        process = system.schedule.processes.get(pid)
+        return process.started if process is not None and process.alive else 0
+
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in _PACKAGES and not name.startswith(_NOT_REPLACED):
+            for attribute, value in list(vars(module).items()):
+                with contextlib.suppress(TypeError):
+                    if value in replacements:
+                        put(module, attribute, replacements[value])
+                if attribute == "ThreadPoolExecutor":
+                    put(module, attribute, _InlineExecutor)
+                elif attribute == "start_time":
+                    put(module, attribute, start_time)
+                elif attribute == "tempfile":
+                    put(module, attribute, SimpleNamespace(TemporaryFile=io.BytesIO))
+                elif attribute == "populate":
+                    put(module, attribute, lambda map: None)
+    try:
+        yield
+    finally:
+        for module, attribute, value in reversed(undo):
+            setattr(module, attribute, value)
