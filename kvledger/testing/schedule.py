@@ -18,8 +18,12 @@ from kvledger.testing.weak_memory import Buffer, Order
 
 _LINE_NS = 1_000
 _FIRST_PID = 100
-TRACED = ("/ipc/", "/workers/transfer.py", "/workers/acknowledgements.py")
-"""Parts of the file names of code whose lines are points of the schedule."""
+_MOST_POINTS = 3_000_000
+_SHARING = ("control", "memory", "reader", "segment", "signals", "snapshots", "writer")
+    f"/ipc/{name}.py" for name in ("control", "memory", "reader", "segment", "signals", "snapshots", "writer")
+)
+TRACED = (*(f"/ipc/{name}.py" for name in _SHARING), "/workers/transfer.py")
+"""Ends of the file names of code whose lines are points of the schedule: what reads and writes shared memory."""
 
 
 class Killed(BaseException):
@@ -27,7 +31,7 @@ class Killed(BaseException):
 
 
 class Stuck(AssertionError):
-    """Nobody can go on: everybody waits for somebody."""
+    """It does not come to an end."""
 
 
 class Process:
@@ -47,6 +51,10 @@ class Process:
         self.turn.acquire()
         self.error: BaseException | None = None
         self.lines = 0
+        """Points passed."""
+        self.strike_at = 0
+        """It is killed at this point."""
+        self.struck = False
         self._schedule = schedule
         self._main = main
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -72,8 +80,7 @@ class Process:
             self._schedule.ended(self, code)
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        name = frame.f_code.co_filename
-        return self._line if any(part in name for part in TRACED) else None
+        return self._line if frame.f_code.co_filename.endswith(TRACED) else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         self._schedule.point(self)
@@ -90,8 +97,6 @@ class Schedule:
         self.processes: dict[int, Process] = {}
         self.running: Process | None = None
         self.points = 0
-        self.on_point: Callable[[Process], None] = lambda process: None
-        """Called at each point: where faults come from."""
         self._left = 0
         self._done = threading.Lock()
         self._done.acquire()
@@ -125,17 +130,20 @@ class Schedule:
         """A place where anything may happen."""
         if process.exit_code is not None or process.doomed:
             raise Killed
-        process.buffer.collect()
+        buffer = process.buffer
+        buffer.collect()
         process.lines += 1
         self.points += 1
         self.now_ns += _LINE_NS
-        self.on_point(process)
-        if process.doomed:
+        if process.lines == process.strike_at:
+            process.struck = True
+            self.kill(process)
             raise Killed
         rng = self.rng
         chance = rng.random()
         if chance < 0.5:
-            process.buffer.drain(rng)
+            if not buffer.empty:
+                buffer.drain(rng)
         elif chance < 0.6:
             other = rng.choice(list(self.processes.values()))
             other.buffer.drain(rng)
@@ -197,6 +205,11 @@ class Schedule:
         if not living:
             self._done.release()
             return
+        if self.points > _MOST_POINTS and self.crashed is None:
+            self.crashed = living[0]
+            self.crashed.error = Stuck(f"no end after {self.points:,} points: {[process.name for process in living]}")
+            for process in living:
+                self.kill(process)
         ready = [p for p in living if p.doomed or p.wake_ns <= self.now_ns or p.waits_for()]
         if not ready:
             self.now_ns = min(process.wake_ns for process in living)

@@ -18,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 
-from ipc import LedgerError, LedgerExists, LedgerNotFound, LogReader, writer
+from ipc import LedgerError, LedgerExists, LedgerNotFound, LogReader, reader, writer
 from ipc.names import remove_objects
 from kvledger.config import CacheConfig
 from kvledger.manager import CacheManager
@@ -35,7 +35,6 @@ from workers import WorkerFailed, transfer
 
 LEDGER = "simulated"
 _BLOCK = 2
-_LIMIT_POINTS = 3_000_000
 _SEGMENT_BYTES = 16 << 10
 """Small, since every word is compared at every point; rotation comes early too."""
 
@@ -45,7 +44,7 @@ class Fault:
     """What goes wrong: ``victim`` is ``engine``, ``worker 0``, ``worker 1`` or ``auditor``."""
 
     at: int
-    """The so-manieth traced line of the victim's incarnation."""
+    """Killed at the so-manieth point of the schedule that the victim passes. Failing and hanging: its next copy."""
     victim: str
     what: str
     """``kill``; for workers also ``fail`` (a copy raises) and ``hang`` (a copy takes longer than its time-out)."""
@@ -90,7 +89,7 @@ class Plan:
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
             victim = rng.choice(["engine", "engine", "auditor", *(f"worker {rank}" for rank in range(ranks))])
             what = rng.choice(("kill", "kill", "fail", "hang")) if victim.startswith("worker") else "kill"
-            faults.append(Fault(int(rng.random() ** 2 * 3000), victim, what, rng.choice((1, 1, 2))))
+            faults.append(Fault(1 + int(rng.random() ** 2 * 3000), victim, what, rng.choice((1, 1, 2))))
         sizes = rng.randrange(6, 12), 0 if policy == HostPolicy.OFF else rng.randrange(4, 12)
         return cls(seed, order or memory, policy, ranks, *sizes, tuple(operations), tuple(faults))
 
@@ -156,8 +155,8 @@ class Simulation:
         self._next = 0
         self._finished = False
         self._incarnations: dict[str, int] = {}
-        self._faults: dict[Process, list[Fault]] = {}
-        self._kept: list[int] = []
+        self._copies: dict[Process, list[str]] = {}
+        """What happens to the next copies of a worker."""
 
     def run(self) -> Outcome:
         """Run it.
@@ -166,7 +165,6 @@ class Simulation:
             whatever broke: ``WrongBytes``, ``InvariantViolation``, ``Diverged``, ``LogCorrupt``, a leftover, …
         """
         schedule = self._schedule
-        schedule.on_point = self._point
         schedule.spawn("operator", self._operate)
         schedule.spawn("auditor", self._audit)
         with (
@@ -174,33 +172,29 @@ class Simulation:
             mock.patch.object(transfer, "copy_blocks", self._copy(transfer.copy_blocks)),
             mock.patch.object(transfer, "_ACK_SEGMENT_BYTES", _SEGMENT_BYTES),
             mock.patch.object(writer, "_LEAST_SEGMENT", _SEGMENT_BYTES),
+            mock.patch.object(reader, "SPINS", 2),
         ):
             schedule.run()
         left = [*self._system.names, *self._system.semaphores]
         assert not left, f"left in shared memory: {left}"
         self.outcome.points = schedule.points
+        self.outcome.kills = sum(process.struck for process in schedule.processes.values())
         return self.outcome
 
     # What goes wrong
 
     def _born(self, name: str, process: Process) -> None:
         number = self._incarnations[name] = self._incarnations.get(name, 0) + 1
-        self._faults[process] = [f for f in self.plan.faults if f.victim == name and f.incarnation == number]
-
-    def _point(self, process: Process) -> None:
-        assert self._schedule.points < _LIMIT_POINTS, "the run does not come to an end"
-        faults = self._faults.get(process)
-        if faults and faults[0].what == "kill" and process.lines >= faults[0].at:
-            faults.pop(0)
-            self.outcome.kills += 1
-            self._schedule.kill(process)
+        faults = [fault for fault in self.plan.faults if fault.victim == name and fault.incarnation == number]
+        kills = [fault.at for fault in faults if fault.what == "kill"]
+        process.strike_at = process.lines + min(kills) if kills else 0
+        self._copies[process] = [fault.what for fault in faults if fault.what != "kill"]
 
     def _copy(self, real: Callable[..., int]) -> Callable[..., int]:
         def copy(*arguments: object) -> int:
-            faults = self._faults.get(self._schedule.current(), [])
-            if faults and faults[0].what != "kill":
-                fault = faults.pop(0)
-                if fault.what == "fail":
+            faults = self._copies[self._schedule.current()]
+            if faults:
+                if faults.pop(0) == "fail":
                     raise OSError("a copy failed, as planned")
                 self._schedule.sleep(2.0)
             return real(*arguments)
@@ -320,9 +314,11 @@ class Simulation:
 
     def _wait(self, manager: CacheManager, done: Callable[[], bool], seconds: float = 60.0) -> None:
         deadline = self._schedule.now_ns + int(seconds * 1e9)
+        pause = 1e-5
         while not done() and self._schedule.now_ns < deadline:
             manager.poll()
-            self._schedule.sleep(2e-4)
+            self._schedule.sleep(pause)
+            pause = min(2 * pause, 2e-2)
         assert done() or seconds < 1, f"transfers {[*manager.state.transfers]} do not end"
 
     def _compare(self, manager: CacheManager) -> None:

@@ -286,8 +286,9 @@ def _replacements(system: System) -> dict[Any, Any]:
         acquire=lambda: schedule.current().buffer.fence(), release=lambda: schedule.current()
     )
 
-    def mapped(descriptor: int, length: int, **options: object) -> Any:
-        return schedule.current().buffer.map(system.behind(descriptor))
+    def mapped(descriptor: int, length: int, access: int = mmap.ACCESS_WRITE) -> Any:
+        write = access != mmap.ACCESS_READ
+        return schedule.current().buffer.map(system.behind(descriptor), write=write)
 
     return {
         posix_ipc: _posix_ipc(system),

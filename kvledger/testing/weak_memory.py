@@ -63,6 +63,7 @@ class Copy:
 
     def __init__(self, shared: SharedObject) -> None:
         self.shared = shared
+        self.writable = False
         self.map = Mapped(shared.words.tobytes())
         self.before = bytearray(self.map)
         self.words: _Words = np.frombuffer(self.map, np.uint64)
@@ -87,17 +88,21 @@ class Buffer:
         self._order = order
         self._stores: list[tuple[Copy, int, np.uint64]] = []
         self._copies: dict[SharedObject, Copy] = {}
+        self._writable: list[Copy] = []
 
-    def map(self, shared: SharedObject) -> Mapped:
+    def map(self, shared: SharedObject, *, write: bool) -> Mapped:
         """The process's copy of an object, the same one each time."""
         copy = self._copies.get(shared)
         if copy is None:
             copy = self._copies[shared] = Copy(shared)
+        if write and not copy.writable:
+            copy.writable = True
+            self._writable.append(copy)
         return copy.map
 
     def collect(self) -> None:
         """Notice what the process has stored since the last time."""
-        for copy in self._copies.values():
+        for copy in self._writable:
             if copy.map != copy.before:
                 for word in np.flatnonzero(copy.words != copy.words_before).tolist():
                     value = copy.words[word]
@@ -162,3 +167,4 @@ class Buffer:
         for shared, copy in self._copies.items():
             shared.copies.remove(copy)
         self._copies.clear()
+        self._writable.clear()
