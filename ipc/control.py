@@ -31,7 +31,9 @@ _TEARDOWN_S = 5.0
 _LINES = 4096
 _BYTES = _LINES + READERS * 64
 _BEING_CREATED = "ledger {!r} is only being created, or its creator died before it was done"
-_SCHEMA, _PID, _START, _CURRENT = 2, 3, 4, 192 // 8
+_SCHEMA, _PID, _START = 2, 3, 4
+CURRENT = 192 // 8
+"""Word of the current segment."""
 PID, START, CURSOR, PARKED, MASK, WORKER, NAME = range(7)
 """Words of a reader line."""
 
@@ -147,12 +149,12 @@ class Control:
     @property
     def current(self) -> tuple[int, int]:
         """``(epoch, index)`` of the segment that is being written."""
-        word = self.words[_CURRENT]
+        word = self.words[CURRENT]
         return word >> 32, word & 0xFFFFFFFF
 
     @current.setter
     def current(self, segment: tuple[int, int]) -> None:
-        self.words[_CURRENT] = segment[0] << 32 | segment[1]
+        self.words[CURRENT] = segment[0] << 32 | segment[1]
 
     def claim(self, name: str, *, mask: int, worker: bool, cursor: int) -> int:
         """Take a reader line; lines of dead processes are taken over. Returns its number.

@@ -7,7 +7,7 @@ import time
 
 import posix_ipc
 
-from ipc.control import CURSOR, PARKED, Control
+from ipc.control import CURRENT, CURSOR, PARKED, Control
 from ipc.errors import LedgerNotFound, LogCorrupt, Overrun
 from ipc.fence import make_fence
 from ipc.names import bell_name, segments_of
@@ -40,6 +40,9 @@ class LogReader:
         """Sequence of the next record."""
         self._release, self._acquire = make_fence()
         self._control = Control.open(ledger)
+        self._current = self._control.words
+        self._epoch = self._size = 0
+        """Of the segment that is being read."""
         self._line: int | None = None
         self._bell: posix_ipc.Semaphore | None = None
         self._segment: MappedSegment | None = None
@@ -69,6 +72,8 @@ class LogReader:
         if self._segment is not None:
             self._segment.close()
         self._segment = segment
+        self._epoch = segment.header.epoch
+        self._size = len(segment.buffer)
         self._at = Position(HEADER_BYTES, segment.header.crc_seed, segment.header.base_sequence)
 
     def poll(self, limit: int = 1 << 20) -> list[Record]:
@@ -84,6 +89,11 @@ class LogReader:
         if tail <= self._at.offset:  # less: what a dead writer had written beyond its hint was read
             following = segment.words[NEXT]
             if not following:
+                # The usual case first: the same epoch goes on, and nothing stands where the next record will.
+                offset = self._at.offset
+                if self._current[CURRENT] >> 32 == self._epoch:
+                    if offset < self._size and not segment.words[offset >> 3]:
+                        return []
                 return self._at_the_end(segment, limit)
             self._release()
             self._acquire()

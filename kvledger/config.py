@@ -98,6 +98,7 @@ class CacheConfig:
         for name in names:
             ours, there = getattr(self, name), getattr(theirs, name)
             if ours != there:
+                name = "host_staging_blocks" if name == "staging_blocks" else name
                 raise ConfigError(f"{name} is {there!r} in this ledger, not {ours!r}: open it without a configuration")
 
     @property
