@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,15 +21,16 @@ from typing import Any, Self
 import xxhash
 import zstandard
 
-from ipc import KvlogReader, LogCorrupt
+from ipc import KvlogReader, LogCorrupt, Record
 from ipc.kvlog import Place
 from statemachine import codec
 from statemachine.encoding import restore, snapshot
-from statemachine.replay import Replay
+from statemachine.replay import Contradiction, Replay
 from statemachine.state import State
 
 SNAPSHOT_EVERY = 10_000
 _TABLE = "table.json"
+_INDEX_VERSION = 2
 
 
 class Recording:
@@ -41,7 +42,6 @@ class Recording:
 
     Raises:
         ipc.LedgerError: the file cannot be read, or is no recording.
-        InvariantViolation: an event contradicts the state.
     """
 
     def __init__(self, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -83,6 +83,10 @@ class Recording:
         """Sequence of the last event."""
         self.damage: str = table["damage"]
         """Why the recording ends early; empty if it does not."""
+        self.last_state: int = table["last_state"]
+        """Sequence of the last event that has a state. An event that contradicts the state it meets has none."""
+        self.contradiction: str = table["contradiction"]
+        """What is wrong with event ``last_state + 1``; empty if every event has a state."""
         self._places = [Place(*place) for place in table["places"]]
         self._sequences = [place.sequence for place in self._places]
 
@@ -92,7 +96,7 @@ class Recording:
             ends = file.read(4096)
             file.seek(max(size - 4096, 0))
             ends += file.read()
-        return f"{size}-{xxhash.xxh3_128_hexdigest(ends)}"
+        return f"{_INDEX_VERSION}-{codec.SCHEMA_HASH:x}-{size}-{xxhash.xxh3_128_hexdigest(ends)}"
 
     def _load(self, index: Path, identity: str) -> dict[str, Any] | None:
         try:
@@ -110,24 +114,38 @@ class Recording:
     def _build(self, file: Any, identity: str, progress: Callable[[int, int], None]) -> None:
         reader = self._reader
         size = self.path.stat().st_size
-        replay = Replay(restore(reader.snapshot) if reader.snapshot else None)
+        replay = Replay(restore(reader.snapshot) if reader.snapshot else None, compare=False)
         places = [reader.place]
         compressor = zstandard.ZstdCompressor(level=1)
         indexed = 0
+        contradiction: Contradiction | None = None
         with zipfile.ZipFile(file, "w") as archive:
             while True:
                 place = reader.place
                 records = reader.poll(1)
                 if not records:
                     break
+                if contradiction is not None:
+                    continue
                 if replay.events >= indexed + SNAPSHOT_EVERY:
                     archive.writestr(str(place.sequence), compressor.compress(snapshot(replay.state)))
                     places.append(place)
                     indexed = replay.events
                     progress(place.offset, size)
-                replay.feed(records)
+                try:
+                    replay.feed(records)
+                except Contradiction as error:
+                    contradiction = error
+            last = reader.place.sequence - 1
             damage = str(reader.damage or "")
-            table = {"identity": identity, "last": reader.place.sequence - 1, "damage": damage, "places": places}
+            table = {
+                "identity": identity,
+                "last": last,
+                "last_state": last if contradiction is None else contradiction.sequence - 1,
+                "contradiction": str(contradiction or ""),
+                "damage": damage,
+                "places": places,
+            }
             archive.writestr(_TABLE, json.dumps(table))
 
     @property
@@ -135,14 +153,21 @@ class Recording:
         """Sequence of the first event."""
         return self._reader.base_sequence
 
+    def base(self) -> State | None:
+        """The state that the first event meets; ``None`` where it is the first of its ledger."""
+        return restore(self._reader.snapshot) if self._reader.snapshot else None
+
     def at(self, sequence: int) -> State:
         """The state after event ``sequence``: the nearest snapshot before it, and what follows.
 
         Raises:
             IndexError: there is no such event in the recording.
+            Contradiction: the event, or one before it, contradicts the state that it meets.
         """
         if not self.first <= sequence <= self.last:
             raise IndexError(f"{self.path} holds the events {self.first} to {self.last}, not {sequence}")
+        if sequence > self.last_state:
+            raise Contradiction(self.last_state + 1, self.contradiction)
         number = bisect.bisect_right(self._sequences, sequence) - 1
         place = self._places[number]
         if number:
@@ -150,7 +175,7 @@ class Recording:
             data = zstandard.ZstdDecompressor().decompress(self._archive.read(str(place.sequence)))
         else:
             data = self._reader.snapshot
-        replay = Replay(restore(data) if data else None)
+        replay = Replay(restore(data) if data else None, compare=False)
         self._reader.go_to(place)
         left = sequence - place.sequence + 1
         while left:
@@ -158,6 +183,18 @@ class Recording:
             replay.feed(records)
             left -= len(records)
         return replay.state
+
+    def records(self, start: int) -> Iterator[list[Record]]:
+        """The records from event ``start`` on, in whole transactions, a chunk at a time. Each call reads for itself."""
+        reader = KvlogReader(self.path, from_sequence=start)
+        try:
+            place = self._places[max(bisect.bisect_right(self._sequences, start) - 1, 0)]
+            reader.go_to(place)
+            reader.cursor = max(start, place.sequence)
+            while records := reader.poll(1):
+                yield records
+        finally:
+            reader.close()
 
     def close(self) -> None:
         """Close the files; the index stays for the next time."""
