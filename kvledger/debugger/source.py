@@ -66,6 +66,18 @@ class Tail:
         return self._alive()
 
 
+def _followed(tail: Tail) -> Iterator[Entry]:
+    try:
+        while True:
+            alive = tail.alive
+            entries = tail.poll(0.25)
+            yield from entries
+            if not entries and not alive:
+                return
+    finally:
+        tail.close()
+
+
 class Source(abc.ABC):
     """A log and the states it adds up to. A context manager; not for two threads at once.
 
@@ -172,16 +184,7 @@ class Source(abc.ABC):
 
     def follow(self) -> Iterator[Entry]:
         """Events as they are written from now on, until the writer has ended and everything is read."""
-        tail = self.tail()
-        try:
-            while True:
-                alive = tail.alive
-                entries = tail.poll(0.25)
-                yield from entries
-                if not entries and not alive:
-                    return
-        finally:
-            tail.close()
+        return _followed(self.tail())
 
     def __enter__(self) -> Self:
         return self
