@@ -33,6 +33,7 @@ from statemachine.commands import (
 )
 from statemachine.decide import decide
 from statemachine.decide_epoch import untrusted
+from statemachine.derive import commands_of, redecide
 from statemachine.encoding import restore, snapshot, state_digest
 from statemachine.errors import CommandRejected, OutOfBlocks
 from statemachine.events import (
@@ -86,7 +87,11 @@ class Machine(RuleBasedStateMachine):
             events = decide(self.state, command)
         except CommandRejected as error:
             assert state_digest(self.state) == before
+            if isinstance(error, OutOfBlocks):
+                self.derive(command, [error.event])
             return error
+        if events:
+            self.derive(command, events)
         assert state_digest(self.state) == before, "decide changed the state"
         for event in events:
             copied = codec.decode(*codec.encode(event))
@@ -100,6 +105,10 @@ class Machine(RuleBasedStateMachine):
                 self.memory.started(event)
         self.most_pins = max([self.most_pins, *(node.pins for node in self.state.nodes.values())])
         return events
+
+    def derive(self, command: Any, events: list[Event]) -> None:
+        """From the events alone follows a command that comes to the same events."""
+        assert redecide(events, self.state)[1] == events, (command, commands_of(events, self.state))
 
     def teardown(self) -> None:
         if hasattr(self, "state"):
