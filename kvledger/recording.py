@@ -23,14 +23,15 @@ import zstandard
 
 from ipc import KvlogReader, LogCorrupt, Record
 from ipc.kvlog import Place
+from kvledger.mentioned import Kind, Mentioned
 from statemachine import codec
 from statemachine.encoding import restore, snapshot
 from statemachine.replay import Contradiction, Replay
 from statemachine.state import State
 
 SNAPSHOT_EVERY = 10_000
-_TABLE = "table.json"
-_INDEX_VERSION = 2
+_TABLE, _MENTIONED = "table.json", "mentioned"
+_INDEX_VERSION = 4
 
 
 class Recording:
@@ -114,7 +115,9 @@ class Recording:
     def _build(self, file: Any, identity: str, progress: Callable[[int, int], None]) -> None:
         reader = self._reader
         size = self.path.stat().st_size
-        replay = Replay(restore(reader.snapshot) if reader.snapshot else None, compare=False)
+        mentioned = Mentioned()
+        before = restore(reader.snapshot) if reader.snapshot else None
+        replay = Replay(before, compare=False, watch=mentioned.add)
         places = [reader.place]
         compressor = zstandard.ZstdCompressor(level=1)
         indexed = 0
@@ -130,6 +133,7 @@ class Recording:
                 if replay.events >= indexed + SNAPSHOT_EVERY:
                     archive.writestr(str(place.sequence), compressor.compress(snapshot(replay.state)))
                     places.append(place)
+                    mentioned.end_stretch()
                     indexed = replay.events
                     progress(place.offset, size)
                 try:
@@ -146,12 +150,34 @@ class Recording:
                 "damage": damage,
                 "places": places,
             }
+            mentioned.end_stretch()
+            archive.writestr(_MENTIONED, mentioned.pack())
             archive.writestr(_TABLE, json.dumps(table))
 
     @property
     def first(self) -> int:
         """Sequence of the first event."""
         return self._reader.base_sequence
+
+    def anchor(self, sequence: int) -> int:
+        """The event after which the nearest state before or at ``sequence`` is kept: what follows is replayed."""
+        return self._sequences[max(bisect.bisect_right(self._sequences, sequence) - 1, 0)] - 1
+
+    def spans(self, kind: Kind, id: int) -> list[tuple[int, int]]:
+        """The stretches, first and last event, that may mention something; events without a state are in the last.
+
+        Raises:
+            ipc.LogCorrupt: the index is damaged.
+        """
+        assert self._archive is not None
+        try:
+            numbers = Mentioned.stretches(self._archive.read(_MENTIONED), kind, id)
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
+        if self.contradiction and len(self._sequences) - 1 not in numbers:
+            numbers.append(len(self._sequences) - 1)
+        ends = [*(sequence - 1 for sequence in self._sequences[1:]), self.last]
+        return [(self._sequences[number], ends[number]) for number in numbers]
 
     def base(self) -> State | None:
         """The state that the first event meets; ``None`` where it is the first of its ledger."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from statemachine import codec
@@ -99,10 +99,19 @@ class Replay:
         state: what the records continue; ``None``: they begin with the first event of a ledger.
         check_every: check all invariants after so many events; 0 = never.
         compare: compare the digests that the engine wrote; without it a log replays beyond a wrong one.
+        watch: called with each event and the state after it.
     """
 
-    def __init__(self, state: State | None = None, *, check_every: int = 0, compare: bool = True) -> None:
+    def __init__(
+        self,
+        state: State | None = None,
+        *,
+        check_every: int = 0,
+        compare: bool = True,
+        watch: Callable[[Event, State], None] | None = None,
+    ) -> None:
         self._state = state
+        self._watch = watch
         self._check_every = check_every
         self._compare_digests = compare
         self.events = 0
@@ -127,7 +136,7 @@ class Replay:
             Contradiction: a record is no event, an event does not fit, or an invariant does not hold.
         """
         state = self._state
-        check_every = self._check_every
+        check_every, watch = self._check_every, self._watch
         record = None
         try:
             for record in records:
@@ -137,6 +146,8 @@ class Replay:
                 else:
                     apply(state, event)
                 self.events += 1
+                if watch is not None:
+                    watch(event, state)
                 if type(event) is DigestTaken and self._compare_digests:
                     self._compare(state, event, record.sequence)
                 if check_every and not self.events % check_every:

@@ -19,6 +19,7 @@ from ipc import Control, InvalidName, LedgerError, LedgerNotFound, LogReader, Ov
 from ipc.names import SHM, segments_of
 from ipc.record import TXN_BEGIN, TXN_END
 from ipc.segment import locate
+from kvledger.mentioned import Kind
 from kvledger.recording import Recording
 from statemachine import codec
 from statemachine.apply import apply, genesis
@@ -122,6 +123,14 @@ class Source(abc.ABC):
             SourceError: the log does not hold that state.
             Contradiction: that event, or one before it, contradicts the state that it meets.
         """
+
+    @abc.abstractmethod
+    def anchor(self, sequence: int) -> int:
+        """After which event the nearest state at or before ``sequence`` is kept; replaying goes on from there."""
+
+    @abc.abstractmethod
+    def spans(self, kind: Kind, id: int) -> list[tuple[int, int]]:
+        """Stretches of the log, first and last event, ascending, outside of which nothing mentions ``id``."""
 
     @abc.abstractmethod
     def tail(self, start: int | None = None) -> Tail:
@@ -236,6 +245,15 @@ class RecordedSource(Source):
         except IndexError as error:
             raise SourceError(str(error)) from None
 
+    def anchor(self, sequence: int) -> int:
+        return self.recording.anchor(sequence)
+
+    def spans(self, kind: Kind, id: int) -> list[tuple[int, int]]:
+        try:
+            return self.recording.spans(kind, id)
+        except LedgerError as error:
+            raise SourceError(str(error)) from error
+
     def before(self, sequence: int) -> State | None:
         if sequence <= self.first:
             return self.recording.base()
@@ -338,6 +356,16 @@ class LedgerSource(Source):
         if sequence > base:
             self._advance(replay, base, sequence)
         return replay.state
+
+    def anchor(self, sequence: int) -> int:
+        known = [*self._checkpoints, *snapshots.sequences(self.name), self.first - 1]
+        return max(known_one for known_one in known if known_one <= max(sequence, self.first - 1))
+
+    def spans(self, kind: Kind, id: int) -> list[tuple[int, int]]:
+        last = self.last
+        cuts = sorted({*self._checkpoints, *snapshots.sequences(self.name)})
+        starts = [self.first, *(cut + 1 for cut in cuts if self.first <= cut < last)]
+        return list(zip(starts, [*(start - 1 for start in starts[1:]), last]))
 
     def _advance(self, replay: Replay, base: int, sequence: int) -> None:
         for records in self.records(base + 1):

@@ -153,9 +153,7 @@ class Wording:
         if event.duplicates:
             parts.append(f"keeps its own copies of {count(event.duplicates, 'block')} that are cached already")
         if event.upper:
-            parts.append(
-                f"cuts run {event.leaf} after {count(event.cut, 'block')}, the upper part is run {event.upper}"
-            )
+            parts.append(f"cuts run {event.leaf}, whose first {count(event.cut, 'block')} become run {event.upper}")
         if event.words:
             parts.append(f"adds generated content of {self._blocks_of(event.words)}")
         return f"{name} " + (", ".join(parts) or "publishes nothing")
@@ -170,7 +168,7 @@ class Wording:
         reason = ReleaseReason(event.reason).name.lower().replace("_", " ")
         text = f"{self.name(event.request)} ends ({reason})"
         if event.blocks:
-            text += f", device {_noun(event.blocks)} become free"
+            text += f", which frees device {_noun(event.blocks)}"
         if event.final:
             text += f", its deepest {count(event.final, 'run')} will be evicted first"
         for run, absorbed in zip(event.merged, event.absorbed):
