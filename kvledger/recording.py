@@ -163,6 +163,10 @@ class Recording:
         """The event after which the nearest state before or at ``sequence`` is kept: what follows is replayed."""
         return self._sequences[max(bisect.bisect_right(self._sequences, sequence) - 1, 0)] - 1
 
+    def starts(self) -> list[int]:
+        """First events of the stretches between kept states, ascending."""
+        return self._sequences
+
     def spans(self, kind: Kind, id: int) -> list[tuple[int, int]]:
         """The stretches, first and last event, that may mention something; events without a state are in the last.
 

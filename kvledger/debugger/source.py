@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import bisect
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ import zstandard
 from ipc import Control, InvalidName, LedgerError, LedgerNotFound, LogReader, Overrun, Record, snapshots
 from ipc.names import SHM, segments_of
 from ipc.record import TXN_BEGIN, TXN_END
-from ipc.segment import locate
+from ipc.segment import MappedSegment, locate
 from kvledger.mentioned import Kind
 from kvledger.recording import Recording
 from statemachine import codec
@@ -127,6 +128,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def anchor(self, sequence: int) -> int:
         """After which event the nearest state at or before ``sequence`` is kept; replaying goes on from there."""
+
+    @abc.abstractmethod
+    def starts(self) -> list[int]:
+        """Events from which reading can begin at once, ascending; the first one is :attr:`first`."""
 
     @abc.abstractmethod
     def spans(self, kind: Kind, id: int) -> list[tuple[int, int]]:
@@ -248,6 +253,9 @@ class RecordedSource(Source):
     def anchor(self, sequence: int) -> int:
         return self.recording.anchor(sequence)
 
+    def starts(self) -> list[int]:
+        return self.recording.starts()
+
     def spans(self, kind: Kind, id: int) -> list[tuple[int, int]]:
         try:
             return self.recording.spans(kind, id)
@@ -360,6 +368,16 @@ class LedgerSource(Source):
     def anchor(self, sequence: int) -> int:
         known = [*self._checkpoints, *snapshots.sequences(self.name), self.first - 1]
         return max(known_one for known_one in known if known_one <= max(sequence, self.first - 1))
+
+    def starts(self) -> list[int]:
+        bases = []
+        for epoch, index in segments_of(self.name):
+            with contextlib.suppress(LedgerError):  # being prepared, or dropped since we looked
+                segment = MappedSegment(self.name, epoch, index)
+                bases.append(segment.header.base_sequence)
+                segment.close()
+        last = self.last
+        return sorted({self.first, *(base for base in bases if self.first <= base <= last)})
 
     def spans(self, kind: Kind, id: int) -> list[tuple[int, int]]:
         last = self.last
