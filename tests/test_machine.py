@@ -50,6 +50,7 @@ from statemachine.events import (
     TransferFinished,
     TransferStarted,
 )
+from statemachine.incremental import IncrementalCheck
 from statemachine.state import Node, State
 
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
@@ -75,6 +76,7 @@ class Machine(RuleBasedStateMachine):
         opened = LedgerOpened(1, device, host, staging, policy, 1, "", "")
         self.state, self.mirror = genesis(opened), genesis(opened)
         self.snapshot = snapshot(self.state)
+        self.incremental = IncrementalCheck(self.state)
         self.tail: list[Event] = []
         self.memory = Memory()
         self.content: dict[str, tuple[Any, list[int]]] = {}
@@ -99,6 +101,7 @@ class Machine(RuleBasedStateMachine):
             apply(self.state, event)
             apply(self.mirror, copied)
             assert not check(self.state), (command, event, check(self.state))
+            assert not self.incremental.after(event), (command, event)
             assert state_digest(self.state) == state_digest(self.mirror)
             self.tail.append(copied)
             if isinstance(event, TransferStarted):
