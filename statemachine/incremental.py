@@ -13,8 +13,7 @@ What an event must not touch, it does not look at: run the full check now and th
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from statemachine.check import check
 from statemachine.events import (
@@ -75,15 +74,12 @@ class _Below:
 
 
 class _Owned:
-    """Owner of each block of a tier, and a copy of the free list."""
+    """Blocks of a tier that somebody has, and a copy of the free list."""
 
     def __init__(self, capacity: int, free: IntArray) -> None:
-        self.owner: list[Any] = [None] * capacity
+        self.capacity = capacity
+        self.blocks: set[int] = set()
         self.free = free[:]
-
-    def leave(self, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            self.owner[block] = None
 
 
 class IncrementalCheck:
@@ -111,12 +107,10 @@ class IncrementalCheck:
         self._shared_changed = False
         self._owned = {tier: _Owned(state.pool(tier).capacity, state.pool(tier).free) for tier in Tier}
         self._left: dict[Tier, list[int]] = {tier: [] for tier in Tier}
-        self._entered: dict[Tier, list[tuple[int, Any]]] = {tier: [] for tier in Tier}
+        self._entered: dict[Tier, list[int]] = {tier: [] for tier in Tier}
         self._update(list(state.nodes.values()), [], set(state.requests), set(state.transfers))
         for tier in Tier:
-            owned = self._owned[tier]
-            for block, owner in self._entered[tier]:
-                owned.owner[block] = owner
+            self._owned[tier].blocks.update(self._entered[tier])
             self._entered[tier], self._left[tier] = [], []
 
     def full(self) -> list[str]:
@@ -263,8 +257,8 @@ class IncrementalCheck:
             self._below.pop(node, None)
             self._evictable -= run.evictable
             self._resident -= run.resident
-            self._swap(Tier.DEVICE, run.device, None, node)
-            self._swap(Tier.HOST, run.host, None, node)
+            self._swap(Tier.DEVICE, run.device, None)
+            self._swap(Tier.HOST, run.host, None)
         entering: list[list[Node]] = [[], [], []]
         for node in nodes:
             self._look(node, entering)
@@ -276,7 +270,7 @@ class IncrementalCheck:
             request = state.requests.get(id)
             self._end(old[0] if old is not None else None, request.leaf if request is not None else None)
             private = request.private() if request is not None else array("i")
-            self._swap(Tier.DEVICE, old[1] if old is not None else None, private, id)
+            self._swap(Tier.DEVICE, old[1] if old is not None else None, private)
             if request is not None:
                 self._requests[id] = request.leaf, private, tuple(request.waits), request.key
         for id in transfers:
@@ -287,7 +281,7 @@ class IncrementalCheck:
             if transfer is not None:
                 blocks = transfer_blocks(transfer, Tier.DEVICE), transfer_blocks(transfer, Tier.HOST)
             for tier in Tier:
-                self._swap(tier, seen[1][tier] if seen is not None else None, blocks[tier], ("transfer", id))
+                self._swap(tier, seen[1][tier] if seen is not None else None, blocks[tier])
             if transfer is not None:
                 self._transfers[id] = transfer.leaf, blocks, tuple(transfer.waiters), transfer
 
@@ -302,8 +296,8 @@ class IncrementalCheck:
             same_size = run.device is not None and node.device is not None and len(run.device) == len(node.device)
             if (run.ready and not node.device_ready) or (same_size and run.device != node.device):
                 self._shared_changed = True  # whoever uses the run has to be looked at
-        self._swap(Tier.DEVICE, run.device, node.device, node)
-        self._swap(Tier.HOST, run.host, node.host, node)
+        self._swap(Tier.DEVICE, run.device, node.device)
+        self._swap(Tier.HOST, run.host, node.host)
         run.parent, run.pins, run.ready = node.parent, node.pins, node.device_ready
         run.device, run.host = node.device, node.host
         self._children(run, 1)
@@ -346,7 +340,7 @@ class IncrementalCheck:
         for node in reversed(tail):
             self._mark += _GAP
             self._set_place(node, number, self._mark)
-        for node in sorted(entering, key=lambda node: node.id):
+        for node in sorted(entering, key=lambda node: node.id) if entering else ():
             marks = []
             for neighbour in (order._prev[node], order._next[node]):
                 run = self._runs.get(neighbour) if neighbour is not None else None
@@ -370,12 +364,13 @@ class IncrementalCheck:
         if new is not None:
             self._ends[new] = self._ends.get(new, 0) + 1
 
-    def _swap(self, tier: Tier, old: IntArray | None, new: IntArray | None, owner: Any) -> None:
+    def _swap(self, tier: Tier, old: IntArray | None, new: IntArray | None) -> None:
+        """Somebody has other blocks than before."""
         if old is not new and old != new:
             if old:
                 self._left[tier].extend(old)
             if new:
-                self._entered[tier].extend([(block, owner) for block in new])
+                self._entered[tier].extend(new)
 
     # What must hold
 
@@ -387,35 +382,29 @@ class IncrementalCheck:
             self._left[tier], self._entered[tier] = [], []
             yield from self._moved(tier, left, entered)
 
-    def _moved(self, tier: Tier, left: list[int], entered: list[tuple[int, Any]]) -> Iterator[str]:
-        owned, pool = self._owned[tier], self._state.pool(tier)
-        owner = owned.owner
-        owned.leave(left)
-        granted = []
-        before = set(left)
-        for block, name in entered:
-            if not 0 <= block < len(owner):
-                yield f"conservation: {tier.name} block {block} is outside the pool"
-                continue
-            if owner[block] is not None:
-                yield f"conservation: {tier.name} block {block} has 2 owners"
-            owner[block] = name
-            if block not in before:
-                granted.append(block)
-        freed = {block for block in left if owner[block] is None}
-        free = owned.free
+    def _moved(self, tier: Tier, left_list: list[int], entered_list: list[int]) -> Iterator[str]:
+        seen, free = self._owned[tier], self._state.pool(tier).free
+        left, entered = set(left_list), set(entered_list)
+        blocks = seen.blocks
+        blocks.difference_update(left)
+        if len(entered) != len(entered_list) or not blocks.isdisjoint(entered):
+            yield f"conservation: a {tier.name} block has two owners"
+        if entered and not 0 <= min(entered) <= max(entered) < seen.capacity:
+            yield f"conservation: a {tier.name} block is outside the pool"
+        blocks.update(entered)
+        granted, freed = entered - left, left - entered
         if granted:
-            top = free[len(free) - len(granted) :]
-            del free[len(free) - len(granted) :]
-            for block in set(granted) ^ set(top):
-                yield f"conservation: {tier.name} block {block} was not next on the free list, or is lost"
-        if len(pool.free) != len(free) + len(freed):
-            yield f"conservation: {len(pool.free)} {tier.name} blocks are free, {len(free) + len(freed)} should be"
+            start = len(seen.free) - len(granted)
+            if granted != set(seen.free[start:]):
+                yield f"conservation: what was granted was not next on the {tier.name} free list"
+            del seen.free[start:]
+        if len(free) != len(seen.free) + len(freed):
+            yield f"conservation: {len(free)} {tier.name} blocks are free, {len(seen.free) + len(freed)} should be"
         elif freed:
-            back = pool.free[len(pool.free) - len(freed) :]
-            for block in freed.symmetric_difference(back):
-                yield f"conservation: {tier.name} block {block} is lost, or free twice"
-            free.extend(back)
+            back = free[len(free) - len(freed) :]
+            if freed != set(back):
+                yield f"conservation: what was given back is not on the {tier.name} free list"
+            seen.free.extend(back)
 
     def _totals(self) -> Iterator[str]:
         state = self._state
