@@ -28,6 +28,8 @@ class Digest(NamedTuple):
     scope: DigestScope
     recorded: bytes
     replayed: bytes
+    own: bool = False
+    """The engine wrote none here: this is the replay's, of the last state."""
 
     @property
     def equal(self) -> bool:
@@ -52,7 +54,7 @@ def evolve(source: Source, start: int, stop: int, progress: Progress = _silent) 
             progress(entry.sequence - start, stop - start)
     if state is not None:
         digest = state_digest(state)
-        yield Digest(stop, DigestScope.STATE, digest, digest)
+        yield Digest(stop, DigestScope.STATE, digest, digest, True)
 
 
 class Decision(NamedTuple):
