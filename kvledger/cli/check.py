@@ -6,8 +6,6 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from kvledger.cli.debugging import At, From, Json, Src, To, one_line_errors, place, reading, span
 from kvledger.cli.exits import FAILED
@@ -21,7 +19,6 @@ from kvledger.debugger.predicates import NAMES, predicate
 from kvledger.debugger.wording import Wording
 from statemachine.replay import Contradiction
 
-console = Console(highlight=False)
 _NAMES = "  \n".join(f"`{name}`: {meaning}" for name, meaning in NAMES.items())
 
 
@@ -41,14 +38,10 @@ def check(
         checked = check_log(source, start, stop, every_event_in_full=full, progress=report)
         violation = checked.violation
         if as_json:
-            fields: dict[str, object] = {
-                "events": checked.events,
-                "full_checks": checked.full_checks,
-                "violation": None,
-            }
+            wrong = None
             if violation is not None:
-                fields["violation"] = {"messages": violation.messages, "event": entry_fields(violation.entry)}
-            print(json.dumps(fields))
+                wrong = {"messages": violation.messages, "event": entry_fields(violation.entry)}
+            print(json.dumps({"events": checked.events, "full_checks": checked.full_checks, "violation": wrong}))
         elif violation is None:
             print(
                 f"{checked.events:,} events, all invariants hold after every one "
@@ -88,10 +81,10 @@ def bisect(
             print(f"true from event {found.sequence} on:")
             before = list(source.entries(max(found.sequence - 3, source.first), found.sequence))
             events_around(source, before, found.sequence)
+        elif ended:
+            print(f"not true before the log breaks: {ended}")
         else:
-            print(
-                f"never true from event {start} to {stop}" if not ended else f"not true before the log breaks: {ended}"
-            )
+            print(f"never true from event {start} to {stop}")
         if found is None:
             raise typer.Exit(FAILED)
 
@@ -127,13 +120,15 @@ def leaks_command(
         elif not found:
             print(f"nothing is held after event {sequence}")
         else:
-            table = Table("what", "holds", "age", "idle", "since", "made by", box=None, pad_edge=False)
             for leak in found:
-                since = str(leak.since) if leak.since else "?"
-                ages = [f"{seconds:.1f} s" for seconds in (leak.age_s, leak.idle_s)]
-                why = f"\n[bold red]{leak.why}[/]" if leak.why else ""
-                table.add_row(f"{leak.kind} {leak.name}", leak.holds + why, *ages, since, leak.made_by)
-            console.print(table)
+                since = f", since event {leak.since}" if leak.since else ""
+                print(
+                    f"{leak.kind} {leak.name}: {leak.holds}{since}, {leak.age_s:.1f} s old, idle for {leak.idle_s:.1f} s"
+                )
+                if leak.why:
+                    print(f"    {leak.why}")
+                if leak.made_by:
+                    print(f"    made by: {leak.made_by}")
         if any(leak.why for leak in found):
             raise typer.Exit(FAILED)
 
@@ -149,6 +144,5 @@ def events_around(source: Source, entries: list[Entry], marked: int) -> None:
         words = Wording.after(state)
     for entry in entries:
         arrow = "→" if entry.sequence == marked else " "
-        print(
-            f"{arrow} {entry.sequence:>8}  {clock(entry.time_ns)}  {type(entry.event).__name__:<17} {words(entry.event)}"
-        )
+        kind = type(entry.event).__name__
+        print(f"{arrow} {entry.sequence:>8}  {clock(entry.time_ns)}  {kind:<17} {words(entry.event)}")

@@ -65,12 +65,18 @@ def reading(src: str) -> Iterator[tuple[Source, Report]]:
     task = bar.add_task(f"reading {src}", total=None, visible=False)
 
     def report(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            bar.start()
         bar.update(task, completed=done, total=total, visible=done < total)
 
-    with one_line_errors(), bar, open_source(src, report) as source:
-        if source.damage:
-            errors.print(f"note: {source.damage}", markup=False)
-        yield source, report
+    try:
+        with one_line_errors(), open_source(src, report) as source:
+            if source.damage:
+                errors.print(f"note: {source.damage}", markup=False)
+            yield source, report
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def place(source: Source, text: str | None) -> int:

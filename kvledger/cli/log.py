@@ -15,7 +15,8 @@ from kvledger.debugger.hashes import find_hash
 from kvledger.debugger.places import clock
 from kvledger.debugger.plain import entry_fields
 from kvledger.debugger.wording import Wording
-from statemachine.events import RequestMatched
+from statemachine.events import Event, RequestMatched
+from statemachine.replay import Contradiction
 
 
 def log(
@@ -56,7 +57,7 @@ def log(
         if follow:
             _follow(source, wanted, show, source.first if begin is None else start)
             return
-        for entry in select(source, wanted, content):
+        for entry in select(source, wanted, content, show.learn):
             show(entry)
 
 
@@ -66,17 +67,15 @@ class _Line:
     def __init__(self, source: Source, start: int, as_json: bool) -> None:
         self._json = as_json
         self._words = Wording()
-        if start > source.first or source.first > 1:
-            try:
-                state = source.before(start)
-            except (SourceError, AssertionError):
-                state = None  # a log that has lost its beginning, or has no states here, still has events
-            if state is not None:
-                self._words = Wording.after(state)
+        try:
+            state = source.before(start) or source.at(source.first)
+            self._words = Wording.after(state)
+        except (SourceError, Contradiction):
+            pass  # a log that has lost its beginning, or has no states here, still has events
 
-    def learn(self, entry: Entry) -> None:
+    def learn(self, event: Event) -> None:
         """An event that is not shown."""
-        self._words(entry.event)
+        self._words.learn(event)
 
     def __call__(self, entry: Entry) -> None:
         if self._json:
@@ -102,7 +101,7 @@ def _follow(source: Source, wanted: Filter, show: _Line, start: int) -> None:
                 if wanted(event):
                     show(entry)
                 else:
-                    show.learn(entry)
+                    show.learn(event)
             if not entries and not alive:
                 return
     finally:

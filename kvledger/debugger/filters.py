@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kvledger.debugger.hashes import Content
@@ -113,8 +113,17 @@ def _both(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tu
     return sorted((first, last) for first, last in shared if first <= last)
 
 
-def select(source: Source, wanted: Filter, content: Content | None = None) -> Iterator[Entry]:
-    """The events of a log that are wanted, in order; with ``content``, only those that concern a block holding it.
+def select(
+    source: Source,
+    wanted: Filter,
+    content: Content | None = None,
+    passed: Callable[[Event], None] = lambda event: None,
+) -> Iterator[Entry]:
+    """The events of a log that are wanted, in order.
+
+    Args:
+        content: only those that concern a block which holds it.
+        passed: called with those that are read and not wanted.
 
     Raises:
         SourceError
@@ -124,6 +133,8 @@ def select(source: Source, wanted: Filter, content: Content | None = None) -> It
             for entry in source.entries(first, last):
                 if wanted(entry.event):
                     yield entry
+                else:
+                    passed(entry.event)
         else:
             for entry in content.concerned(source, first, last):
                 if wanted(entry.event):

@@ -87,14 +87,21 @@ class Wording:
 
     def __call__(self, event: Event) -> str:
         """The event in one line."""
+        if isinstance(event, RequestReleased):
+            text = self._released(event)
+            self.learn(event)
+            return text
+        self.learn(event)
+        return _WORDS[type(event)](self, event)
+
+    def learn(self, event: Event) -> None:
+        """An event that is not to be put into words."""
         if isinstance(event, RequestMatched):
             self._names[event.request] = event.key
+        elif isinstance(event, RequestReleased):
+            self._names.pop(event.request, None)
         elif isinstance(event, LedgerOpened):
             self._block_bytes = 4 * event.block_size
-        text = _WORDS[type(event)](self, event)
-        if isinstance(event, RequestReleased):
-            self._names.pop(event.request, None)
-        return text
 
     def name(self, request: int) -> str:
         """A request's name, or its number where the log does not reach back to its name."""
