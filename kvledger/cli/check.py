@@ -122,9 +122,8 @@ def leaks_command(
         else:
             for leak in found:
                 since = f", since event {leak.since}" if leak.since else ""
-                print(
-                    f"{leak.kind} {leak.name}: {leak.holds}{since}, {leak.age_s:.1f} s old, idle for {leak.idle_s:.1f} s"
-                )
+                age = f"{leak.age_s:.1f} s old, idle for {leak.idle_s:.1f} s"
+                print(f"{leak.kind} {leak.name}: {leak.holds}{since}, {age}")
                 if leak.why:
                     print(f"    {leak.why}")
                 if leak.made_by:
