@@ -61,6 +61,7 @@ def reading(src: str) -> Iterator[tuple[Source, Report]]:
         TimeRemainingColumn(),
         console=errors,
         transient=True,
+        disable=not errors.is_terminal,
     )
     task = bar.add_task(f"reading {src}", total=None, visible=False)
 

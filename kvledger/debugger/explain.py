@@ -140,7 +140,7 @@ def explain_hash(
     """
     wanted = find_hash(source, text, at, progress)
     state = source.at(at)
-    now = [f"it is block {wanted.position} of its path, tokens {tokens(wanted.own_words)}"]
+    now = [f"it is position {wanted.position} of its path, tokens {tokens(wanted.own_words)}"]
     blocks = wanted.blocks(state)
     for tier, block in blocks.items():
         now += describe(state, tier, block)

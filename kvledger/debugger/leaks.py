@@ -7,7 +7,7 @@ from typing import NamedTuple
 from kvledger.debugger.source import Entry, Source
 from kvledger.debugger.wording import DIRECTIONS, Wording, block_name, count, ids
 from kvledger.mentioned import Kind
-from statemachine.events import AllocationRefused, RequestMatched, Tier
+from statemachine.events import AllocationRefused, Tier
 from statemachine.mentions import mentions
 from statemachine.ownership import owners
 from statemachine.state import Request, State
@@ -111,8 +111,6 @@ def _request(state: State, request: Request, lives: dict[tuple[str, int], _Life]
     why = ""
     if life.refused is not None:
         why = f"refused at event {life.refused.sequence} and never heard of again, still pins its path"
-    elif life.first is not None and life.first is life.last and isinstance(life.first.event, RequestMatched):
-        why = "" if own else "matched, and never given a block"
     return _leak("request", request.key, holds, life, now, why)
 
 

@@ -103,7 +103,7 @@ def describe(state: State, tier: Tier, block: int) -> list[str]:
     node = owner.node
     if node is None:
         return lines
-    lines[0] += f", {count(node.start + owner.place, 'block')} deep in its path"
+    lines[0] += f", position {node.start + owner.place} of its path"
     ready = node.device_ready if tier == Tier.DEVICE else node.host_ready
     if not ready:
         assert node.transfer is not None
