@@ -66,17 +66,26 @@ class NoCommand(ValueError):
     """No command of this version comes to these events; the message says what is odd about them."""
 
 
-def commands_of(events: Sequence[Event], state: State) -> Command:
+def is_step_of_resize(events: Sequence[Event]) -> bool:
+    """Whether a transaction only prepares a resize: which one, a later ``PoolResized`` says."""
+    last = events[-1]
+    return isinstance(last, BlocksEvicted) and last.reason == EvictReason.RESIZED
+
+
+def commands_of(events: Sequence[Event], state: State, resized: PoolResized | None = None) -> Command:
     """The command that a transaction came from.
 
     Args:
         events: the whole transaction.
         state: the state that it met. It is only read.
+        resized: for a transaction that :func:`is_step_of_resize`, the next ``PoolResized`` of the log.
 
     Raises:
         NoCommand: no command comes to such events; also for :class:`LedgerOpened`, which nobody commands.
     """
     first, last = events[0], events[-1]
+    if resized is not None and isinstance(last, BlocksEvicted):
+        return Resize(Tier(resized.tier), resized.blocks, len(last.blocks))
     # What makes room comes first, what it is for comes last; an admission begins with its match.
     named = first if type(first) in (RequestMatched, BlocksCached) else last
     derive = _DERIVERS.get(type(named))
@@ -89,15 +98,17 @@ def commands_of(events: Sequence[Event], state: State) -> Command:
         raise NoCommand(f"{what}: {'no live request or run' if isinstance(error, KeyError) else ''} {error}") from error
 
 
-def redecide(events: Sequence[Event], state: State) -> tuple[Command, list[Event], str]:
+def redecide(
+    events: Sequence[Event], state: State, resized: PoolResized | None = None
+) -> tuple[Command, list[Event], str]:
     """What today's ``decide`` makes of the command behind a transaction: the command, its events, why it was rejected.
 
-    A refusal that is recorded counts as an event.
+    A refusal that is recorded counts as an event. The arguments are those of :func:`commands_of`.
 
     Raises:
         NoCommand
     """
-    command = commands_of(events, state)
+    command = commands_of(events, state, resized)
     try:
         return command, decide(state, command), ""
     except OutOfBlocks as error:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from kvledger.debugger.source import Entry, Source
 from statemachine.apply import apply, genesis
 from statemachine.commands import Command
-from statemachine.derive import NoCommand, redecide
+from statemachine.derive import NoCommand, is_step_of_resize, redecide
 from statemachine.encoding import counters_digest, state_digest
-from statemachine.events import DigestScope, DigestTaken, Event, LedgerOpened
+from statemachine.events import DigestScope, DigestTaken, Event, LedgerOpened, PoolResized
 from statemachine.replay import MISFITS, Contradiction, said
 from statemachine.state import State
 
@@ -57,6 +57,12 @@ def evolve(source: Source, start: int, stop: int, progress: Progress = _silent) 
         yield Digest(stop, DigestScope.STATE, digest, digest, True)
 
 
+def next_resize(source: Source, sequence: int) -> PoolResized | None:
+    """The first ``PoolResized`` after an event."""
+    found = (entry.event for entry in source.entries(sequence + 1) if isinstance(entry.event, PoolResized))
+    return next(found, None)
+
+
 class Decision(NamedTuple):
     """A transaction, and what today's ``decide`` makes of the command behind it."""
 
@@ -88,7 +94,8 @@ def decisions(source: Source, start: int, stop: int, progress: Progress = _silen
             state = genesis(events[0])
             continue
         try:
-            command, decided, rejected = redecide(events, state)
+            resized = next_resize(source, entries[-1].sequence) if is_step_of_resize(events) else None
+            command, decided, rejected = redecide(events, state, resized)
             yield Decision(entries, command, decided, rejected)
         except NoCommand as error:
             yield Decision(entries, None, [], str(error))

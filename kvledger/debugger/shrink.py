@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from kvledger.debugger.predicates import Predicate
+from kvledger.debugger.replaying import next_resize
 from kvledger.debugger.source import Entry, Source, SourceError
 from statemachine.apply import apply, genesis
 from statemachine.check import check
 from statemachine.commands import Admit, Cache, Command, EndQuarantine, FinishTransfer, Match, TakeDigest
 from statemachine.decide import decide
-from statemachine.derive import NoCommand, commands_of
+from statemachine.derive import NoCommand, commands_of, is_step_of_resize
 from statemachine.errors import CommandRejected, OutOfBlocks
 from statemachine.events import LedgerOpened, Outcome, TransferStarted
 from statemachine.replay import MISFITS, said
@@ -66,7 +67,8 @@ def commands_in(source: Source, stop: int) -> tuple[LedgerOpened, list[Step]]:
     for entries in transactions:
         events = [entry.event for entry in entries]
         try:
-            command = commands_of(events, state)
+            resized = next_resize(source, entries[-1].sequence) if is_step_of_resize(events) else None
+            command = commands_of(events, state, resized)
         except NoCommand:
             break  # the events contradict today's rules: nothing can be derived beyond
         if not isinstance(command, TakeDigest):
