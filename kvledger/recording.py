@@ -28,6 +28,7 @@ from statemachine import codec
 from statemachine.encoding import restore, snapshot
 from statemachine.replay import Contradiction, Replay
 from statemachine.state import State
+from statemachine.upcast import UnknownSchema, upcaster
 
 SNAPSHOT_EVERY = 10_000
 _TABLE, _MENTIONED = "table.json", "mentioned"
@@ -50,12 +51,19 @@ class Recording:
         self._reader = KvlogReader(path)
         self._archive: zipfile.ZipFile | None = None
         try:
-            if self._reader.schema_hash != codec.SCHEMA_HASH:
-                raise LogCorrupt(str(path), 0, "recorded with another event table: use the kvledger that wrote it")
+            self._upcast = self._upcaster()
             self._open_index(progress)
         except BaseException:
             self.close()
             raise
+
+    def _upcaster(self) -> Callable[[list[Record]], list[Record]]:
+        reader = self._reader
+        try:
+            return upcaster(reader.schema_hash)
+        except UnknownSchema as error:
+            program = f"kvledger {reader.program}" if reader.program else "the kvledger that wrote it"
+            raise LogCorrupt(str(self.path), 0, f"{error}: read it with {program}, or a newer one") from None
 
     def _open_index(self, progress: Callable[[int, int], None]) -> None:
         index = self.path.with_name(self.path.name + ".index")
@@ -125,7 +133,7 @@ class Recording:
         with zipfile.ZipFile(file, "w") as archive:
             while True:
                 place = reader.place
-                records = reader.poll(1)
+                records = self._upcast(reader.poll(1))
                 if not records:
                     break
                 if contradiction is not None:
@@ -209,7 +217,7 @@ class Recording:
         self._reader.go_to(place)
         left = sequence - place.sequence + 1
         while left:
-            records = self._reader.poll(1)[:left]
+            records = self._upcast(self._reader.poll(1)[:left])
             replay.feed(records)
             left -= len(records)
         return replay.state
@@ -222,7 +230,7 @@ class Recording:
             reader.go_to(place)
             reader.cursor = max(start, place.sequence)
             while records := reader.poll(1):
-                yield records
+                yield self._upcast(records)
         finally:
             reader.close()
 

@@ -28,8 +28,7 @@ _STEP_NS = 25_000_000
 class Engine:
     """Decides, applies and records, as :class:`kvledger.CacheManager` does."""
 
-    def __init__(self, path: Path, device: int, host: int, staging: int) -> None:
-        policy = HostPolicy.EXCLUSIVE if host else HostPolicy.OFF
+    def __init__(self, path: Path, device: int, host: int, staging: int, policy: HostPolicy) -> None:
         opened = LedgerOpened(BLOCK, device, host, staging, policy, 1, "", "")
         self._writer = KvlogWriter(path, schema_hash=codec.SCHEMA_HASH)
         self.state = genesis(opened)

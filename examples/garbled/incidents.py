@@ -11,7 +11,15 @@ from examples.garbled.engine import Chat, Engine, serve
 from statemachine import apply, apply_cache, apply_requests, apply_transfers, decide, expect, room, tree
 from statemachine.commands import Admit
 from statemachine.errors import OutOfBlocks
-from statemachine.events import BlocksCached, BlocksEvicted, Event, IntArray, RequestMatched, TransferStarted
+from statemachine.events import (
+    BlocksCached,
+    BlocksEvicted,
+    Event,
+    HostPolicy,
+    IntArray,
+    RequestMatched,
+    TransferStarted,
+)
 from statemachine.state import Node, State
 
 _GUARDED = (apply, apply_cache, apply_requests, apply_transfers, expect)
@@ -123,7 +131,7 @@ INCIDENTS: dict[str, tuple[Callable[[Engine], None], int, int]] = {
 def record(name: str, path: Path) -> int:
     """Plant a bug in this process, serve traffic, record it. Returns the number of the guilty event."""
     plant, device, host = INCIDENTS[name]
-    engine = Engine(path, device, host, host // 2)
+    engine = Engine(path, device, host, host // 2, HostPolicy.EXCLUSIVE if host else HostPolicy.OFF)
     guards_off()
     plant(engine)
     try:

@@ -28,6 +28,7 @@ from statemachine.encoding import SnapshotError, restore, snapshot
 from statemachine.events import Event
 from statemachine.replay import MISFITS, Contradiction, Replay, event_of, said
 from statemachine.state import State
+from statemachine.upcast import UnknownSchema, upcaster
 
 _BATCH = 4096
 _CHECKPOINT_EVERY = 10_000
@@ -289,8 +290,10 @@ class LedgerSource(Source):
         control = Control.open(name)
         schema = control.schema_hash
         control.close()
-        if schema != codec.SCHEMA_HASH:
-            raise SourceError(f"ledger {name!r} is written by another version of kvledger: use that one to read it")
+        try:
+            self._upcast = upcaster(schema)
+        except UnknownSchema as error:
+            raise SourceError(f"ledger {name!r}: {error}; read it with the kvledger that writes it") from None
 
     @property
     def first(self) -> int:
@@ -331,7 +334,7 @@ class LedgerSource(Source):
 
     def _poll(self, reader: LogReader) -> list[Record]:
         try:
-            return reader.poll(_BATCH)
+            return self._upcast(reader.poll(_BATCH))
         except LedgerError as error:
             self.damage = str(error)
             return []
@@ -442,7 +445,7 @@ class LedgerSource(Source):
         reader = LogReader(self.name, from_sequence=self.last + 1 if start is None else start)
 
         def read(timeout: float) -> list[Record]:
-            return reader.wait(timeout) if timeout else reader.poll()
+            return self._upcast(reader.wait(timeout) if timeout else reader.poll())
 
         return Tail(read, reader.writer_alive, reader.close)
 
