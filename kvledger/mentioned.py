@@ -65,45 +65,55 @@ class Mentioned:
             bits[ids] = True
             self._bits[kind].append(np.packbits(bits, bitorder="little"))
         for kind in _NUMBERED:
-            self._lists[kind].append(np.sort(np.fromiter(self._now[kind], np.uint64)))
+            numbers = np.sort(np.fromiter(self._now[kind], np.uint64))
+            small = not len(numbers) or int(numbers[-1]) < 1 << 32
+            self._lists[kind].append(numbers.astype(np.uint32) if small else numbers)
         for ids_now in self._now.values():
             ids_now.clear()
 
-    def pack(self) -> bytes:
-        """As bytes, for :meth:`unpack`."""
-        arrays: dict[str, npt.NDArray[Any]] = {}
-        for kind in _BLOCKS:
-            width = max((len(bits) for bits in self._bits[kind]), default=0)
-            arrays[kind] = np.zeros((len(self._bits[kind]), width), np.uint8)
-            for row, bits in zip(arrays[kind], self._bits[kind]):
-                row[: len(bits)] = bits
-        for kind in _NUMBERED:
-            lists = self._lists[kind]
-            ids = np.concatenate([*lists, np.empty(0, np.uint64)])
-            small = not len(ids) or int(ids.max()) < 1 << 32
-            arrays[kind] = ids.astype(np.uint32) if small else ids
-            arrays[f"{kind}_ends"] = np.cumsum([len(part) for part in lists], dtype=np.int64)
-        file = io.BytesIO()
-        np.savez(file, allow_pickle=False, **arrays)
-        return zstandard.ZstdCompressor(level=1).compress(file.getvalue())
+    def pack(self) -> dict[Kind, bytes]:
+        """As bytes for :meth:`stretches`, a piece for each kind of thing: a question needs only one of them."""
+        return {
+            **{kind: _packed(ids=self._rows(kind)) for kind in _BLOCKS},
+            **{kind: self._packed_lists(kind) for kind in _NUMBERED},
+        }
+
+    def _rows(self, kind: Kind) -> npt.NDArray[np.uint8]:
+        """One row of bits per stretch."""
+        rows = np.zeros((len(self._bits[kind]), max((len(bits) for bits in self._bits[kind]), default=0)), np.uint8)
+        for row, bits in zip(rows, self._bits[kind]):
+            row[: len(bits)] = bits
+        return rows
+
+    def _packed_lists(self, kind: Kind) -> bytes:
+        lists = self._lists[kind]
+        ends = np.cumsum([len(part) for part in lists], dtype=np.int64)
+        return _packed(ids=np.concatenate([*lists, np.empty(0, np.uint32)]), ends=ends)
 
     @staticmethod
-    def stretches(packed: bytes, kind: Kind, id: int) -> list[int]:
-        """Numbers of the stretches that mention ``id``, ascending.
+    def stretches(packed: bytes, id: int) -> list[int]:
+        """Numbers of the stretches that mention ``id``, ascending, from the piece for its kind.
 
         Raises:
             ValueError: these are not the bytes of such a table.
         """
         try:
             with np.load(io.BytesIO(zstandard.ZstdDecompressor().decompress(packed)), allow_pickle=False) as arrays:
-                ids = arrays[kind]
-                if kind in _BLOCKS:
-                    if id >> 3 >= ids.shape[1]:
-                        return []
-                    found = np.flatnonzero(ids[:, id >> 3] >> (id & 7) & 1)
+                ids = arrays["ids"]
+                if ids.ndim == 2:
+                    found = np.flatnonzero(ids[:, id >> 3] >> (id & 7) & 1) if id >> 3 < ids.shape[1] else _NONE
                 else:
-                    at = np.flatnonzero(ids == id) if id >= 0 else np.empty(0, np.int64)
-                    found = np.unique(np.searchsorted(arrays[f"{kind}_ends"], at, side="right"))
+                    at = np.flatnonzero(ids == id) if id >= 0 else _NONE
+                    found = np.unique(np.searchsorted(arrays["ends"], at, side="right"))
                 return [int(number) for number in found]
         except (zstandard.ZstdError, KeyError, OSError) as error:
             raise ValueError(f"not a table of mentions: {error}") from error
+
+
+_NONE = np.empty(0, np.int64)
+
+
+def _packed(**arrays: npt.NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return zstandard.ZstdCompressor(level=1).compress(file.getvalue())

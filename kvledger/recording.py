@@ -32,7 +32,7 @@ from statemachine.upcast import UnknownSchema, upcaster
 
 SNAPSHOT_EVERY = 10_000
 _TABLE, _MENTIONED = "table.json", "mentioned"
-_INDEX_VERSION = 4
+_INDEX_VERSION = 5
 
 
 class Recording:
@@ -159,7 +159,8 @@ class Recording:
                 "places": places,
             }
             mentioned.end_stretch()
-            archive.writestr(_MENTIONED, mentioned.pack())
+            for kind, packed in mentioned.pack().items():
+                archive.writestr(f"{_MENTIONED}.{kind}", packed)
             archive.writestr(_TABLE, json.dumps(table))
 
     @property
@@ -183,7 +184,7 @@ class Recording:
         """
         assert self._archive is not None
         try:
-            numbers = Mentioned.stretches(self._archive.read(_MENTIONED), kind, id)
+            numbers = Mentioned.stretches(self._archive.read(f"{_MENTIONED}.{kind}"), id)
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
             raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
         if self.contradiction and len(self._sequences) - 1 not in numbers:

@@ -73,6 +73,7 @@ def test_filters(chat: Path, rows: list[dict[str, Any]]) -> None:
         assert found and numbers(chat, *arguments) == found
 
     first_of = {row["step"]: row["sequence"] for row in reversed(rows)}
+    expect(lambda r: r["step"] in (10, 11), "--from", first_of[10], "--to", "step:11")
     expect(lambda r: r["kind"] == "TransferStarted", "--kind", "transfers")
     expect(lambda r: r["kind"].startswith("Blocks"), "--kind", "blocks")
     expect(lambda r: r["kind"] in ("RequestMatched", "RequestReleased"), "--kind", "RequestM", "--kind", "RequestR")

@@ -239,7 +239,7 @@ class _BlockStory(_Story):
     def _involved(self, event: Event) -> bool:
         if isinstance(event, TransferFinished | QuarantineEnded):
             return event.transfer in self.transfers
-        return isinstance(event, _SWEEPING) or self._named(event)
+        return self._named(event) or isinstance(event, _SWEEPING)
 
     def before(self, state: State, event: Event) -> None:
         self.owners = owners_of(state, self.tier, self.block) if self._involved(event) else []
