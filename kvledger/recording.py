@@ -25,10 +25,10 @@ from ipc import KvlogReader, LogCorrupt, Record
 from ipc.kvlog import Place
 from kvledger.mentioned import Kind, Mentioned
 from statemachine import codec
-from statemachine.encoding import restore, snapshot
+from statemachine.encoding import SnapshotError, restore, snapshot
 from statemachine.replay import Contradiction, Replay
 from statemachine.state import State
-from statemachine.upcast import UnknownSchema, upcaster
+from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
 
 SNAPSHOT_EVERY = 10_000
 _TABLE, _MENTIONED = "table.json", "mentioned"
@@ -52,10 +52,19 @@ class Recording:
         self._archive: zipfile.ZipFile | None = None
         try:
             self._upcast = self._upcaster()
+            self.digests_comparable = digests_comparable(self._reader.schema_hash)
+            """Whether digests in the recording mean what they mean today."""
+            self._restorable()
             self._open_index(progress)
         except BaseException:
             self.close()
             raise
+
+    def _restorable(self) -> None:
+        try:
+            self.base()
+        except SnapshotError as error:
+            raise LogCorrupt(str(self.path), 64, f"{error}: read it with the kvledger that wrote it") from None
 
     def _upcaster(self) -> Callable[[list[Record]], list[Record]]:
         reader = self._reader

@@ -86,8 +86,8 @@ def commands_of(events: Sequence[Event], state: State, resized: PoolResized | No
     first, last = events[0], events[-1]
     if resized is not None and isinstance(last, BlocksEvicted):
         return Resize(Tier(resized.tier), resized.blocks, len(last.blocks))
-    # What makes room comes first, what it is for comes last; an admission begins with its match.
-    named = first if type(first) in (RequestMatched, BlocksCached) else last
+    # What makes room comes first, what it is for comes last; a few commands begin with what they are.
+    named = first if type(first) in (RequestMatched, BlocksCached, EpochStarted) else last
     derive = _DERIVERS.get(type(named))
     if derive is None:
         raise NoCommand(f"no command ends with {type(named).__name__}")
@@ -201,8 +201,8 @@ _DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     QuarantineEnded: lambda _, event, __: EndQuarantine(event.transfer),
     CacheCleared: lambda _, event, __: Clear(True),
     PoolResized: lambda _, event, __: Resize(Tier(event.tier), event.blocks),
-    TierLost: lambda _, event, __: LoseTier(Tier(event.tier), event.reason),
-    WorkerJoined: lambda _, event, __: JoinWorker(event.rank, event.pid),
+    TierLost: lambda _, event, __: LoseTier(Tier(event.tier), event.reason, event.pools),
+    WorkerJoined: lambda _, event, __: JoinWorker(event.rank, event.incarnation, event.pid),
     WorkerLost: lambda _, event, __: LoseWorker(event.rank, event.reason),
     EpochStarted: lambda _, event, __: StartEpoch(event.epoch, event.last_sequence),
     DigestTaken: lambda _, event, __: TakeDigest(event.sequence, event.scope == DigestScope.STATE),

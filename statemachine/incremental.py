@@ -507,9 +507,12 @@ class IncrementalCheck:
         if len(request.table) < end and reach == end:
             yield f"block tables: the block table of {request.key!r} is shorter than its path"
             return
+        path = state.path(request.leaf)
+        if request.matched > end or not any(request.matched in (n.start, n.end) for n in [request.leaf, *path]):
+            yield f"block tables: {request.matched} blocks are said to have matched {request.key!r}, no run ends there"
         if any(stop > end for _, stop in request.duplicates):
             yield f"block tables: {request.key!r} has duplicates outside its path"
-        for node in state.path(request.leaf):
+        for node in path:
             mine = request.table[node.start : min(node.end, reach)]
             if node.device is None or mine != node.device[: len(mine)]:
                 ids = node.device if node.device is not None else array("i", [-1] * node.size)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from statemachine import codec
-from statemachine.events import U32, U64, AllocationRefused, Event, Text
+from statemachine.events import U8, U32, U64, AllocationRefused, Event, Text, TierLost
 
 
 class UnknownSchema(ValueError):
@@ -43,11 +43,37 @@ def _changed(kind: int, old: Any, today: Callable[[Any], Event]) -> dict[int, _C
     return {kind: _Changed(codec.decoder_of(old), today)}
 
 
-_REFUSED_1 = _changed(4, _AllocationRefused1, _refused_1)
-EARLIER: dict[int, dict[int, _Changed]] = {
-    0xC788335C0420067F: _REFUSED_1,
+class _TierLost1(NamedTuple):
+    """Until engines could be succeeded: a tier was lost and used again, its new pools had no names."""
+
+    tier: U8
+    reason: Text
+
+
+def _lost_1(old: _TierLost1) -> TierLost:
+    return TierLost(old.tier, old.reason, "unnamed")
+
+
+class Earlier(NamedTuple):
+    """An earlier event table."""
+
+    changed: dict[int, _Changed]
+    """By kind: what has changed since."""
+    digests: bool
+    """Whether digests of a whole state meant then what they mean today (:data:`statemachine.encoding.MAGIC`)."""
+
+
+EARLIER: dict[int, Earlier] = {
+    0xC788335C0420067F: Earlier(
+        _changed(4, _AllocationRefused1, _refused_1) | _changed(15, _TierLost1, _lost_1), digests=False
+    ),
 }
-"""By hash of an earlier table: the kinds that have changed since."""
+"""By hash of the table."""
+
+
+def digests_comparable(schema_hash: int) -> bool:
+    """Whether the digests in a log with that table can be compared with those of a replay."""
+    return schema_hash == codec.SCHEMA_HASH or EARLIER[schema_hash].digests
 
 
 def upcaster(schema_hash: int) -> Callable[[list[Any]], list[Any]]:
@@ -60,9 +86,10 @@ def upcaster(schema_hash: int) -> Callable[[list[Any]], list[Any]]:
     """
     if schema_hash == codec.SCHEMA_HASH:
         return lambda records: records
-    changed = EARLIER.get(schema_hash)
-    if changed is None:
+    earlier = EARLIER.get(schema_hash)
+    if earlier is None:
         raise UnknownSchema(f"the event table {schema_hash:016x} is not known to this version")
+    changed = earlier.changed
     return lambda records: [_upcast(record, changed) for record in records]
 
 

@@ -53,7 +53,10 @@ def _evolve(source: Source, start: int, stop: int, report: Report, as_json: bool
             if as_json:
                 print(json.dumps({"digests": compared, "different": different, "digest": digest.replayed.hex()}))
             else:
-                print(f"{stop - start + 1:,} events, {compared - different:,} of {compared:,} digests equal")
+                digests = f"{compared - different:,} of {compared:,} digests equal"
+                if not source.digests_comparable:
+                    digests = "its digests are those of an earlier version and cannot be compared"
+                print(f"{stop - start + 1:,} events, {digests}")
                 print(f"digest after event {stop}: {digest.replayed.hex()}")
             continue
         compared += 1

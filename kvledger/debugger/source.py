@@ -28,7 +28,7 @@ from statemachine.encoding import SnapshotError, restore, snapshot
 from statemachine.events import Event
 from statemachine.replay import MISFITS, Contradiction, Replay, event_of, said
 from statemachine.state import State
-from statemachine.upcast import UnknownSchema, upcaster
+from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
 
 _BATCH = 4096
 _CHECKPOINT_EVERY = 10_000
@@ -92,6 +92,8 @@ class Source(abc.ABC):
         """What the user typed."""
         self.damage = ""
         """Why the log ends early; empty if it does not."""
+        self.digests_comparable = True
+        """Whether digests in the log mean what they mean today; not in a log of an earlier version."""
 
     @property
     @abc.abstractmethod
@@ -224,6 +226,7 @@ class RecordedSource(Source):
         super().__init__(name)
         self.recording = Recording(Path(name), progress)
         self.damage = self.recording.damage
+        self.digests_comparable = self.recording.digests_comparable
 
     @property
     def first(self) -> int:
@@ -292,6 +295,7 @@ class LedgerSource(Source):
         control.close()
         try:
             self._upcast = upcaster(schema)
+            self.digests_comparable = digests_comparable(schema)
         except UnknownSchema as error:
             raise SourceError(f"ledger {name!r}: {error}; read it with the kvledger that writes it") from None
 

@@ -26,7 +26,7 @@ STEPS = 260
 
 def drive(engine: Engine, rng: random.Random) -> None:
     """Requests, copies that fail and time out, refusals, resizes, clears, lost workers and tiers, digests."""
-    _try(engine, commands.JoinWorker(0, 4711))
+    _try(engine, commands.JoinWorker(0, 1, 4711))
     for number in range(STEPS):
         engine.step += 1
         engine.now += 1_000_000
@@ -38,7 +38,8 @@ def drive(engine: Engine, rng: random.Random) -> None:
     for key in list(engine.state.keys):
         _try(engine, commands.Release(key, ReleaseReason.ABORTED, False))
     _try(engine, commands.LoseWorker(0, "killed"))
-    _try(engine, commands.LoseTier(Tier.HOST, "not the same memory"))
+    _try(engine, commands.LoseTier(Tier.HOST, "not the same memory", "new"))
+    _try(engine, commands.Admit("last", memoryview(bytes(range(16))), b"", 99, 4))
     _try(engine, commands.StartEpoch(2, engine.sequence))
     _try(engine, commands.TakeDigest(engine.sequence, True))
 
