@@ -179,7 +179,7 @@ class Recording:
 
     def anchor(self, sequence: int) -> int:
         """The event after which the nearest state before or at ``sequence`` is kept: what follows is replayed."""
-        return self._sequences[max(bisect.bisect_right(self._sequences, sequence) - 1, 0)] - 1
+        return self._sequences[max(bisect.bisect_right(self._sequences, sequence + 1) - 1, 0)] - 1
 
     def starts(self) -> list[int]:
         """First events of the stretches between kept states, ascending."""
@@ -216,7 +216,8 @@ class Recording:
             raise IndexError(f"{self.path} holds the events {self.first} to {self.last}, not {sequence}")
         if sequence > self.last_state:
             raise Contradiction(self.last_state + 1, self.contradiction)
-        number = bisect.bisect_right(self._sequences, sequence) - 1
+        # What is kept under the number of an event is the state that it meets.
+        number = bisect.bisect_right(self._sequences, sequence + 1) - 1
         place = self._places[number]
         if number:
             assert self._archive is not None

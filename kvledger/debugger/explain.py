@@ -10,6 +10,7 @@ from kvledger.debugger.hashes import Content, find_hash
 from kvledger.debugger.owners import Owner, content, describe, owners_of, short, tokens
 from kvledger.debugger.source import Entry, Source, SourceError
 from kvledger.debugger.wording import DIRECTIONS, Wording, block_name, count, listed
+from kvledger.mentioned import Kind
 from statemachine.apply import apply, genesis
 from statemachine.events import (
     AllocationRefused,
@@ -147,7 +148,7 @@ def explain_hash(
     if not blocks:
         now.append("it is cached nowhere")
     del state
-    return _backwards(source, f"content {wanted.hash.hex()}", now, _HashStory(source, wanted), at, most)
+    return _backwards(source, f"content {wanted.hash.hex()}", now, _HashStory(source, wanted, blocks, at), at, most)
 
 
 class _Story:
@@ -399,15 +400,22 @@ class _TransferStory(_Story):
 
 
 class _HashStory(_Story):
-    def __init__(self, source: Source, wanted: Content) -> None:
+    def __init__(self, source: Source, wanted: Content, blocks: dict[Tier, int], at: int) -> None:
         super().__init__(source)
         self.wanted = wanted
         self.words = Wording()
-        self.blocks: dict[Tier, int] = {}
+        self.blocks = self.now = blocks
+        self.at = at
 
     def spans(self) -> list[tuple[int, int]]:
         starts = self.source.starts()
-        return list(zip(starts, [*(start - 1 for start in starts[1:]), self.source.last]))
+        every = list(zip(starts, [*(start - 1 for start in starts[1:]), self.source.last]))
+        if not self.now:
+            return every
+        # Where it is came about where its blocks are mentioned; who used it lately is in the present stretch.
+        kinds: dict[Tier, Kind] = {Tier.DEVICE: "device", Tier.HOST: "host"}
+        named = {span for tier, block in self.now.items() for span in self.source.spans(kinds[tier], block)}
+        return sorted(named | {span for span in every if span[0] <= self.at <= span[1]})
 
     def begin(self, state: State | None) -> None:
         self.words = Wording.after(state) if state is not None else Wording()
