@@ -419,6 +419,7 @@ class _HashStory(_Story):
 
     def begin(self, state: State | None) -> None:
         self.words = Wording.after(state) if state is not None else Wording()
+        self.blocks = self.wanted.blocks(state) if state is not None else {}
 
     def before(self, state: State, event: Event) -> None:
         self.blocks = self.wanted.blocks(state)
