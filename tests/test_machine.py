@@ -52,7 +52,6 @@ from statemachine.events import (
 )
 from statemachine.incremental import IncrementalCheck
 from statemachine.state import Node, State
-from tests.oracle import Memory, OneTier
 
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
 NAMESPACES = st.sampled_from([b"", b"", b"", b"salt"])

@@ -8,8 +8,8 @@ from kvledger.cli.log import log
 from kvledger.cli.replay import diff, replay, shrink_command
 from kvledger.cli.run import run
 from kvledger.cli.segments import segments
-from kvledger.cli.simulate import simulate
 from kvledger.cli.show import show
+from kvledger.cli.simulate import simulate
 
 __all__ = ["app", "main"]
 
