@@ -20,8 +20,6 @@ _LINE_NS = 1_000
 _FIRST_PID = 100
 _MOST_POINTS = 3_000_000
 _SHARING = ("control", "memory", "reader", "segment", "signals", "snapshots", "writer")
-    f"/ipc/{name}.py" for name in ("control", "memory", "reader", "segment", "signals", "snapshots", "writer")
-)
 TRACED = (*(f"/ipc/{name}.py" for name in _SHARING), "/workers/transfer.py")
 """Ends of the file names of code whose lines are points of the schedule: what reads and writes shared memory."""
 
