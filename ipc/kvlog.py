@@ -3,6 +3,7 @@
 ::
 
     file header, 64 B   magic | version u32, 0 u32 | schema hash u64 | first sequence u64 | header crc u32
+                        | version of kvledger that wrote it 24 B | its crc u32
     chunks              kind u32, raw bytes u32 | stored bytes u32, crc chain before u32 | first sequence u64
                         | crc of the stored bytes u32, header crc u32 | one zstd frame
 
@@ -16,6 +17,7 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -29,6 +31,7 @@ from ipc.record import LINE, TXN_END, Position, Record, record_bytes
 _MAGIC = b"KVLOG\x00\x02\n"
 _HEADER = struct.Struct("<8sIIQQ")
 _HEADER_BYTES = 64
+_PROGRAM_BYTES = _HEADER_BYTES - _HEADER.size - 8
 _VERSION = 2
 _CHUNK = struct.Struct("<IIIIQI")
 _CHUNK_BYTES = _CHUNK.size + 4
@@ -36,6 +39,14 @@ _RECORDS, _SNAPSHOT = 1, 2
 _CHUNK_RAW_BYTES = 256 << 10
 _LARGEST_RATIO = 4096
 """A frame that claims to unpack to more than this many times its size is not one of ours."""
+
+
+def _program() -> str:
+    """The version of kvledger that runs."""
+    try:
+        return version("kvledger")
+    except PackageNotFoundError:
+        return ""
 
 
 class Place(NamedTuple):
@@ -67,7 +78,9 @@ class KvlogWriter:
         self._crc = 0
         self._compressor = zstandard.ZstdCompressor(level=3)
         header = _HEADER.pack(_MAGIC, _VERSION, 0, schema_hash, base_sequence)
-        self._file.write((header + crc32c(header).to_bytes(4, "little")).ljust(_HEADER_BYTES, b"\0"))
+        program = _program().encode()[:_PROGRAM_BYTES].ljust(_PROGRAM_BYTES, b"\0")
+        for part in (header, program):
+            self._file.write(part + crc32c(part).to_bytes(4, "little"))
         if snapshot:
             self._chunk(_SNAPSHOT, snapshot, 0)
 
@@ -155,6 +168,10 @@ class KvlogReader:
         self.schema_hash: int
         self.base_sequence: int
         _, _, _, self.schema_hash, self.base_sequence = _HEADER.unpack(header)
+        program = bytes(self._buffer[_HEADER.size + 4 : _HEADER_BYTES])
+        intact = crc32c(program[:-4]) == int.from_bytes(program[-4:], "little")
+        self.program = program[:-4].rstrip(b"\0").decode(errors="replace") if intact else ""
+        """Version of kvledger that wrote the file; empty if it does not say."""
         self.place = Place(_HEADER_BYTES, self.base_sequence, 0)
         """Where the next chunk begins."""
         self.snapshot = b""

@@ -430,8 +430,7 @@ class CacheManager:
         try:
             events = decide(self._state, command)
         except OutOfBlocks as refused:
-            if refused.event is not None:
-                self._publish([refused.event])
+            self._publish([refused.event])
             raise
         if events:
             self._publish(events)

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,15 +21,18 @@ from typing import Any, Self
 import xxhash
 import zstandard
 
-from ipc import KvlogReader, LogCorrupt
+from ipc import KvlogReader, LogCorrupt, Record
 from ipc.kvlog import Place
+from kvledger.mentioned import Kind, Mentioned
 from statemachine import codec
-from statemachine.encoding import restore, snapshot
-from statemachine.replay import Replay
+from statemachine.encoding import SnapshotError, restore, snapshot
+from statemachine.replay import Contradiction, Replay
 from statemachine.state import State
+from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
 
 SNAPSHOT_EVERY = 10_000
-_TABLE = "table.json"
+_TABLE, _MENTIONED = "table.json", "mentioned"
+_INDEX_VERSION = 5
 
 
 class Recording:
@@ -41,7 +44,6 @@ class Recording:
 
     Raises:
         ipc.LedgerError: the file cannot be read, or is no recording.
-        InvariantViolation: an event contradicts the state.
     """
 
     def __init__(self, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -49,12 +51,28 @@ class Recording:
         self._reader = KvlogReader(path)
         self._archive: zipfile.ZipFile | None = None
         try:
-            if self._reader.schema_hash != codec.SCHEMA_HASH:
-                raise LogCorrupt(str(path), 0, "recorded with another event table: use the kvledger that wrote it")
+            self._upcast = self._upcaster()
+            self.digests_comparable = digests_comparable(self._reader.schema_hash)
+            """Whether digests in the recording mean what they mean today."""
+            self._restorable()
             self._open_index(progress)
         except BaseException:
             self.close()
             raise
+
+    def _restorable(self) -> None:
+        try:
+            self.base()
+        except SnapshotError as error:
+            raise LogCorrupt(str(self.path), 64, f"{error}: read it with the kvledger that wrote it") from None
+
+    def _upcaster(self) -> Callable[[list[Record]], list[Record]]:
+        reader = self._reader
+        try:
+            return upcaster(reader.schema_hash)
+        except UnknownSchema as error:
+            program = f"kvledger {reader.program}" if reader.program else "the kvledger that wrote it"
+            raise LogCorrupt(str(self.path), 0, f"{error}: read it with {program}, or a newer one") from None
 
     def _open_index(self, progress: Callable[[int, int], None]) -> None:
         index = self.path.with_name(self.path.name + ".index")
@@ -83,6 +101,10 @@ class Recording:
         """Sequence of the last event."""
         self.damage: str = table["damage"]
         """Why the recording ends early; empty if it does not."""
+        self.last_state: int = table["last_state"]
+        """Sequence of the last event that has a state. An event that contradicts the state it meets has none."""
+        self.contradiction: str = table["contradiction"]
+        """What is wrong with event ``last_state + 1``; empty if every event has a state."""
         self._places = [Place(*place) for place in table["places"]]
         self._sequences = [place.sequence for place in self._places]
 
@@ -92,7 +114,7 @@ class Recording:
             ends = file.read(4096)
             file.seek(max(size - 4096, 0))
             ends += file.read()
-        return f"{size}-{xxhash.xxh3_128_hexdigest(ends)}"
+        return f"{_INDEX_VERSION}-{codec.SCHEMA_HASH:x}-{size}-{xxhash.xxh3_128_hexdigest(ends)}"
 
     def _load(self, index: Path, identity: str) -> dict[str, Any] | None:
         try:
@@ -110,24 +132,44 @@ class Recording:
     def _build(self, file: Any, identity: str, progress: Callable[[int, int], None]) -> None:
         reader = self._reader
         size = self.path.stat().st_size
-        replay = Replay(restore(reader.snapshot) if reader.snapshot else None)
+        mentioned = Mentioned()
+        before = restore(reader.snapshot) if reader.snapshot else None
+        replay = Replay(before, compare=False, watch=mentioned.add)
         places = [reader.place]
         compressor = zstandard.ZstdCompressor(level=1)
         indexed = 0
+        contradiction: Contradiction | None = None
         with zipfile.ZipFile(file, "w") as archive:
             while True:
                 place = reader.place
-                records = reader.poll(1)
+                records = self._upcast(reader.poll(1))
                 if not records:
                     break
+                if contradiction is not None:
+                    continue
                 if replay.events >= indexed + SNAPSHOT_EVERY:
                     archive.writestr(str(place.sequence), compressor.compress(snapshot(replay.state)))
                     places.append(place)
+                    mentioned.end_stretch()
                     indexed = replay.events
                     progress(place.offset, size)
-                replay.feed(records)
+                try:
+                    replay.feed(records)
+                except Contradiction as error:
+                    contradiction = error
+            last = reader.place.sequence - 1
             damage = str(reader.damage or "")
-            table = {"identity": identity, "last": reader.place.sequence - 1, "damage": damage, "places": places}
+            table = {
+                "identity": identity,
+                "last": last,
+                "last_state": last if contradiction is None else contradiction.sequence - 1,
+                "contradiction": str(contradiction or ""),
+                "damage": damage,
+                "places": places,
+            }
+            mentioned.end_stretch()
+            for kind, packed in mentioned.pack().items():
+                archive.writestr(f"{_MENTIONED}.{kind}", packed)
             archive.writestr(_TABLE, json.dumps(table))
 
     @property
@@ -135,29 +177,73 @@ class Recording:
         """Sequence of the first event."""
         return self._reader.base_sequence
 
+    def anchor(self, sequence: int) -> int:
+        """The event after which the nearest state before or at ``sequence`` is kept: what follows is replayed."""
+        return self._sequences[max(bisect.bisect_right(self._sequences, sequence + 1) - 1, 0)] - 1
+
+    def starts(self) -> list[int]:
+        """First events of the stretches between kept states, ascending."""
+        return self._sequences
+
+    def spans(self, kind: Kind, id: int) -> list[tuple[int, int]]:
+        """The stretches, first and last event, that may mention something; events without a state are in the last.
+
+        Raises:
+            ipc.LogCorrupt: the index is damaged.
+        """
+        assert self._archive is not None
+        try:
+            numbers = Mentioned.stretches(self._archive.read(f"{_MENTIONED}.{kind}"), id)
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
+        if self.contradiction and len(self._sequences) - 1 not in numbers:
+            numbers.append(len(self._sequences) - 1)
+        ends = [*(sequence - 1 for sequence in self._sequences[1:]), self.last]
+        return [(self._sequences[number], ends[number]) for number in numbers]
+
+    def base(self) -> State | None:
+        """The state that the first event meets; ``None`` where it is the first of its ledger."""
+        return restore(self._reader.snapshot) if self._reader.snapshot else None
+
     def at(self, sequence: int) -> State:
         """The state after event ``sequence``: the nearest snapshot before it, and what follows.
 
         Raises:
             IndexError: there is no such event in the recording.
+            Contradiction: the event, or one before it, contradicts the state that it meets.
         """
         if not self.first <= sequence <= self.last:
             raise IndexError(f"{self.path} holds the events {self.first} to {self.last}, not {sequence}")
-        number = bisect.bisect_right(self._sequences, sequence) - 1
+        if sequence > self.last_state:
+            raise Contradiction(self.last_state + 1, self.contradiction)
+        # What is kept under the number of an event is the state that it meets.
+        number = bisect.bisect_right(self._sequences, sequence + 1) - 1
         place = self._places[number]
         if number:
             assert self._archive is not None
             data = zstandard.ZstdDecompressor().decompress(self._archive.read(str(place.sequence)))
         else:
             data = self._reader.snapshot
-        replay = Replay(restore(data) if data else None)
+        replay = Replay(restore(data) if data else None, compare=False)
         self._reader.go_to(place)
         left = sequence - place.sequence + 1
         while left:
-            records = self._reader.poll(1)[:left]
+            records = self._upcast(self._reader.poll(1)[:left])
             replay.feed(records)
             left -= len(records)
         return replay.state
+
+    def records(self, start: int) -> Iterator[list[Record]]:
+        """The records from event ``start`` on, in whole transactions, a chunk at a time. Each call reads for itself."""
+        reader = KvlogReader(self.path, from_sequence=start)
+        try:
+            place = self._places[max(bisect.bisect_right(self._sequences, start) - 1, 0)]
+            reader.go_to(place)
+            reader.cursor = max(start, place.sequence)
+            while records := reader.poll(1):
+                yield self._upcast(records)
+        finally:
+            reader.close()
 
     def close(self) -> None:
         """Close the files; the index stays for the next time."""

@@ -122,6 +122,11 @@ def _decoder(
     yield f"    return new(event_type, ({''.join(f'{values.get(name, name)}, ' for name in event._fields)}))"
 
 
+def decoder_of(event: type[Any]) -> Callable[[int, bytes, bytes], Any]:
+    """The decoder of an event that is not in the table any more (:mod:`statemachine.upcast`)."""
+    return _compile(0, event)[1]
+
+
 _CODECS = {kind: _compile(kind, event) for kind, event in KINDS.items()}
 ENCODERS: dict[type[Event], Callable[[Any], Encoded]] = {KINDS[kind]: pair[0] for kind, pair in _CODECS.items()}
 DECODERS: dict[int, Callable[[int, bytes, bytes], Event]] = {kind: pair[1] for kind, pair in _CODECS.items()}

@@ -97,14 +97,10 @@ def available_blocks(state: State) -> int:
     return len(state.device.free) + state.evictable
 
 
-def out_of_blocks(
-    state: State, wanted: int, available: int, key: str = "", request: int = 0, fitting: int = 0
-) -> OutOfBlocks:
+def out_of_blocks(state: State, event: AllocationRefused, fitting: int = 0) -> OutOfBlocks:
     """The error for a refused allocation; it carries the event that records it."""
     in_transfer = sum(len(transfer_blocks(transfer, Tier.DEVICE)) for transfer in state.transfers.values())
-    error = OutOfBlocks(wanted, available, in_transfer, fitting)
-    error.event = AllocationRefused(request, wanted, available, key)
-    return error
+    return OutOfBlocks(event, in_transfer, fitting)
 
 
 def _admit(state: State, command: Admit) -> list[Event]:
@@ -122,7 +118,9 @@ def _admit(state: State, command: Admit) -> list[Event]:
     if wanted <= available:
         supply = device_supply(state, wanted, kept, host, state.next_node + (1 if cut else 0))
     if supply is None:
-        raise out_of_blocks(state, wanted, min(available, wanted - 1), command.key)
+        leaf = path.leaf.id if path.leaf is not None else 0
+        refused = AllocationRefused(0, wanted, min(available, wanted - 1), leaf, path.cut, command.key)
+        raise out_of_blocks(state, refused)
     events: list[Event] = [_matched(state, command, path), *supply.events]
     if host:
         events.append(_swapped_in(state, path, supply, events))
@@ -232,7 +230,8 @@ def _allocate(state: State, command: Allocate) -> list[Event]:
                 break
             fitting += 1
         request = requests[0] if len(requests) == 1 else 0
-        raise out_of_blocks(state, total, min(available, total - 1), command.keys[0], request, fitting)
+        refused = AllocationRefused(request, total, min(available, total - 1), 0, 0, command.keys[0])
+        raise out_of_blocks(state, refused, fitting)
     return [*supply.events, _granted(requests, array("I", command.counts), supply, total)]
 
 

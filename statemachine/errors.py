@@ -47,12 +47,12 @@ class OutOfBlocks(CommandRejected):
     themselves when transfers in flight have ended (poll and try again). ``event`` is the record of the refusal.
     """
 
-    def __init__(self, wanted: int, available: int, in_transfer: int, fitting: int = 0) -> None:
-        self.wanted = wanted
-        self.available = available
+    def __init__(self, event: AllocationRefused, in_transfer: int, fitting: int = 0) -> None:
+        self.event = event
+        self.wanted = wanted = event.wanted
+        self.available = available = event.available
         self.in_transfer = in_transfer
         self.fitting = fitting
-        self.event: AllocationRefused | None = None
         hint = "poll() and try again" if in_transfer else "release or preempt a request, or make the pool larger"
         super().__init__(
             f"{wanted} device blocks wanted, {available} free or evictable"

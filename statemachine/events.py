@@ -149,11 +149,17 @@ class BlocksAllocated(NamedTuple):
 
 
 class AllocationRefused(NamedTuple):
-    """There was no room. Changes nothing; operators ask why."""
+    """There was no room. Changes nothing; operators ask why.
+
+    ``request`` is 0 where an admission was refused, or several requests at once (``key`` is then the first of them).
+    An admission would have pinned the path to ``leaf`` (its first ``cut`` blocks, if that is not 0).
+    """
 
     request: U64
     wanted: U32
     available: U32
+    leaf: U64
+    cut: U32
     key: Text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from statemachine import codec
@@ -14,8 +14,23 @@ from statemachine.events import DigestScope, DigestTaken, Event
 from statemachine.state import State
 
 
-class Diverged(InvariantViolation):
+class Contradiction(InvariantViolation):
+    """An event of a log does not fit the state before it, or leaves a state that is not sound.
+
+    ``sequence`` is its number.
+    """
+
+    def __init__(self, sequence: int, message: str) -> None:
+        self.sequence = sequence
+        super().__init__(message)
+
+
+class Diverged(Contradiction):
     """The replay has another state than the engine had."""
+
+
+MISFITS = (AssertionError, ArithmeticError, AttributeError, LookupError, ValueError)
+"""What ``apply`` or the codec raise when a log is not one of a sound state machine."""
 
 
 class Record(Protocol):
@@ -71,17 +86,34 @@ def event_of(record: Record) -> Event:
     return codec.decode(record.kind, record.subject, record.args, record.payload)
 
 
+def said(error: BaseException) -> str:
+    """What a misfit says, in one line. An error that nobody meant for people is named by its class."""
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, InvariantViolation | codec.CodecError) else f"{type(error).__name__}: {text}"
+
+
 class Replay:
     """A state that follows a log.
 
     Args:
         state: what the records continue; ``None``: they begin with the first event of a ledger.
         check_every: check all invariants after so many events; 0 = never.
+        compare: compare the digests that the engine wrote; without it a log replays beyond a wrong one.
+        watch: called with each event and the state after it.
     """
 
-    def __init__(self, state: State | None = None, *, check_every: int = 0) -> None:
+    def __init__(
+        self,
+        state: State | None = None,
+        *,
+        check_every: int = 0,
+        compare: bool = True,
+        watch: Callable[[Event, State], None] | None = None,
+    ) -> None:
         self._state = state
+        self._watch = watch
         self._check_every = check_every
+        self._compare_digests = compare
         self.events = 0
         """Events applied."""
         self.checks = 0
@@ -101,35 +133,43 @@ class Replay:
 
         Raises:
             Diverged: a digest in the log is not the replay's.
-            InvariantViolation: an event does not fit, or an invariant does not hold; the message names the event.
-            statemachine.codec.CodecError: a record is no event.
+            Contradiction: a record is no event, an event does not fit, or an invariant does not hold.
         """
         state = self._state
-        check_every = self._check_every
-        for record in records:
-            event = event_of(record)
-            if state is None:
-                state = self._state = genesis(event)
-            else:
-                apply(state, event)
-            self.events += 1
-            if type(event) is DigestTaken:
-                self._compare(state, event, record.sequence)
-            if check_every and not self.events % check_every:
-                self.check(record.sequence)
+        check_every, watch = self._check_every, self._watch
+        record = None
+        try:
+            for record in records:
+                event = event_of(record)
+                if state is None:
+                    state = self._state = genesis(event)
+                else:
+                    apply(state, event)
+                self.events += 1
+                if watch is not None:
+                    watch(event, state)
+                if type(event) is DigestTaken and self._compare_digests:
+                    self._compare(state, event, record.sequence)
+                if check_every and not self.events % check_every:
+                    self.check(record.sequence)
+        except Contradiction:
+            raise
+        except MISFITS as error:
+            assert record is not None
+            raise Contradiction(record.sequence, f"event {record.sequence}: {said(error)}") from error
 
     def _compare(self, state: State, event: DigestTaken, sequence: int) -> None:
         take = state_digest if event.scope == DigestScope.STATE else counters_digest
         if take(state) != event.digest:
-            raise Diverged(f"event {sequence}: the replay has another digest than the engine had")
+            raise Diverged(sequence, f"event {sequence}: the replay has another digest than the engine had")
         self.digests += 1
 
     def check(self, sequence: int) -> None:
-        """Check all invariants now. Raises :class:`InvariantViolation`, saying after which event."""
+        """Check all invariants now. Raises :class:`Contradiction`, saying after which event."""
         broken = check(self.state)
         self.checks += 1
         if broken:
-            raise InvariantViolation(f"after event {sequence}: " + "; ".join(broken))
+            raise Contradiction(sequence, f"after event {sequence}: " + "; ".join(broken))
 
 
 def replay(source: Source, *, check_every: int = 0) -> Replayed:

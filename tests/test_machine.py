@@ -33,6 +33,7 @@ from statemachine.commands import (
 )
 from statemachine.decide import decide
 from statemachine.decide_epoch import untrusted
+from statemachine.derive import commands_of, redecide
 from statemachine.encoding import restore, snapshot, state_digest
 from statemachine.errors import CommandRejected, OutOfBlocks
 from statemachine.events import (
@@ -49,6 +50,7 @@ from statemachine.events import (
     TransferFinished,
     TransferStarted,
 )
+from statemachine.incremental import IncrementalCheck
 from statemachine.state import Node, State
 
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
@@ -74,6 +76,7 @@ class Machine(RuleBasedStateMachine):
         opened = LedgerOpened(1, device, host, staging, policy, 1, "", "")
         self.state, self.mirror = genesis(opened), genesis(opened)
         self.snapshot = snapshot(self.state)
+        self.incremental = IncrementalCheck(self.state)
         self.tail: list[Event] = []
         self.memory = Memory()
         self.content: dict[str, tuple[Any, list[int]]] = {}
@@ -86,7 +89,11 @@ class Machine(RuleBasedStateMachine):
             events = decide(self.state, command)
         except CommandRejected as error:
             assert state_digest(self.state) == before
+            if isinstance(error, OutOfBlocks):
+                self.derive(command, [error.event])
             return error
+        if events:
+            self.derive(command, events)
         assert state_digest(self.state) == before, "decide changed the state"
         for event in events:
             copied = codec.decode(*codec.encode(event))
@@ -94,12 +101,17 @@ class Machine(RuleBasedStateMachine):
             apply(self.state, event)
             apply(self.mirror, copied)
             assert not check(self.state), (command, event, check(self.state))
+            assert not self.incremental.after(event), (command, event)
             assert state_digest(self.state) == state_digest(self.mirror)
             self.tail.append(copied)
             if isinstance(event, TransferStarted):
                 self.memory.started(event)
         self.most_pins = max([self.most_pins, *(node.pins for node in self.state.nodes.values())])
         return events
+
+    def derive(self, command: Any, events: list[Event]) -> None:
+        """From the events alone follows a command that comes to the same events."""
+        assert redecide(events, self.state)[1] == events, (command, commands_of(events, self.state))
 
     def teardown(self) -> None:
         if hasattr(self, "state"):

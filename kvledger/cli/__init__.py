@@ -2,8 +2,13 @@
 
 import typer
 
+from kvledger.cli.check import bisect, check, leaks_command
+from kvledger.cli.explain import explain_command
+from kvledger.cli.log import log
+from kvledger.cli.replay import diff, replay, shrink_command
 from kvledger.cli.run import run
 from kvledger.cli.segments import segments
+from kvledger.cli.show import show
 from kvledger.cli.simulate import simulate
 
 __all__ = ["app", "main"]
@@ -21,6 +26,11 @@ app = typer.Typer(
 app.command()(run)
 app.command()(segments)
 app.command()(simulate)
+for command in (log, show, check, bisect, diff, replay):
+    app.command(rich_help_panel="Debugger")(command)
+app.command("explain", rich_help_panel="Debugger")(explain_command)
+app.command("leaks", rich_help_panel="Debugger")(leaks_command)
+app.command("shrink", rich_help_panel="Debugger")(shrink_command)
 
 
 def main() -> None:

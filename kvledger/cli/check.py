@@ -1,0 +1,147 @@
+"""``kvledger check``, ``bisect`` and ``leaks``: what is wrong, since when, and what was forgotten."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from kvledger.cli.debugging import At, From, Json, Src, To, one_line_errors, place, reading, span
+from kvledger.cli.exits import FAILED
+from kvledger.debugger import Entry, Source, SourceError
+from kvledger.debugger.bisect import first_true
+from kvledger.debugger.checking import check_log
+from kvledger.debugger.leaks import leaks
+from kvledger.debugger.places import clock
+from kvledger.debugger.plain import entry_fields
+from kvledger.debugger.predicates import NAMES, predicate
+from kvledger.debugger.wording import Wording
+from statemachine.replay import Contradiction
+
+_NAMES = "  \n".join(f"`{name}`: {meaning}" for name, meaning in NAMES.items())
+
+
+def check(
+    src: Src,
+    begin: From = None,
+    end: To = None,
+    full: Annotated[bool, typer.Option("--full", help="Check the whole state at every event: slow")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check all invariants at every event; show the first violation with the events around it.
+
+    Exit code 1 if there is one.
+    """
+    with reading(src) as (source, report):
+        start, stop = span(source, begin, end)
+        checked = check_log(source, start, stop, every_event_in_full=full, progress=report)
+        violation = checked.violation
+        if as_json:
+            wrong = None
+            if violation is not None:
+                wrong = {"messages": violation.messages, "event": entry_fields(violation.entry)}
+            print(json.dumps({"events": checked.events, "full_checks": checked.full_checks, "violation": wrong}))
+        elif violation is None:
+            print(
+                f"{checked.events:,} events, all invariants hold after every one "
+                f"(the whole state was checked {checked.full_checks:,} times)"
+            )
+        else:
+            print(f"event {violation.entry.sequence} is the first that is wrong:")
+            for message in violation.messages:
+                print(f"  {message}")
+            events_around(source, [*violation.before, violation.entry, *violation.after], violation.entry.sequence)
+        if violation is not None:
+            raise typer.Exit(FAILED)
+
+
+def bisect(
+    src: Src,
+    text: Annotated[str, typer.Option("--predicate", metavar="EXPR|FILE.py", help="What becomes true")],
+    begin: From = None,
+    end: To = None,
+    stays: Annotated[bool, typer.Option("--stays", help="Once true it stays true: search by halves")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the first event after which a predicate over the state is true."""
+    with one_line_errors():
+        holds = predicate(text)
+    with reading(src) as (source, report):
+        start, stop = span(source, begin, end)
+        found = None
+        ended = ""
+        try:
+            found = first_true(source, holds, start, stop, stays=stays, progress=report)
+        except Contradiction as error:
+            ended = str(error)
+        if as_json:
+            print(json.dumps({"found": entry_fields(found) if found is not None else None, "ended": ended}))
+        elif found is not None:
+            print(f"true from event {found.sequence} on:")
+            before = list(source.entries(max(found.sequence - 3, source.first), found.sequence))
+            events_around(source, before, found.sequence)
+        elif ended:
+            print(f"not true before the log breaks: {ended}")
+        else:
+            print(f"never true from event {start} to {stop}")
+        if found is None:
+            raise typer.Exit(FAILED)
+
+
+bisect.__doc__ = f"""Find the first event after which a predicate over the state is true.
+
+    The predicate is your own Python and runs with your rights: an expression, or a file that defines
+    predicate(state, entry). Every event is looked at in order; with --stays (what is true once stays true, like a
+    counter that passed a mark) the kept states are searched by halves, which takes a second however long the log is.
+    Exit code 1 if it is never true.
+
+    An expression can use:
+
+    {_NAMES}
+    """
+
+
+def leaks_command(
+    src: Src,
+    at: At = None,
+    idle: Annotated[float, typer.Option(min=0, help="Only what nothing has mentioned for so many seconds")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """List what holds blocks: requests, transfers, cleared trees; what is suspicious first, then the oldest.
+
+    Exit code 1 if something is suspicious by itself, whatever its age.
+    """
+    with reading(src) as (source, _):
+        sequence = place(source, at)
+        found = [leak for leak in leaks(source, sequence) if leak.idle_s >= idle]
+        if as_json:
+            print(json.dumps([leak._asdict() for leak in found]))
+        elif not found:
+            print(f"nothing is held after event {sequence}")
+        else:
+            for leak in found:
+                since = f", since event {leak.since}" if leak.since else ""
+                age = f"{leak.age_s:.1f} s old, idle for {leak.idle_s:.1f} s"
+                print(f"{leak.kind} {leak.name}: {leak.holds}{since}, {age}")
+                if leak.why:
+                    print(f"    {leak.why}")
+                if leak.made_by:
+                    print(f"    made by: {leak.made_by}")
+        if any(leak.why for leak in found):
+            raise typer.Exit(FAILED)
+
+
+def events_around(source: Source, entries: list[Entry], marked: int) -> None:
+    """Print some events; the one that matters has an arrow."""
+    words = Wording()
+    try:
+        state = source.before(entries[0].sequence)
+    except (SourceError, Contradiction):
+        state = None
+    if state is not None:
+        words = Wording.after(state)
+    for entry in entries:
+        arrow = "→" if entry.sequence == marked else " "
+        kind = type(entry.event).__name__
+        print(f"{arrow} {entry.sequence:>8}  {clock(entry.time_ns)}  {kind:<17} {words(entry.event)}")

@@ -1,0 +1,94 @@
+"""What the debugger's commands share: opening a source with a progress bar, places, errors in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ipc import LedgerError
+from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
+from kvledger.debugger import Source, SourceError, open_source
+from kvledger.debugger.places import locate
+from statemachine.replay import Contradiction
+
+Src = Annotated[str, typer.Argument(metavar="SRC", help="Name of a ledger, living or dead, or path of a .kvlog file")]
+At = Annotated[str | None, typer.Option("--at", metavar="SEQ|TIME|step:N", help="Where in the log; default: its end")]
+From = Annotated[str | None, typer.Option("--from", metavar="SEQ|TIME|step:N", help="Begin here")]
+To = Annotated[str | None, typer.Option("--to", metavar="SEQ|TIME|step:N", help="End here, included")]
+Json = Annotated[bool, typer.Option("--json", help="For machines")]
+
+Report = Callable[[int, int], None]
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What the user did wrong, or what is wrong with the log, in one line and an exit code."""
+    try:
+        yield
+    except (SourceError, LedgerError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        _say("error", error)
+        raise typer.Exit(BAD_INPUT) from None
+    except Contradiction as error:
+        _say("FAILED", f"{error}; nothing after event {error.sequence - 1} has a state (kvledger check shows more)")
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _say(word: str, message: object) -> None:
+    errors.print(f"[bold red]{word}[/] ", end="")
+    errors.print(str(message), markup=False)
+
+
+@contextmanager
+def reading(src: str) -> Iterator[tuple[Source, Report]]:
+    """The source, and how to report progress; both with errors in one line."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
+    )
+    task = bar.add_task(f"reading {src}", total=None, visible=False)
+
+    def report(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            bar.start()
+        bar.update(task, completed=done, total=total, visible=done < total)
+
+    try:
+        with one_line_errors(), open_source(src, report) as source:
+            if source.damage:
+                errors.print(f"note: {source.damage}", markup=False)
+            yield source, report
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def place(source: Source, text: str | None) -> int:
+    """Where ``--at`` points to; by default the last event that has a state."""
+    return source.last_state if text is None else locate(source, text)
+
+
+def span(source: Source, begin: str | None, end: str | None) -> tuple[int, int]:
+    """The events from ``--from`` to ``--to``. Raises :class:`SourceError`."""
+    start = source.first if begin is None else locate(source, begin)
+    stop = source.last if end is None else locate(source, end)
+    if start > stop:
+        raise SourceError(f"--from is event {start}, after --to, event {stop}")
+    return start, stop

@@ -1,0 +1,108 @@
+"""``kvledger log``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from kvledger.cli.debugging import From, Json, Src, To, reading, span
+from kvledger.cli.tiers import TierName
+from kvledger.debugger import Entry, Source, SourceError
+from kvledger.debugger.filters import Filter, kinds_named, request_numbers, select
+from kvledger.debugger.hashes import find_hash
+from kvledger.debugger.places import clock
+from kvledger.debugger.plain import entry_fields
+from kvledger.debugger.wording import Wording
+from statemachine.events import Event, RequestMatched
+from statemachine.replay import Contradiction
+
+
+def log(
+    src: Src,
+    begin: From = None,
+    end: To = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Only events of this kind (its name or the beginning)")] = None,
+    block: Annotated[int | None, typer.Option(min=0, help="Only events that name this block")] = None,
+    tier: Annotated[TierName | None, typer.Option(help="Only blocks of this tier")] = None,
+    request: Annotated[str | None, typer.Option(help="Only events of this request: its name, or #NUMBER")] = None,
+    node: Annotated[int | None, typer.Option(min=1, help="Only events that name this run")] = None,
+    hash: Annotated[str | None, typer.Option(help="Only events that concern blocks with this content")] = None,
+    transfer: Annotated[int | None, typer.Option(min=1, help="Only events of this transfer")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only events of this rank's worker")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as events are written, until Ctrl-C")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the events of a log, one line each."""
+    with reading(src) as (source, report):
+        start, stop = span(source, begin, end)
+        if follow and (end is not None or hash is not None):
+            raise SourceError("--follow goes on for ever: it goes with neither --to nor --hash")
+        numbers = request_numbers(source, request) if request is not None and not follow else []
+        wanted = Filter(
+            start=start,
+            stop=stop,
+            kinds=kinds_named(kind or []),
+            block=block,
+            tier=tier.tier if tier is not None else None,
+            request=request,
+            numbers=tuple(numbers),
+            node=node,
+            transfer=transfer,
+            rank=rank,
+        )
+        content = find_hash(source, hash, source.last_state, report) if hash is not None else None
+        show = _Line(source, start, as_json)
+        if follow:
+            _follow(source, wanted, show, source.first if begin is None else start)
+            return
+        for entry in select(source, wanted, content, show.learn):
+            show(entry)
+
+
+class _Line:
+    """Prints events; it has to see all of them to know the names of requests, or only those that are wanted."""
+
+    def __init__(self, source: Source, start: int, as_json: bool) -> None:
+        self._json = as_json
+        self._words = Wording()
+        try:
+            state = source.before(start) or source.at(source.first)
+            self._words = Wording.after(state)
+        except (SourceError, Contradiction):
+            pass  # a log that has lost its beginning, or has no states here, still has events
+
+    def learn(self, event: Event) -> None:
+        """An event that is not shown."""
+        self._words.learn(event)
+
+    def __call__(self, entry: Entry) -> None:
+        if self._json:
+            print(json.dumps(entry_fields(entry), ensure_ascii=False))
+            return
+        text = self._words(entry.event)
+        step = f"step {entry.step:<6}" if entry.step else ""
+        print(f"{entry.sequence:>8}  {clock(entry.time_ns)}  {step}{type(entry.event).__name__:<17} {text}")
+
+
+def _follow(source: Source, wanted: Filter, show: _Line, start: int) -> None:
+    tail = source.tail(start)
+    numbers = list(wanted.numbers)
+    try:
+        while True:
+            alive = tail.alive
+            entries = tail.poll(0.25)
+            for entry in entries:
+                event = entry.event
+                if isinstance(event, RequestMatched) and event.key == wanted.request:
+                    numbers.append(event.request)
+                    wanted = Filter(**{**wanted.__dict__, "numbers": tuple(numbers)})
+                if wanted(event):
+                    show(entry)
+                else:
+                    show.learn(event)
+            if not entries and not alive:
+                return
+    finally:
+        tail.close()

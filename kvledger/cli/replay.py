@@ -1,0 +1,194 @@
+"""``kvledger replay``, ``diff`` and ``shrink``: logs against themselves, each other, and the code at hand."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvledger.cli.check import events_around
+from kvledger.cli.debugging import From, Json, Report, Src, To, one_line_errors, reading, span
+from kvledger.cli.exits import FAILED
+from kvledger.debugger import Entry, Source, SourceError
+from kvledger.debugger.diff import differences, diverge, fields_that_differ
+from kvledger.debugger.places import locate
+from kvledger.debugger.plain import entry_fields, event_fields
+from kvledger.debugger.predicates import predicate
+from kvledger.debugger.pytest_file import as_test
+from kvledger.debugger.replaying import Decision, decisions, evolve
+from kvledger.debugger.shrink import shrink
+from kvledger.debugger.wording import Wording
+from statemachine.events import DigestScope
+
+_MOST_DIFFERENCES = 40
+
+
+def replay(
+    src: Src,
+    begin: From = None,
+    end: To = None,
+    decide: Annotated[
+        bool, typer.Option("--decide", help="Decide the commands anew instead of applying events")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Replay a log: its events into states, comparing every digest; or with --decide, its commands.
+
+    --decide derives the command behind each transaction, runs it through the decisions of this version of kvledger and
+    stops at the first that is different: it proves determinism, or shows what a change of the code changes.
+    Exit code 1 if something differs.
+    """
+    with reading(src) as (source, report):
+        start, stop = span(source, begin, end)
+        (_decide if decide else _evolve)(source, start, stop, report, as_json)
+
+
+def _evolve(source: Source, start: int, stop: int, report: Report, as_json: bool) -> None:
+    compared = different = 0
+    for digest in evolve(source, start, stop, report):
+        if digest.own:
+            if as_json:
+                print(json.dumps({"digests": compared, "different": different, "digest": digest.replayed.hex()}))
+            else:
+                digests = f"{compared - different:,} of {compared:,} digests equal"
+                if not source.digests_comparable:
+                    digests = "its digests are those of an earlier version and cannot be compared"
+                print(f"{stop - start + 1:,} events, {digests}")
+                print(f"digest after event {stop}: {digest.replayed.hex()}")
+            continue
+        compared += 1
+        if not digest.equal:
+            different += 1
+            if not as_json and different == 1:
+                scope = "state" if digest.scope == DigestScope.STATE else "counters"
+                print(f"event {digest.sequence}: the engine's digest of its {scope} was {digest.recorded.hex()},")
+                print(f"  the replay has {digest.replayed.hex()}: the engine had another state than its own log")
+    if different:
+        raise typer.Exit(FAILED)
+
+
+def _decide(source: Source, start: int, stop: int, report: Report, as_json: bool) -> None:
+    count = 0
+    for decision in decisions(source, start, stop, report):
+        count += 1
+        if not decision.same:
+            if as_json:
+                entries = [entry_fields(entry) for entry in decision.entries]
+                today = [{"kind": type(event).__name__, **event_fields(event)} for event in decision.events]
+                fields = {"transactions": count, "logged": entries, "decided": today, "rejected": decision.rejected}
+                print(json.dumps(fields))
+            else:
+                _print_decision(source, decision, count)
+            raise typer.Exit(FAILED)
+    print(json.dumps({"transactions": count}) if as_json else f"{count:,} commands decided again: all the same events")
+
+
+def _print_decision(source: Source, decision: Decision, count: int) -> None:
+    first = decision.entries[0].sequence
+    print(f"the first {count - 1:,} commands are decided as they were; the one at event {first} is not:")
+    name = type(decision.command).__name__ if decision.command is not None else "no command of this version"
+    print(f"{name} came to")
+    events_around(source, decision.entries, 0)
+    if decision.rejected:
+        print(f"and is not possible today: {decision.rejected}")
+        return
+    print("and comes today to")
+    state = source.before(first)
+    words = Wording.after(state) if state is not None else Wording()
+    for event in decision.events:
+        print(f"  {type(event).__name__:<17} {words(event)}")
+    for entry, event in zip(decision.entries, decision.events):
+        if entry.event != event:
+            print("which differs in " + "; ".join(fields_that_differ(entry.event, event)))
+            break
+
+
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A[@PLACE]", help="A log, or one of its states")],
+    second: Annotated[str, typer.Argument(metavar="B[@PLACE]", help="Another")],
+    as_json: Json = False,
+) -> None:
+    """Show where two logs part; or with A@SEQ B@SEQ (a time, step:N) in what two states differ.
+
+    Exit code 1 if they differ.
+    """
+    (one, here), (other, there) = _with_place(first), _with_place(second)
+    with ExitStack() as stack:
+        left, report = stack.enter_context(reading(one))
+        right, _ = stack.enter_context(reading(other))
+        if here is None and there is None:
+            parted = diverge(left, right, report)
+            if parted is None:
+                print(json.dumps({"first_difference": None}) if as_json else "the logs hold the same events")
+                return
+            if as_json:
+                sides = [entry_fields(entry) if entry is not None else None for entry in parted[1:]]
+                print(json.dumps({"first_difference": parted.sequence, "first": sides[0], "second": sides[1]}))
+            else:
+                _print_parting(left, right, *parted)
+            raise typer.Exit(FAILED)
+        places = [
+            source.last_state if text is None else locate(source, text)
+            for source, text in ((left, here), (right, there))
+        ]
+        told = list(differences(left.at(places[0]), right.at(places[1])))
+        if as_json:
+            print(json.dumps({"differences": told}))
+        elif not told:
+            print("the states are the same")
+        else:
+            print(f"{one} after event {places[0]} and {other} after event {places[1]} differ:")
+            for line in told[:_MOST_DIFFERENCES]:
+                print(f"  {line}")
+            if len(told) > _MOST_DIFFERENCES:
+                print(f"  … and {len(told) - _MOST_DIFFERENCES} more")
+        if told:
+            raise typer.Exit(FAILED)
+
+
+def _with_place(text: str) -> tuple[str, str | None]:
+    name, at, where = text.rpartition("@")
+    return (name, where) if at and name and "/" not in where else (text, None)
+
+
+def _print_parting(left: Source, right: Source, sequence: int, one: Entry | None, other: Entry | None) -> None:
+    print(f"the same up to event {sequence - 1}, then:")
+    for source, entry in ((left, one), (right, other)):
+        if entry is None:
+            print(f"{source.name} ends")
+        else:
+            print(source.name)
+            events_around(source, [entry], 0)
+    if one is not None and other is not None:
+        print("they differ in " + "; ".join(fields_that_differ(one.event, other.event)))
+
+
+def shrink_command(
+    src: Src,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the test here (must not exist)")],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--predicate", metavar="EXPR|FILE.py", help="What counts as failing, as in bisect; default: check"
+        ),
+    ] = None,
+    end: To = None,
+) -> None:
+    """Reduce a failing log to the fewest commands that still fail, and write them as a pytest file that fails.
+
+    The commands are decided anew by the code at hand: use the version that the failing engine ran.
+    """
+    with one_line_errors():
+        holds = predicate(text) if text is not None else None
+        if output.exists():
+            raise SourceError(f"{output} exists already: choose another name, or remove it")
+        if not output.parent.is_dir():
+            raise SourceError(f"there is no folder {output.parent}")
+    with reading(src) as (source, report):
+        _, stop = span(source, None, end)
+        shrunk = shrink(source, holds, stop, report)
+        output.write_text(as_test(shrunk, Path(src).name, text or ""))
+        print(f"{len(shrunk.commands)} of {shrunk.before} commands are left; {output} fails: {shrunk.message}")

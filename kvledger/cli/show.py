@@ -1,0 +1,197 @@
+"""``kvledger show``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from kvledger.cli.debugging import At, Json, Src, place, reading
+from kvledger.cli.tiers import TierName
+from kvledger.debugger import SourceError
+from kvledger.debugger.filters import request_numbers
+from kvledger.debugger.owners import content, describe, holders, owners_of, short
+from kvledger.debugger.places import date
+from kvledger.debugger.plain import node_fields, request_fields, state_fields
+from kvledger.debugger.wording import DIRECTIONS, count, ids
+from statemachine.encoding import state_digest
+from statemachine.events import HostPolicy, Tier
+from statemachine.order import Order
+from statemachine.state import Node, Request, State
+
+_ROWS = 20
+console = Console(highlight=False)
+
+
+def show(
+    src: Src,
+    at: At = None,
+    block: Annotated[int | None, typer.Option(min=0, help="Only this block")] = None,
+    tier: Annotated[TierName, typer.Option(help="Tier of --block")] = TierName.DEVICE,
+    request: Annotated[str | None, typer.Option(help="Only this request: its name, or #NUMBER")] = None,
+    node: Annotated[int | None, typer.Option(min=1, help="Only this run")] = None,
+    all_rows: Annotated[bool, typer.Option("--all", help="Everything, however long")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the state after an event: pools, prefix tree, requests, transfers, eviction order."""
+    with reading(src) as (source, _):
+        if sum(value is not None for value in (block, request, node)) > 1:
+            raise SourceError("show one of --block, --request and --node at a time")
+        sequence = place(source, at)
+        state = source.at(sequence)
+        if block is not None:
+            owners = [short(owner) for owner in owners_of(state, tier.tier, block)]
+            _print(describe(state, tier.tier, block), {"block": block, "tier": tier.value, "owners": owners}, as_json)
+        elif request is not None:
+            number = request_numbers(source, request, sequence)[-1]
+            if number not in state.requests:
+                raise SourceError(f"request {request!r} is not live after event {sequence}: explain tells its life")
+            live = state.requests[number]
+            _print(list(_request(state, live)), request_fields(live), as_json)
+        elif node is not None:
+            if node not in state.nodes:
+                raise SourceError(f"there is no run {node} after event {sequence}")
+            _print(list(_node(state, state.nodes[node])), node_fields(state.nodes[node]), as_json)
+        elif as_json:
+            print(json.dumps({"sequence": sequence, "digest": state_digest(state).hex(), **state_fields(state)}))
+        else:
+            moment = next(source.entries(sequence, sequence))
+            console.print(f"after event {sequence}, {date(moment.time_ns)} UTC, step {moment.step}")
+            _overview(state, None if all_rows else _ROWS)
+
+
+def _print(lines: list[str], fields: dict[str, Any], as_json: bool) -> None:
+    print(json.dumps(fields) if as_json else "\n".join(lines))
+
+
+def _overview(state: State, rows: int | None) -> None:
+    console.print(_pools(state))
+    if state.requests:
+        table = _table("request", "number", "blocks", "cached", "own", "waits for")
+        for request in islice(state.requests.values(), rows):
+            waits = ", ".join(f"transfer {id}" for id in request.waits)
+            own = len(request.private())
+            table.add_row(request.key, *map(str, (request.id, len(request.table), request.leaf.end, own)), waits)
+        _limited(table, len(state.requests), rows)
+    if state.transfers:
+        table = _table("transfer", "kind", "blocks", "from → to", "waiting")
+        for transfer in islice(state.transfers.values(), rows):
+            kind = ("quarantined " if transfer.quarantined else "") + DIRECTIONS[transfer.direction]
+            moved = f"{ids(transfer.sources)} → {ids(transfer.targets)}"
+            names = ", ".join(state.requests[id].key for id in transfer.waiters)
+            table.add_row(str(transfer.id), kind, str(len(transfer.targets)), moved, names)
+        _limited(table, len(state.transfers), rows)
+    left = [len(state.nodes) if rows is None else rows]
+    for root in state.all_roots():
+        name = f"namespace {root.words!r}" if root.words else "prefix tree"
+        if any(root is retired for retired in state.retired):
+            name += ", cleared: matches nothing"
+        tree = Tree(f"[bold]{name}[/]: {count(sum(1 for _ in _below(root)), 'run')}")
+        _branches(tree, root, left)
+        console.print(tree)
+    for title, order, tier in (
+        ("evicted first from the device (final)", state.final, Tier.DEVICE),
+        ("then least recently used on the device", state.device_order, Tier.DEVICE),
+        ("least recently used on the host", state.host_order, Tier.HOST),
+    ):
+        if len(order):
+            console.print(_order(title, order, tier, rows))
+
+
+def _pools(state: State) -> Table:
+    table = _table("tier", "blocks", "free", "cached", "evictable", "private", "in transfer")
+    cached = {Tier.DEVICE: 0, Tier.HOST: 0}
+    for node in state.nodes.values():
+        cached[Tier.DEVICE] += node.size * (node.device is not None)
+        cached[Tier.HOST] += node.size * (node.host is not None)
+    private = {Tier.DEVICE: sum(len(request.private()) for request in state.requests.values()), Tier.HOST: 0}
+    evictable = {Tier.DEVICE: state.evictable, Tier.HOST: sum(node.size for node in state.host_order)}
+    for tier in Tier:
+        pool = state.pool(tier)
+        moving = pool.capacity - len(pool.free) - cached[tier] - private[tier]
+        numbers = (pool.capacity, len(pool.free), cached[tier], evictable[tier], private[tier], moving)
+        if pool.capacity or state.policy != HostPolicy.OFF:
+            table.add_row(tier.name.lower(), *(f"{number:,}" for number in numbers))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _limited(table: Table, length: int, rows: int | None) -> None:
+    console.print(table)
+    if rows is not None and length > rows:
+        console.print(f"… and {length - rows:,} more (--all)")
+
+
+def _below(node: Node) -> Iterator[Node]:
+    stack = list(node.children.values())
+    while stack:
+        run = stack.pop()
+        yield run
+        stack.extend(run.children.values())
+
+
+def _branches(tree: Tree, node: Node, left: list[int]) -> None:
+    stack = [(tree, child) for child in reversed(node.children.values())]
+    while stack:
+        branch, run = stack.pop()
+        if left[0] <= 0:
+            branch.add("… (--all)")
+            return
+        left[0] -= 1
+        below = branch.add(_run(run))
+        stack += [(below, child) for child in reversed(run.children.values())]
+
+
+def _run(run: Node) -> str:
+    copies = []
+    for name, blocks, ready in (("device", run.device, run.device_ready), ("host", run.host, run.host_ready)):
+        if blocks is not None:
+            copies.append(f"{name} {ids(blocks, 4)}" + ("" if ready else " (arriving)"))
+    pins = f", {count(run.pins, 'pin')}" if run.pins else ""
+    return f"run {run.id}: {count(run.size, 'block')}{pins}, {'; '.join(copies)}"
+
+
+def _order(title: str, order: Order, tier: Tier, rows: int | None) -> str:
+    shown = [f"run {node.id} ({node.size})" for node in islice(order, rows)]
+    more = f" … and {len(order) - rows:,} more" if rows is not None and len(order) > rows else ""
+    return f"{title}: " + ", ".join(shown) + more
+
+
+def _request(state: State, request: Request) -> Iterator[str]:
+    yield f"request {request.key!r} (number {request.id}), namespace {request.namespace!r}"
+    yield f"block table: {ids(request.table, 64) if request.table else 'empty'}"
+    for node in state.path(request.leaf):
+        yield f"  positions {node.start}..{node.end - 1} are cached: {_run(node)}"
+    for start, stop in request.duplicates:
+        yield f"  positions {start}..{stop - 1} are copies of its own of what was cached already"
+    own = len(request.table) - request.leaf.end
+    if own > 0:
+        yield f"  positions from {request.leaf.end} on are its own: {count(own, 'block')}"
+    for transfer, position in request.waits.items():
+        yield f"  nothing from position {position} on may be used before transfer {transfer} ends"
+
+
+def _node(state: State, node: Node) -> Iterator[str]:
+    assert node.parent is not None
+    yield _run(node)
+    above = f"below run {node.parent.id}" if node.parent.id else f"at the root of namespace {node.parent.words!r}"
+    yield f"{above}, positions {node.start}..{node.end - 1} of its path"
+    if node.children:
+        yield f"above runs {ids(sorted(child.id for child in node.children.values()))}"
+    names = [repr(request.key) for request in holders(state, node)]
+    yield f"held by {', '.join(names)}" if names else "held by no request"
+    if node.transfer is not None:
+        yield f"in transfer {node.transfer.id}"
+    yield f"its last block stands for {content(state, node, node.size - 1)}"
