@@ -1,0 +1,29 @@
+"""Numbers for prefixes: what a block holds and everything before it, in 64 bits.
+
+Two different prefixes get the same number once in 2⁶⁴: good enough for estimates, not for a cache.
+"""
+
+from __future__ import annotations
+
+import xxhash
+
+
+def root_seed(namespace: bytes) -> int:
+    """What the numbers of a namespace's first blocks build on."""
+    return xxhash.xxh3_64_intdigest(namespace)
+
+
+def chain(words: bytes, block_bytes: int, seed: int) -> list[int]:
+    """One 64-bit number per block, each over all blocks before it. ``seed``: the number of the block before."""
+    digest = xxhash.xxh3_64_intdigest
+    view = memoryview(words)
+    numbers = []
+    for start in range(0, len(words) - block_bytes + 1, block_bytes):
+        seed = digest(view[start : start + block_bytes], seed)
+        numbers.append(seed)
+    return numbers
+
+
+def root_seed(namespace: bytes) -> int:
+    """What the numbers of a namespace's first blocks build on."""
+    return xxhash.xxh3_64_intdigest(namespace)

@@ -1,0 +1,183 @@
+"""The traffic in a log: what the engine asked of the cache, without what the cache answered.
+
+Which words a request brought, how long its block table became, what it published and when it ended: that is what stays
+the same under another capacity. Which blocks were found, granted, evicted or moved is what a simulation decides anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kvledger.debugger.source import Entry, Source
+from statemachine import tree
+from statemachine.apply import apply, genesis
+from statemachine.events import (
+    AllocationRefused,
+    BlocksAllocated,
+    BlocksCached,
+    BlocksReassigned,
+    BlocksTrimmed,
+    CacheCleared,
+    Event,
+    ReleaseReason,
+    RequestMatched,
+    RequestReleased,
+    Tier,
+    TierLost,
+)
+from statemachine.replay import MISFITS, Contradiction, said
+from statemachine.state import Request, State
+
+
+class Begin(NamedTuple):
+    """A request comes with the ``words`` of its full blocks; ``limit`` of them may match."""
+
+    request: int
+    namespace: bytes
+    words: bytes
+    limit: int
+    blocks: int
+    """Length that its block table gets at once."""
+    found: int
+    """Leading blocks that matched where this was recorded."""
+
+
+class Grow(NamedTuple):
+    """A request's block table has to have ``blocks`` blocks."""
+
+    request: int
+    blocks: int
+
+
+class Publish(NamedTuple):
+    """The first ``blocks`` blocks of a request are computed; ``words``: of the generated blocks among them."""
+
+    request: int
+    blocks: int
+    words: bytes
+
+
+class Shrink(NamedTuple):
+    """A request keeps only the first ``blocks`` blocks of its block table."""
+
+    request: int
+    blocks: int
+
+
+class Move(NamedTuple):
+    """A request hands ``count`` of its own blocks to ``target``."""
+
+    request: int
+    target: int
+    count: int
+
+
+class End(NamedTuple):
+    """A request is over. ``final``: the engine's hint did something when this was recorded."""
+
+    request: int
+    reason: ReleaseReason
+    final: bool
+
+
+class Forget(NamedTuple):
+    """Everything cached was cleared (``tier is None``), or the memory of a tier was lost."""
+
+    tier: Tier | None
+
+
+class Refused(NamedTuple):
+    """The recorded cache had no room."""
+
+
+Ask = Begin | Grow | Publish | Shrink | Move | End | Forget | Refused
+
+
+class Moment(NamedTuple):
+    """What one transaction says about the traffic."""
+
+    sequence: int
+    asks: list[Ask]
+    in_use: int
+    """Device blocks in use (by requests and copies) after it, where it was recorded."""
+
+
+def traffic(source: Source) -> Iterator[Moment]:
+    """The traffic of a log, from its first event on.
+
+    Two things a log does not say, and how they are taken:
+
+    * How many blocks a request was willing to match: all full blocks, unless all but the last matched although the last
+      was there (engines leave one token to compute).
+    * A hint that had no effect is not told from one that was not given.
+
+    Requests that began before the log did are left out.
+
+    Raises:
+        Contradiction: an event contradicts the state that it meets.
+    """
+    state = source.before(source.first)
+    for transaction in source.transactions(source.first):
+        asks: list[Ask] = []
+        begun: dict[int, RequestMatched] = {}
+        for entry in transaction:
+            state = _applied(state, entry)
+            event = entry.event
+            if isinstance(event, RequestMatched):
+                begun[event.request] = event
+            else:
+                asks += _asks(state, event, begun)
+        for request, event in begun.items():
+            asks += _begun(state, state.requests[request], event)
+        assert state is not None
+        in_use = state.device.capacity - len(state.device.free) - state.evictable
+        yield Moment(transaction[-1].sequence, asks, in_use)
+
+
+def _applied(state: State | None, entry: Entry) -> State:
+    try:
+        if state is None:
+            return genesis(entry.event)
+        apply(state, entry.event)
+    except MISFITS as error:
+        raise Contradiction(entry.sequence, f"event {entry.sequence}: {said(error)}") from error
+    return state
+
+
+def _begun(state: State, request: Request, event: RequestMatched) -> Iterator[Ask]:
+    matched = event.device_blocks + event.host_blocks
+    path = state.path(request.leaf)
+    words = tree.content_of(path) + request.words if path else request.words
+    count = len(words) // state.block_bytes
+    limit = count
+    if matched == count - 1:
+        last = request.leaf.children.get(request.words)
+        if last is not None and last.matchable():
+            limit = matched
+    yield Begin(request.id, event.namespace, words, limit, len(request.table), matched)
+    if matched:
+        # Where these blocks do not match, they are computed and published like the rest.
+        yield Publish(request.id, matched, b"")
+
+
+def _asks(state: State, event: Event, begun: dict[int, RequestMatched]) -> Iterator[Ask]:
+    match event:
+        case BlocksAllocated():
+            for id in event.requests:
+                if id not in begun:
+                    yield Grow(id, len(state.requests[id].table))
+        case BlocksCached():
+            yield Publish(event.request, state.requests[event.request].leaf.end, event.words)
+        case BlocksTrimmed():
+            yield Shrink(event.request, len(state.requests[event.request].table))
+        case BlocksReassigned():
+            yield Move(event.request, event.target, len(event.blocks))
+        case RequestReleased():
+            yield End(event.request, ReleaseReason(event.reason), event.final > 0)
+        case AllocationRefused():
+            yield Refused()
+        case CacheCleared():
+            yield Forget(None)
+        case TierLost():
+            yield Forget(Tier(event.tier))
