@@ -10,6 +10,7 @@ from kvledger.cli.run import run
 from kvledger.cli.segments import segments
 from kvledger.cli.show import show
 from kvledger.cli.simulate import simulate
+from kvledger.cli.what_if import what_if
 
 __all__ = ["app", "main"]
 
@@ -27,6 +28,7 @@ app.command()(run)
 app.command()(segments)
 app.command()(simulate)
 for command in (log, show, check, bisect, diff, replay):
+for command in (log, show, check, bisect, diff, replay, what_if):
     app.command(rich_help_panel="Debugger")(command)
 app.command("explain", rich_help_panel="Debugger")(explain_command)
 app.command("leaks", rich_help_panel="Debugger")(leaks_command)

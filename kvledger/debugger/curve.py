@@ -132,9 +132,7 @@ class CurveBuilder:
         hits = scale @ np.cumsum(self._levels_seen, axis=1)[:, :-1]
         blocks = int(self._references.sum())
         rates = hits / max(blocks, 1)
-        return Curve(
-            self._capacities.tolist(), rates.tolist(), self._requests, blocks, int(known.sum()), self._rate
-        )
+        return Curve(self._capacities.tolist(), rates.tolist(), self._requests, blocks, int(known.sum()), self._rate)
 
     def _begin(self, ask: Begin) -> None:
         numbers = chain(ask.words, self._block_bytes, root_seed(ask.namespace))

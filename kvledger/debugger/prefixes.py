@@ -22,8 +22,3 @@ def chain(words: bytes, block_bytes: int, seed: int) -> list[int]:
         seed = digest(view[start : start + block_bytes], seed)
         numbers.append(seed)
     return numbers
-
-
-def root_seed(namespace: bytes) -> int:
-    """What the numbers of a namespace's first blocks build on."""
-    return xxhash.xxh3_64_intdigest(namespace)

@@ -54,7 +54,7 @@ class Ranked:
             upto = np.cumsum(self._counts[:buckets])
             bucket = np.searchsorted(upto, rank, side="right")
             within = rank - upto[bucket] + self._counts[bucket] + 1
-            reached = np.cumsum(self._flags[bucket], axis=1, dtype=np.int64)
+            reached = np.cumsum(self._flags[bucket], axis=1, dtype=np.int16)
             found[inside] = bucket * _BUCKET + np.argmax(reached == within[:, None], axis=1)
         return found
 

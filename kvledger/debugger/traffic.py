@@ -66,11 +66,11 @@ class Shrink(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A request hands ``count`` of its own blocks to ``target``."""
+    """A request hands so many of its own ``blocks`` to ``target``."""
 
     request: int
     target: int
-    count: int
+    blocks: int
 
 
 class End(NamedTuple):
@@ -128,9 +128,9 @@ def traffic(source: Source) -> Iterator[Moment]:
                 begun[event.request] = event
             else:
                 asks += _asks(state, event, begun)
-        for request, event in begun.items():
-            asks += _begun(state, state.requests[request], event)
         assert state is not None
+        for request, matched in begun.items():
+            asks += _begun(state, state.requests[request], matched)
         in_use = state.device.capacity - len(state.device.free) - state.evictable
         yield Moment(transaction[-1].sequence, asks, in_use)
 

@@ -183,7 +183,7 @@ class Simulation:
     def _move(self, ask: Move) -> None:
         request = self._request(ask.request)
         own = request.table[request.leaf.end :]
-        self._execute(commands.Reassign(request.key, self._live[ask.target], own[max(len(own) - ask.count, 0) :]))
+        self._execute(commands.Reassign(request.key, self._live[ask.target], own[max(len(own) - ask.blocks, 0) :]))
 
     def _final(self, ask: End) -> bool:
         hints = self.result.scenario.hints
@@ -255,7 +255,9 @@ class Answers:
     """Refusals in the log itself: the engine ended or delayed something there, and so does the traffic."""
 
 
-def what_if(source: Source, scenarios: Sequence[Scenario], progress: Callable[[int], None] = lambda done: None) -> Answers:
+def what_if(
+    source: Source, scenarios: Sequence[Scenario], progress: Callable[[int], None] = lambda done: None
+) -> Answers:
     """Run the traffic of a log through every scenario, side by side, in one pass.
 
     Args:

@@ -1,0 +1,235 @@
+"""``kvledger what-if``."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich import box
+from rich.table import Table
+
+from statemachine.events import HostPolicy
+
+if TYPE_CHECKING:
+    from kvledger.cli.reading import Reading
+    from kvledger.debugger.plot import Line
+    from kvledger.debugger.whatif import Answers, Result, Scenario
+
+_LARGEST = 2**31 - 1
+_Choice = TypeVar("_Choice", bound=Enum)
+
+
+def what_if(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A .kvlog file, or the name of a ledger")],
+    device_blocks: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Blocks of the device pool; default: as recorded")
+    ] = None,
+    host_blocks: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Blocks of the host pool, 0 = none; default: as recorded")
+    ] = None,
+    host_policy: Annotated[
+        str | None,
+        typer.Option(metavar="POLICY[,...]", help="off, exclusive, write-through; default: as recorded, or exclusive"),
+    ] = None,
+    hints: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HINTS[,...]",
+            help="What the cache is told when a request ends: recorded (default), none, or perfect: final where no "
+            "later request of the log continues the prompt",
+        ),
+    ] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="The hit-rate curve over device blocks in one pass: device tier, no hints")
+    ] = False,
+    sample: Annotated[
+        float | None, typer.Option(metavar="RATE", help="With --curve: remember this share of the unused blocks")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw hit rates over device blocks")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON")] = False,
+) -> None:
+    """What would the recorded traffic have come to in another cache?
+
+    Requests come, grow, publish and end in the order of the log; everything else is decided anew by the real state
+    machine. Lists multiply: every combination is a scenario, all of them run in one pass.
+    """
+    from kvledger.cli.reading import BadInput, reading
+    from kvledger.debugger.plot import PlotUnavailable
+
+    with reading(source, (PlotUnavailable,)) as log:
+        if not curve:
+            if sample is not None:
+                raise BadInput("--sample goes with --curve")
+            _scenarios(log, _combinations(log, device_blocks, host_blocks, host_policy, hints), plot, as_json)
+        elif host_blocks or host_policy or hints:
+            raise BadInput("--curve is about the device tier without hints: leave the other settings out")
+        else:
+            rate = 1.0 if sample is None else sample
+            if not 0 < rate <= 1:
+                raise BadInput(f"--sample must be more than 0 and at most 1, not {rate:g}")
+            _curve(log, _numbers("--device-blocks", device_blocks, 1) if device_blocks else [], rate, plot, as_json)
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    from kvledger.cli.reading import BadInput
+
+    numbers = []
+    for part in text.split(","):
+        if not part.strip().isdecimal() or not least <= int(part) <= _LARGEST:
+            raise BadInput(f"{option} takes whole numbers from {least} to {_LARGEST} with commas between, not {text!r}")
+        numbers.append(int(part))
+    return numbers
+
+
+def _choices(option: str, text: str, choices: type[_Choice]) -> list[_Choice]:
+    from kvledger.cli.reading import BadInput
+
+    names = {choice.name.lower().replace("_", "-"): choice for choice in choices}
+    chosen = [part.strip() for part in text.split(",")]
+    if wrong := [part for part in chosen if part not in names]:
+        raise BadInput(f"{option} takes {', '.join(names)} with commas between, not {wrong[0]!r}")
+    return [names[part] for part in chosen]
+
+
+def _combinations(
+    log: Reading, device_blocks: str | None, host_blocks: str | None, host_policy: str | None, hints: str | None
+) -> list[Scenario]:
+    from kvledger.debugger.whatif import Hints, Scenario
+
+    recorded = log.source.at(log.source.first)
+    devices = _numbers("--device-blocks", device_blocks, 1) if device_blocks else [recorded.device.capacity]
+    hosts = _numbers("--host-blocks", host_blocks, 0) if host_blocks else [recorded.host_blocks]
+    policies: list[HostPolicy] = [recorded.policy if recorded.policy != HostPolicy.OFF else HostPolicy.EXCLUSIVE]
+    if host_policy:
+        policies = _choices("--host-policy", host_policy, HostPolicy)
+    told = _choices("--hints", hints, Hints) if hints else [Hints.RECORDED]
+    scenarios: dict[Scenario, None] = {}
+    for hint, policy, host, device in itertools.product(told, policies, hosts, devices):
+        tier = (host, policy) if host and policy != HostPolicy.OFF else (0, HostPolicy.OFF)
+        scenarios[Scenario(device_blocks=device, host_blocks=tier[0], host_policy=tier[1], hints=hint)] = None
+    return list(scenarios)
+
+
+def _tiers(scenario: Scenario) -> str:
+    if not scenario.host_blocks:
+        return "no host tier"
+    return f"{scenario.host_blocks:,} host blocks, {scenario.host_policy.name.lower().replace('_', '-')}"
+
+
+def _scenarios(log: Reading, scenarios: list[Scenario], plot: Path | None, as_json: bool) -> None:
+    from kvledger.debugger.plot import Line
+    from kvledger.debugger.whatif import what_if
+
+    answers = what_if(log.source, scenarios, log.reached)
+    if plot is not None:
+        groups: dict[str, list[Result]] = {}
+        for result in answers.results:
+            groups.setdefault(f"{_tiers(result.scenario)}, hints: {result.scenario.hints}", []).append(result)
+        lines = []
+        for label, results in groups.items():
+            results.sort(key=lambda result: result.scenario.device_blocks)
+            rates = [result.device_hit_rate + result.host_hit_rate for result in results]
+            lines.append(Line(label, [result.scenario.device_blocks for result in results], rates))
+        _draw(log, lines, plot)
+    if as_json:
+        print(json.dumps([_as_json(result) for result in answers.results]))
+        return
+    _print(log, answers)
+
+
+def _print(log: Reading, answers: Answers) -> None:
+    from kvledger.cli.reading import wide_console
+
+    first = answers.results[0]
+    table = Table(
+        title=f"what if: {log.source.name}, {first.requests:,} requests for {first.blocks:,} blocks",
+        title_justify="left",
+        caption=_remarks(answers),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    host = any(result.scenario.host_blocks for result in answers.results)
+    names = ["device\nblocks", "hints", "device\nhits", "device\nevicted"]
+    if host:
+        names[1:1] = ["host\nblocks", "policy"]
+        names += ["host\nhits", "host\nevicted", "copied\nout", "copied\nin"]
+    for name in [*names, "stalls", "ended\nearly"]:
+        table.add_column(name, justify="left" if name in ("hints", "policy") else "right", no_wrap=True)
+    for result in answers.results:
+        scenario = result.scenario
+        row = [
+            f"{scenario.device_blocks:,}",
+            str(scenario.hints),
+            f"{result.device_hit_rate:.2%}",
+            f"{result.device_evicted_blocks:,}",
+        ]
+        if host:
+            row[1:1] = [f"{scenario.host_blocks:,}", scenario.host_policy.name.lower().replace("_", "-")]
+            row += [
+                f"{result.host_hit_rate:.2%}",
+                f"{result.host_evicted_blocks:,}",
+                f"{result.swapped_out_blocks + result.backed_up_blocks:,}",
+                f"{result.swapped_in_blocks:,}",
+            ]
+        table.add_row(*row, f"{result.stalls:,}", f"{result.early_releases:,}")
+    wide_console().print(table)
+
+
+def _as_json(result: Result) -> dict[str, object]:
+    values = dataclasses.asdict(result)
+    scenario = values.pop("scenario")
+    scenario["host_policy"] = result.scenario.host_policy.name.lower().replace("_", "-")
+    rates = {"device_hit_rate": result.device_hit_rate, "host_hit_rate": result.host_hit_rate}
+    return {**scenario, **values, **rates}
+
+
+def _remarks(answers: Answers) -> str:
+    results = answers.results
+    remarks = ["evicted and copied count blocks"]
+    if answers.refused:
+        remarks.append(
+            f"the recorded cache refused {answers.refused:,} times: what the engine did about it is in this traffic too"
+        )
+    if any(result.stalls for result in results):
+        remarks.append("stalls: no room for a request or a step of one; the oldest requests were ended early for it")
+    if any(result.too_large for result in results):
+        most = max(result.too_large for result in results)
+        remarks.append(f"up to {most:,} requests are longer than the device pool: they ran without being cached")
+    return "\n".join(remarks)
+
+
+def _curve(log: Reading, capacities: list[int], rate: float, plot: Path | None, as_json: bool) -> None:
+    from kvledger.cli.reading import wide_console
+    from kvledger.debugger.curve import curve
+    from kvledger.debugger.plot import Line
+
+    found = curve(log.source, capacities, rate, log.reached)
+    if plot is not None:
+        label = "device tier" if rate == 1 else f"device tier, {rate:g} of the blocks sampled"
+        _draw(log, [Line(label, found.capacities, found.hit_rates)], plot)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    table = Table(
+        title=f"hit-rate curve: {log.source.name}, {found.requests:,} requests for {found.blocks:,} blocks",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("device blocks", justify="right")
+    table.add_column("hit rate", justify="right")
+    table.add_column("")
+    for capacity, hit_rate in zip(found.capacities, found.hit_rates):
+        table.add_row(f"{capacity:,}", f"{hit_rate:.2%}", "█" * round(60 * hit_rate))
+    wide_console().print(table)
+
+
+def _draw(log: Reading, lines: list[Line], path: Path) -> None:
+    from kvledger.debugger.plot import plot
+
+    plot(lines, path, f"{Path(log.source.name).name}: what if")
