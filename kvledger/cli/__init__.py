@@ -4,6 +4,7 @@ import typer
 
 from kvledger.cli.check import bisect, check, leaks_command
 from kvledger.cli.explain import explain_command
+from kvledger.cli.export import export
 from kvledger.cli.log import log
 from kvledger.cli.replay import diff, replay, shrink_command
 from kvledger.cli.run import run
@@ -29,6 +30,7 @@ app.command()(segments)
 app.command()(simulate)
 for command in (log, show, check, bisect, diff, replay):
 for command in (log, show, check, bisect, diff, replay, what_if):
+for command in (log, show, check, bisect, diff, replay, what_if, export):
     app.command(rich_help_panel="Debugger")(command)
 app.command("explain", rich_help_panel="Debugger")(explain_command)
 app.command("leaks", rich_help_panel="Debugger")(leaks_command)

@@ -48,7 +48,7 @@ def reading(text: str, wrong: tuple[type[Exception], ...] = ()) -> Iterator[Read
     Args:
         wrong: further exceptions that mean bad input.
     """
-    bad_input = (*wrong, BadInput, SourceError, LedgerError)
+    bad_input: tuple[type[Exception], ...] = (*wrong, BadInput, SourceError, LedgerError)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     progress = Progress(
         TextColumn("{task.description}"),

@@ -59,9 +59,9 @@ def what_if(
     machine. Lists multiply: every combination is a scenario, all of them run in one pass.
     """
     from kvledger.cli.reading import BadInput, reading
-    from kvledger.debugger.plot import PlotUnavailable
+    from kvledger.debugger.output import CannotWrite
 
-    with reading(source, (PlotUnavailable,)) as log:
+    with reading(source, (CannotWrite,)) as log:
         if not curve:
             if sample is not None:
                 raise BadInput("--sample goes with --curve")

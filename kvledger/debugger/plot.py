@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-
-class PlotUnavailable(ValueError):
-    """Matplotlib is not installed, or the file cannot be written; one line says what to do."""
+from kvledger.debugger.output import CannotWrite, complete
 
 
 class Line(NamedTuple):
@@ -27,15 +23,15 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> None:
     """Draw hit rates over capacity. The file appears when it is complete.
 
     Raises:
-        PlotUnavailable
+        CannotWrite
     """
     if path.suffix != ".svg":
-        raise PlotUnavailable(f"{path} does not end in .svg, which is what is drawn")
+        raise CannotWrite(f"{path} does not end in .svg, which is what is drawn")
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
     except ImportError:
-        raise PlotUnavailable("drawing needs matplotlib: pip install 'kvledger[plot]'") from None
+        raise CannotWrite("drawing needs matplotlib: pip install 'kvledger[plot]'") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for line in lines:
@@ -50,14 +46,5 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        os.close(handle)
-        try:
-            figure.savefig(name, format="svg", metadata={"Date": None})
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise PlotUnavailable(f"cannot write {path}: {error.strerror}") from error
+    with complete(path, replace=True) as partial:
+        figure.savefig(partial, format="svg", metadata={"Date": None})

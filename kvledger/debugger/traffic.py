@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kvledger.debugger.source import Entry, Source
+from kvledger.debugger.source import Source
+from kvledger.debugger.stepping import stepped
 from statemachine import tree
-from statemachine.apply import apply, genesis
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
@@ -26,8 +26,7 @@ from statemachine.events import (
     Tier,
     TierLost,
 )
-from statemachine.replay import MISFITS, Contradiction, said
-from statemachine.state import Request, State
+from statemachine.state import State
 
 
 class Begin(NamedTuple):
@@ -117,35 +116,22 @@ def traffic(source: Source) -> Iterator[Moment]:
     Raises:
         Contradiction: an event contradicts the state that it meets.
     """
-    state = source.before(source.first)
-    for transaction in source.transactions(source.first):
+    for transaction, state in stepped(source):
         asks: list[Ask] = []
-        begun: dict[int, RequestMatched] = {}
+        begun: set[int] = set()
         for entry in transaction:
-            state = _applied(state, entry)
             event = entry.event
             if isinstance(event, RequestMatched):
-                begun[event.request] = event
+                begun.add(event.request)
+                asks += _begun(state, event)
             else:
                 asks += _asks(state, event, begun)
-        assert state is not None
-        for request, matched in begun.items():
-            asks += _begun(state, state.requests[request], matched)
         in_use = state.device.capacity - len(state.device.free) - state.evictable
         yield Moment(transaction[-1].sequence, asks, in_use)
 
 
-def _applied(state: State | None, entry: Entry) -> State:
-    try:
-        if state is None:
-            return genesis(entry.event)
-        apply(state, entry.event)
-    except MISFITS as error:
-        raise Contradiction(entry.sequence, f"event {entry.sequence}: {said(error)}") from error
-    return state
-
-
-def _begun(state: State, request: Request, event: RequestMatched) -> Iterator[Ask]:
+def _begun(state: State, event: RequestMatched) -> Iterator[Ask]:
+    request = state.requests[event.request]
     matched = event.device_blocks + event.host_blocks
     path = state.path(request.leaf)
     words = tree.content_of(path) + request.words if path else request.words
@@ -161,7 +147,7 @@ def _begun(state: State, request: Request, event: RequestMatched) -> Iterator[As
         yield Publish(request.id, matched, b"")
 
 
-def _asks(state: State, event: Event, begun: dict[int, RequestMatched]) -> Iterator[Ask]:
+def _asks(state: State, event: Event, begun: set[int]) -> Iterator[Ask]:
     match event:
         case BlocksAllocated():
             for id in event.requests:
