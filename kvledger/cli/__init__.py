@@ -11,6 +11,7 @@ from kvledger.cli.run import run
 from kvledger.cli.segments import segments
 from kvledger.cli.show import show
 from kvledger.cli.simulate import simulate
+from kvledger.cli.top import top
 from kvledger.cli.what_if import what_if
 
 __all__ = ["app", "main"]
@@ -31,6 +32,7 @@ app.command()(simulate)
 for command in (log, show, check, bisect, diff, replay):
 for command in (log, show, check, bisect, diff, replay, what_if):
 for command in (log, show, check, bisect, diff, replay, what_if, export):
+for command in (log, show, check, bisect, diff, replay, what_if, export, top):
     app.command(rich_help_panel="Debugger")(command)
 app.command("explain", rich_help_panel="Debugger")(explain_command)
 app.command("leaks", rich_help_panel="Debugger")(leaks_command)
