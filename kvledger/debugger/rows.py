@@ -32,8 +32,8 @@ ENUMS: dict[str, dict[str, type[IntEnum]]] = {
     "DigestTaken": {"scope": DigestScope},
 }
 """Fields that are numbers in the log and names here."""
-_RENAMED = {("PoolResized", "blocks"): "capacity"}
-"""A field that has another type than its namesakes."""
+RENAMED = {("PoolResized", "blocks"): "capacity", ("DigestTaken", "sequence"): "digest_sequence"}
+"""Fields whose name means something else in other events, or beside all of them."""
 _TYPES = {"B": "u32", "I": "u32", "Q": "u64", "text": "text", "bytes": "hex"}
 _LISTS = {"i": "list<i32>", "I": "list<u32>", "Q": "list<u64>"}
 
@@ -58,7 +58,7 @@ def _fields(event: type[Event]) -> list[_Field]:
     found = []
     for name in event._fields:
         code = hints[name].__metadata__[0]
-        column = _RENAMED.get((event.__name__, name), name)
+        column = RENAMED.get((event.__name__, name), name)
         if name in enums:
             type = "text"
         elif name == "words":
@@ -85,8 +85,8 @@ def _columns() -> list[Column]:
     columns = {column.name: column for column in always}
     for event in KINDS.values():
         for _, column, _ in _FIELDS[event]:
-            if columns.setdefault(column.name, column).type != column.type:
-                raise TypeError(f"{event.__name__}.{column.name} is a {column.type} here and another thing elsewhere")
+            if column in always or columns.setdefault(column.name, column).type != column.type:
+                raise TypeError(f"{event.__name__}.{column.name} needs a column of its own: see RENAMED")
     return list(columns.values())
 
 
