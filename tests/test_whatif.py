@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from kvledger.debugger.whatif import Hints, Result, Scenario, what_if
 from kvledger.run import Run, RunOptions, Summary
 from kvledger.traces import Trace
 from statemachine.events import HostPolicy
+from tests.test_stories import BLOCK, output
 
 TRACES = Path(os.environ.get("KVLEDGER_TRACES", Path(__file__).parents[2] / "shared" / "traces"))
 OFF = {"host_policy": HostPolicy.OFF, "host_blocks": 0}
@@ -277,3 +279,19 @@ def test_wrong_input(recorded: Path, arguments: list[str], message: str) -> None
     done = CliRunner().invoke(app, ["what-if", *(str(recorded) if part == "SRC" else part for part in arguments)])
     assert done.exit_code == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+
+
+def test_the_page_shows_real_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(sample.generate(1000), tmp_path / "day.kvlog", device_blocks=4096, in_flight=16, **OFF)
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[1] / "docs" / "what-if.md"
+
+    def shown(block: re.Match[str]) -> str:
+        (command,) = re.findall(r"^\$ (.*)$", block[1], re.MULTILINE)
+        lines = [line.rstrip() for line in output(command, tmp_path).splitlines()]
+        return "```console\n" + "\n".join([f"$ {command}", *lines]) + "\n```"
+
+    told = BLOCK.sub(shown, page.read_text())
+    if os.environ.get("KVLEDGER_REWRITE"):
+        page.write_text(told)
+    assert told == page.read_text()

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from kvledger.cli.debugging import Src, reading
+from kvledger.cli.whole_log import reached
+
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A .kvlog file, or the name of a ledger")],
+    src: Src,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (must not exist)")],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="parquet, jsonl, csv or perfetto")],
     words: Annotated[
@@ -17,11 +20,10 @@ def export(
     ] = False,
 ) -> None:
     """Write a log for other tools: one row per event (parquet, csv, jsonl), or a timeline for ui.perfetto.dev."""
-    from kvledger.cli.reading import BadInput, reading
+    from kvledger.debugger import SourceError
     from kvledger.debugger.export import Format, export
-    from kvledger.debugger.output import CannotWrite
 
-    with reading(source, (CannotWrite,)) as log:
+    with reading(src) as (source, report):
         if to not in list(Format):
-            raise BadInput(f"--to takes {', '.join(Format)}, not {to!r}")
-        export(log.source, Format(to), out, words=words, progress=log.reached)
+            raise SourceError(f"--to takes {', '.join(Format)}, not {to!r}")
+        export(source, Format(to), out, words=words, progress=reached(source, report))

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvledger.cli.exits import BAD_INPUT, FAILED
+from kvledger.cli.debugging import errors, one_line_errors
 from kvledger.cli.stopping import until_signal
 
 if TYPE_CHECKING:
@@ -38,13 +38,9 @@ def top(
 
     A read-only observer: its engine notices nothing. Ends with the ledger, on q, or on Ctrl-C.
     """
-    from ipc import LedgerError
-    from kvledger.debugger import SourceError
     from kvledger.debugger.top import Top
-    from statemachine.replay import Contradiction
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
+    with one_line_errors():
         with errors.status("reading the log"):
             observer = Top(name)
         try:
@@ -56,12 +52,6 @@ def top(
                 _watch(observer)
         finally:
             observer.close()
-    except Contradiction as error:
-        errors.print(f"[bold red]FAILED[/] {error}")
-        raise typer.Exit(FAILED) from error
-    except (SourceError, LedgerError) as error:
-        errors.print(f"[bold red]error[/] {error}")
-        raise typer.Exit(BAD_INPUT) from error
 
 
 def _watch(observer: Top) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import typer
 from rich import box
 from rich.table import Table
 
+from kvledger.cli.debugging import Json, Src, reading
+from kvledger.cli.whole_log import reached, wide_console
+from kvledger.debugger import Source, SourceError
 from statemachine.events import HostPolicy
 
 if TYPE_CHECKING:
-    from kvledger.cli.reading import Reading
     from kvledger.debugger.plot import Line
     from kvledger.debugger.whatif import Answers, Result, Scenario
 
@@ -24,8 +27,15 @@ _LARGEST = 2**31 - 1
 _Choice = TypeVar("_Choice", bound=Enum)
 
 
+class Log(NamedTuple):
+    """The log, and whom to tell how far the work is."""
+
+    source: Source
+    reached: Callable[[int], None]
+
+
 def what_if(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A .kvlog file, or the name of a ledger")],
+    src: Src,
     device_blocks: Annotated[
         str | None, typer.Option(metavar="N[,N...]", help="Blocks of the device pool; default: as recorded")
     ] = None,
@@ -51,53 +61,47 @@ def what_if(
         float | None, typer.Option(metavar="RATE", help="With --curve: remember this share of the unused blocks")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw hit rates over device blocks")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """What would the recorded traffic have come to in another cache?
 
     Requests come, grow, publish and end in the order of the log; everything else is decided anew by the real state
     machine. Lists multiply: every combination is a scenario, all of them run in one pass.
     """
-    from kvledger.cli.reading import BadInput, reading
-    from kvledger.debugger.output import CannotWrite
-
-    with reading(source, (CannotWrite,)) as log:
+    with reading(src) as (source, report):
+        log = Log(source, reached(source, report))
         if not curve:
             if sample is not None:
-                raise BadInput("--sample goes with --curve")
+                raise SourceError("--sample goes with --curve")
             _scenarios(log, _combinations(log, device_blocks, host_blocks, host_policy, hints), plot, as_json)
         elif host_blocks or host_policy or hints:
-            raise BadInput("--curve is about the device tier without hints: leave the other settings out")
+            raise SourceError("--curve is about the device tier without hints: leave the other settings out")
         else:
             rate = 1.0 if sample is None else sample
             if not 0 < rate <= 1:
-                raise BadInput(f"--sample must be more than 0 and at most 1, not {rate:g}")
+                raise SourceError(f"--sample must be more than 0 and at most 1, not {rate:g}")
             _curve(log, _numbers("--device-blocks", device_blocks, 1) if device_blocks else [], rate, plot, as_json)
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:
-    from kvledger.cli.reading import BadInput
-
     numbers = []
     for part in text.split(","):
         if not part.strip().isdecimal() or not least <= int(part) <= _LARGEST:
-            raise BadInput(f"{option} takes whole numbers from {least} to {_LARGEST} with commas between, not {text!r}")
+            raise SourceError(f"{option} takes whole numbers from {least} to {_LARGEST} with commas, not {text!r}")
         numbers.append(int(part))
     return numbers
 
 
 def _choices(option: str, text: str, choices: type[_Choice]) -> list[_Choice]:
-    from kvledger.cli.reading import BadInput
-
     names = {choice.name.lower().replace("_", "-"): choice for choice in choices}
     chosen = [part.strip() for part in text.split(",")]
     if wrong := [part for part in chosen if part not in names]:
-        raise BadInput(f"{option} takes {', '.join(names)} with commas between, not {wrong[0]!r}")
+        raise SourceError(f"{option} takes {', '.join(names)} with commas between, not {wrong[0]!r}")
     return [names[part] for part in chosen]
 
 
 def _combinations(
-    log: Reading, device_blocks: str | None, host_blocks: str | None, host_policy: str | None, hints: str | None
+    log: Log, device_blocks: str | None, host_blocks: str | None, host_policy: str | None, hints: str | None
 ) -> list[Scenario]:
     from kvledger.debugger.whatif import Hints, Scenario
 
@@ -121,7 +125,7 @@ def _tiers(scenario: Scenario) -> str:
     return f"{scenario.host_blocks:,} host blocks, {scenario.host_policy.name.lower().replace('_', '-')}"
 
 
-def _scenarios(log: Reading, scenarios: list[Scenario], plot: Path | None, as_json: bool) -> None:
+def _scenarios(log: Log, scenarios: list[Scenario], plot: Path | None, as_json: bool) -> None:
     from kvledger.debugger.plot import Line
     from kvledger.debugger.whatif import what_if
 
@@ -142,8 +146,7 @@ def _scenarios(log: Reading, scenarios: list[Scenario], plot: Path | None, as_js
     _print(log, answers)
 
 
-def _print(log: Reading, answers: Answers) -> None:
-    from kvledger.cli.reading import wide_console
+def _print(log: Log, answers: Answers) -> None:
 
     first = answers.results[0]
     table = Table(
@@ -204,8 +207,7 @@ def _remarks(answers: Answers) -> str:
     return "\n".join(remarks)
 
 
-def _curve(log: Reading, capacities: list[int], rate: float, plot: Path | None, as_json: bool) -> None:
-    from kvledger.cli.reading import wide_console
+def _curve(log: Log, capacities: list[int], rate: float, plot: Path | None, as_json: bool) -> None:
     from kvledger.debugger.curve import curve
     from kvledger.debugger.plot import Line
 
@@ -229,7 +231,7 @@ def _curve(log: Reading, capacities: list[int], rate: float, plot: Path | None, 
     wide_console().print(table)
 
 
-def _draw(log: Reading, lines: list[Line], path: Path) -> None:
+def _draw(log: Log, lines: list[Line], path: Path) -> None:
     from kvledger.debugger.plot import plot
 
     plot(lines, path, f"{Path(log.source.name).name}: what if")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class CannotWrite(ValueError):
+class CannotWrite(OSError):
     """A file cannot be written; one line says why."""
 
 
@@ -32,6 +32,6 @@ def complete(path: Path, *, replace: bool = False) -> Iterator[Path]:
         os.replace(name, path)
     except BaseException as error:
         os.unlink(name)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, CannotWrite):
             raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from error
         raise
