@@ -17,7 +17,7 @@ from kvledger.debugger.rows import COLUMNS, rows
 from kvledger.debugger.source import Source
 from kvledger.debugger.timeline import write_timeline
 
-_ROW_GROUP = 20_000
+_ROW_GROUP = 10_000
 
 
 class Format(StrEnum):
