@@ -29,9 +29,6 @@ app = typer.Typer(
 app.command()(run)
 app.command()(segments)
 app.command()(simulate)
-for command in (log, show, check, bisect, diff, replay):
-for command in (log, show, check, bisect, diff, replay, what_if):
-for command in (log, show, check, bisect, diff, replay, what_if, export):
 for command in (log, show, check, bisect, diff, replay, what_if, export, top):
     app.command(rich_help_panel="Debugger")(command)
 app.command("explain", rich_help_panel="Debugger")(explain_command)
