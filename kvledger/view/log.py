@@ -1,0 +1,120 @@
+"""A log as the page asks for it: a summary, a timeline of any zoom, and windows of consecutive events.
+
+A *window* is a picture of the state before its first event, and per event what it says and what it changed. The page
+plays a window forwards and backwards by itself, so that a step costs nothing and works in an exported file as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from typing import Any
+
+from kvledger.debugger import Entry, Source, SourceError
+from kvledger.timeline import Timeline
+from kvledger.view.picture import Picture
+from kvledger.view.touched import touched
+from statemachine.apply import genesis
+from statemachine.events import KIND_OF, KINDS
+from statemachine.state import State
+
+WINDOW = 256
+"""Events in a window that the server sends."""
+_KEPT_WINDOWS = 16
+_EXACT = 10_000
+"""A zoom into fewer events than this is replayed, not aggregated: a tenth of a second."""
+
+
+class Log:
+    """What the page can know of a source. Not for two threads at once."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._timeline = Timeline()
+        self._cursor: tuple[int, Picture] | None = None
+        """A picture that can be continued, and after which event it is."""
+        self._windows: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+
+    @property
+    def first(self) -> int:
+        """The first event that can be shown."""
+        return self._source.first
+
+    @property
+    def last(self) -> int:
+        """The last event that has a state."""
+        return self._source.last_state
+
+    def summary(self) -> dict[str, Any]:
+        """What the page's frame shows."""
+        source = self._source
+        return {
+            "name": source.name,
+            "first": self.first,
+            "last": self.last,
+            "window": WINDOW,
+            "damage": source.damage,
+            "contradiction": source.contradiction,
+            "kinds": {number: kind.__name__ for number, kind in KINDS.items()},
+        }
+
+    def window(self, at: int) -> bytes:
+        """The window that event ``at`` is in, as JSON.
+
+        Raises:
+            SourceError: there is no such event.
+        """
+        first, last = self.first, self.last
+        if not first <= at <= last:
+            raise SourceError(f"{self._source.name} has the events {first} to {last}, not {at}")
+        start = max((at - 1) // WINDOW * WINDOW + 1, first)
+        key = start, min(start + WINDOW - 1, last)
+        found = self._windows.pop(key, None)
+        if found is None:
+            found = json.dumps(self.events(*key), separators=(",", ":")).encode()
+        self._windows[key] = found
+        if len(self._windows) > _KEPT_WINDOWS:
+            self._windows.popitem(last=False)
+        return found
+
+    def events(self, start: int, stop: int) -> dict[str, Any]:
+        """The window of the events ``start`` to ``stop``."""
+        entries = self._source.entries(start, stop)
+        picture = None
+        if self._cursor is not None and self._cursor[0] == start - 1:
+            picture = self._cursor[1]
+        self._cursor = None
+        rows = []
+        keyframe: dict[str, Any] = {}
+        for entry in entries:
+            if picture is None:
+                picture = Picture(self._before(entry))
+            if not keyframe:
+                keyframe = json.loads(json.dumps(picture.keyframe()))
+            rows.append(_row(entry, picture))
+        assert picture is not None
+        self._cursor = stop, picture
+        return {"start": start, "keyframe": keyframe, "events": rows}
+
+    def _before(self, entry: Entry) -> State:
+        state = self._source.before(entry.sequence)
+        return genesis(entry.event) if state is None else state
+
+    def timeline(self, start: int, stop: int, buckets: int) -> dict[str, Any]:
+        """The events ``start`` to ``stop`` in about so many buckets, see :meth:`kvledger.timeline.Timeline.buckets`."""
+        first, last = self.first, self.last
+        start, stop = max(start, first), min(stop, last)
+        if stop - start < _EXACT:
+            return self._exact(start, stop, buckets).buckets(start, stop, buckets)
+        return self._rows(last).buckets(start, stop, buckets)
+
+    def _exact(self, start: int, stop: int, buckets: int) -> Timeline:
+        timeline = Timeline()
+        size = max((stop - start + 1) // buckets, 1)
+        kinds: list[int] = []
+        for entry, state in self._source.replay(start, stop):
+            kinds.append(KIND_OF[type(entry.event)])
+            if len(kinds) >= size or entry.sequence == stop:
+                timeline.add(entry.sequence, entry.time_ns, kinds, state)
+                kinds = []
+        return timeline
