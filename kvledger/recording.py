@@ -24,6 +24,7 @@ import zstandard
 from ipc import KvlogReader, LogCorrupt, Record
 from ipc.kvlog import Place
 from kvledger.mentioned import Kind, Mentioned
+from kvledger.timeline import ROW_EVENTS, Timeline
 from statemachine import codec
 from statemachine.encoding import SnapshotError, restore, snapshot
 from statemachine.replay import Contradiction, Replay
@@ -32,6 +33,7 @@ from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
 
 SNAPSHOT_EVERY = 10_000
 _TABLE, _MENTIONED = "table.json", "mentioned"
+_TABLE, _MENTIONED, _TIMELINE = "table.json", "mentioned", "timeline"
 _INDEX_VERSION = 5
 
 
@@ -139,6 +141,7 @@ class Recording:
         compressor = zstandard.ZstdCompressor(level=1)
         indexed = 0
         contradiction: Contradiction | None = None
+        timeline = Timeline()
         with zipfile.ZipFile(file, "w") as archive:
             while True:
                 place = reader.place
@@ -154,7 +157,8 @@ class Recording:
                     indexed = replay.events
                     progress(place.offset, size)
                 try:
-                    replay.feed(records)
+                    for begin in range(0, len(records), ROW_EVENTS):
+                        _replay_row(replay, timeline, records[begin : begin + ROW_EVENTS])
                 except Contradiction as error:
                     contradiction = error
             last = reader.place.sequence - 1
@@ -170,7 +174,21 @@ class Recording:
             mentioned.end_stretch()
             for kind, packed in mentioned.pack().items():
                 archive.writestr(f"{_MENTIONED}.{kind}", packed)
+            archive.writestr(_MENTIONED, mentioned.pack())
+            archive.writestr(_TIMELINE, timeline.pack())
             archive.writestr(_TABLE, json.dumps(table))
+
+    def timeline(self) -> Timeline:
+        """What the recording does over time, up to the last event that has a state.
+
+        Raises:
+            ipc.LogCorrupt: the index is damaged.
+        """
+        assert self._archive is not None
+        try:
+            return Timeline.unpack(self._archive.read(_TIMELINE))
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
 
     @property
     def first(self) -> int:
@@ -258,3 +276,13 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _replay_row(replay: Replay, timeline: Timeline, records: list[Record]) -> None:
+    """Replay a row's worth of records; those before a contradiction are a row of their own."""
+    before = replay.events
+    try:
+        replay.feed(records)
+    finally:
+        if done := records[: replay.events - before]:
+            timeline.add(done[-1].sequence, done[-1].time_ns, [record.kind for record in done], replay.state)

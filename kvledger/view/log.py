@@ -11,9 +11,10 @@ from collections import OrderedDict
 from typing import Any
 
 from kvledger.debugger import Entry, Source, SourceError
-from kvledger.timeline import Timeline
+from kvledger.debugger.source import RecordedSource
+from kvledger.timeline import ROW_EVENTS, Timeline
 from kvledger.view.picture import Picture
-from kvledger.view.touched import touched
+from kvledger.view.sentences import sentence
 from statemachine.apply import genesis
 from statemachine.events import KIND_OF, KINDS
 from statemachine.state import State
@@ -31,6 +32,8 @@ class Log:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._timeline = Timeline()
+        self._summed = 0
+        """The timeline reaches up to this event."""
         self._cursor: tuple[int, Picture] | None = None
         """A picture that can be continued, and after which event it is."""
         self._windows: OrderedDict[tuple[int, int], bytes] = OrderedDict()
@@ -90,7 +93,7 @@ class Log:
             if picture is None:
                 picture = Picture(self._before(entry))
             if not keyframe:
-                keyframe = json.loads(json.dumps(picture.keyframe()))
+                keyframe = picture.keyframe()
             rows.append(_row(entry, picture))
         assert picture is not None
         self._cursor = stop, picture
@@ -105,16 +108,38 @@ class Log:
         first, last = self.first, self.last
         start, stop = max(start, first), min(stop, last)
         if stop - start < _EXACT:
-            return self._exact(start, stop, buckets).buckets(start, stop, buckets)
+            timeline = Timeline()
+            self._add(timeline, start, stop, max((stop - start + 1) // buckets, 1))
+            return timeline.buckets(start, stop, buckets)
         return self._rows(last).buckets(start, stop, buckets)
 
-    def _exact(self, start: int, stop: int, buckets: int) -> Timeline:
-        timeline = Timeline()
-        size = max((stop - start + 1) // buckets, 1)
+    def _rows(self, last: int) -> Timeline:
+        """The timeline up to event ``last``; that of a ledger grows by what was written since the last time."""
+        if isinstance(self._source, RecordedSource):
+            if not len(self._timeline):
+                self._timeline = self._source.recording.timeline()
+        elif self._summed < last:
+            start = max(self._summed + 1, self.first)
+            self._add(self._timeline, start, last, ROW_EVENTS)
+            self._summed = last
+        return self._timeline
+
+    def _add(self, timeline: Timeline, start: int, stop: int, row_events: int) -> None:
         kinds: list[int] = []
         for entry, state in self._source.replay(start, stop):
             kinds.append(KIND_OF[type(entry.event)])
-            if len(kinds) >= size or entry.sequence == stop:
+            if len(kinds) == row_events or entry.sequence == stop:
                 timeline.add(entry.sequence, entry.time_ns, kinds, state)
                 kinds = []
-        return timeline
+
+
+def _row(entry: Entry, picture: Picture) -> dict[str, Any]:
+    """An event for the page: what it is, when, what it says, whom it names, what it changed."""
+    row = {
+        "n": entry.sequence,
+        "t": entry.time_ns / 1e6,
+        "s": entry.step,
+        "k": KIND_OF[type(entry.event)],
+        "text": sentence(entry.event),
+    }
+    return row | picture.step(entry.event)

@@ -48,7 +48,6 @@ def touched(state: State, event: Event) -> Touched:
         case BlocksAllocated():
             for id in event.requests:
                 _request(state, found, id)
-            found.transfers.update(event.after)
         case BlocksCached():
             _request(state, found, event.request)
             _path(found, state.nodes.get(event.leaf), state)
@@ -62,11 +61,11 @@ def touched(state: State, event: Event) -> Touched:
             _request(state, found, event.request)
             found.runs.update(event.merged)
             for id in event.merged:
-                _family(found, state.nodes.get(id))
+                _run(found, state.nodes.get(id))
         case BlocksEvicted():
             found.runs.add(event.upper)
             for id in event.nodes:
-                _family(found, state.nodes.get(id))
+                _run(found, state.nodes.get(id))
                 found.runs.add(id)
         case TransferStarted():
             found.transfers.update((event.transfer, *event.after))
@@ -97,15 +96,14 @@ def _request(state: State, found: Touched, id: int) -> None:
 def _path(found: Touched, leaf: Node | None, state: State) -> None:
     node = leaf
     while node is not None and node.parent is not None:
-        _family(found, node)
+        _run(found, node)
         node = node.parent
 
 
-def _family(found: Touched, node: Node | None) -> None:
-    """A run, its transfer, and the children whose parent may change."""
+def _run(found: Touched, node: Node | None) -> None:
+    """A run and its transfer."""
     if node is not None:
         found.runs.add(node.id)
-        found.runs.update(child.id for child in node.children.values())
         if node.transfer is not None:
             found.transfers.add(node.transfer.id)
 
@@ -127,5 +125,5 @@ def _below(found: Touched, nodes: Iterable[Node]) -> None:
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        _family(found, node)
+        _run(found, node)
         stack.extend(node.children.values())
