@@ -11,10 +11,10 @@ from collections import OrderedDict
 from typing import Any
 
 from kvledger.debugger import Entry, Source, SourceError
-from kvledger.debugger.source import RecordedSource
+from kvledger.debugger.source import RecordedSource, Tail
+from kvledger.debugger.wording import Wording
 from kvledger.timeline import ROW_EVENTS, Timeline
 from kvledger.view.picture import Picture
-from kvledger.view.sentences import sentence
 from statemachine.apply import genesis
 from statemachine.events import KIND_OF, KINDS
 from statemachine.state import State
@@ -36,6 +36,9 @@ class Log:
         """The timeline reaches up to this event."""
         self._cursor: tuple[int, Picture] | None = None
         """A picture that can be continued, and after which event it is."""
+        self._tail: Tail | None = None
+        if not isinstance(source, RecordedSource):
+            self._tail = source.tail()
         self._windows: OrderedDict[tuple[int, int], bytes] = OrderedDict()
 
     @property
@@ -55,6 +58,7 @@ class Log:
             "name": source.name,
             "first": self.first,
             "last": self.last,
+            "live": self._tail is not None and self._tail.alive,
             "window": WINDOW,
             "damage": source.damage,
             "contradiction": source.contradiction,
@@ -89,12 +93,14 @@ class Log:
         self._cursor = None
         rows = []
         keyframe: dict[str, Any] = {}
+        words: Wording | None = None
         for entry in entries:
             if picture is None:
                 picture = Picture(self._before(entry))
-            if not keyframe:
+            if words is None:
+                words = Wording.after(picture.state)
                 keyframe = picture.keyframe()
-            rows.append(_row(entry, picture))
+            rows.append(_row(entry, words, picture))
         assert picture is not None
         self._cursor = stop, picture
         return {"start": start, "keyframe": keyframe, "events": rows}
@@ -133,13 +139,13 @@ class Log:
                 kinds = []
 
 
-def _row(entry: Entry, picture: Picture) -> dict[str, Any]:
+def _row(entry: Entry, words: Wording, picture: Picture) -> dict[str, Any]:
     """An event for the page: what it is, when, what it says, whom it names, what it changed."""
     row = {
         "n": entry.sequence,
         "t": entry.time_ns / 1e6,
         "s": entry.step,
         "k": KIND_OF[type(entry.event)],
-        "text": sentence(entry.event),
+        "text": words(entry.event),
     }
     return row | picture.step(entry.event)

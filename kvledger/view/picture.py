@@ -45,7 +45,7 @@ Paint = tuple[Tier, IntArray, Kind]
 
 
 class Picture:
-    """The picture of ``state``, which it follows: nobody else may apply events to it from now on."""
+    """The picture of a state, which belongs to the picture from now on and moves with it."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -87,8 +87,7 @@ class Picture:
             tier.name.lower(): {"kinds": _base64(self._kinds[tier]), "owners": _base64(self._owners[tier])}
             for tier in Tier
         }
-        runs, requests, transfers = self._rows
-        return pools | {"runs": runs, "requests": requests, "transfers": transfers}
+        return pools | {name: dict(rows) for name, rows in zip(Touched._fields, self._rows)}
 
     def _refresh(self, changed: Touched) -> dict[str, Any]:
         delta: dict[str, Any] = {}
