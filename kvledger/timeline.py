@@ -1,6 +1,6 @@
 """What a log does over time, in rows: how many events of each kind, and how full the pools are afterwards.
 
-A row stands for up to 256 consecutive events, so that ten million of them are 40,000 rows and any zoom of them is a few
+A row stands for up to 128 consecutive events, so that ten million of them are 80,000 rows and any zoom of them is a few
 array operations. A recording keeps its timeline in its index.
 """
 
@@ -18,7 +18,7 @@ import zstandard
 from statemachine.events import KINDS
 from statemachine.state import State
 
-ROW_EVENTS = 256
+ROW_EVENTS = 128
 _KINDS = max(KINDS) + 1
 _SAMPLES = ("device_blocks", "device_free", "device_evictable", "host_blocks", "host_free", "requests", "transfers")
 _TOTALS = (

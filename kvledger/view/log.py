@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.source import RecordedSource, Tail
@@ -22,15 +23,20 @@ from statemachine.state import State
 WINDOW = 256
 """Events in a window that the server sends."""
 _KEPT_WINDOWS = 16
-_EXACT = 10_000
-"""A zoom into fewer events than this is replayed, not aggregated: a tenth of a second."""
+_EXACT = 20_000
+"""A zoom into fewer events than this is replayed, not aggregated: well under half a second."""
 
 
 class Log:
-    """What the page can know of a source. Not for two threads at once."""
+    """What the page can know of a source, which it closes in the end. A context manager; not for two threads at once.
 
-    def __init__(self, source: Source) -> None:
+    Args:
+        words: let the page ask for prompts' words.
+    """
+
+    def __init__(self, source: Source, *, words: bool = False) -> None:
         self._source = source
+        self._words = words
         self._timeline = Timeline()
         self._summed = 0
         """The timeline reaches up to this event."""
@@ -59,6 +65,7 @@ class Log:
             "first": self.first,
             "last": self.last,
             "live": self._tail is not None and self._tail.alive,
+            "words": self._words,
             "window": WINDOW,
             "damage": source.damage,
             "contradiction": source.contradiction,
@@ -109,6 +116,21 @@ class Log:
         state = self._source.before(entry.sequence)
         return genesis(entry.event) if state is None else state
 
+    def words(self, run: int, at: int) -> list[list[int]]:
+        """The content words of a run's blocks; negative ones stand for images and the like.
+
+        Raises:
+            SourceError: they are not to be shown, or there is no such run after event ``at``.
+        """
+        if not self._words:
+            raise SourceError("prompts stay hidden: start kvledger view with --words to see token ids")
+        state = self._source.at(at)
+        node = state.nodes.get(run)
+        if node is None:
+            raise SourceError(f"there is no run {run} after event {at}")
+        size = state.block_bytes
+        return [list(memoryview(node.words[i : i + size]).cast("i")) for i in range(0, len(node.words), size)]
+
     def timeline(self, start: int, stop: int, buckets: int) -> dict[str, Any]:
         """The events ``start`` to ``stop`` in about so many buckets, see :meth:`kvledger.timeline.Timeline.buckets`."""
         first, last = self.first, self.last
@@ -118,6 +140,20 @@ class Log:
             self._add(timeline, start, stop, max((stop - start + 1) // buckets, 1))
             return timeline.buckets(start, stop, buckets)
         return self._rows(last).buckets(start, stop, buckets)
+
+    def close(self) -> None:
+        """Let go of the source."""
+        if self._tail is not None:
+            self._tail.close()
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _rows(self, last: int) -> Timeline:
         """The timeline up to event ``last``; that of a ledger grows by what was written since the last time."""

@@ -138,6 +138,16 @@ def _explain(log: Log, query: dict[str, str]) -> bytes:
     return json.dumps(log.explain(query.get("type", ""), _number(query, "id"), _number(query, "at"))).encode()
 
 
+def _neighbour(log: Log, query: dict[str, str]) -> bytes:
+    forward = _number(query, "direction") > 0
+    found = log.neighbour(query.get("type", ""), _number(query, "id"), _number(query, "at"), forward=forward)
+    return json.dumps({"n": found}).encode()
+
+
+def _words(log: Log, query: dict[str, str]) -> bytes:
+    return json.dumps({"words": log.words(_number(query, "run"), _number(query, "at"))}).encode()
+
+
 def _number(query: dict[str, str], name: str) -> int:
     text = query.get(name, "")
     if not text.removeprefix("-").isdecimal() or len(text) > 20:
@@ -150,4 +160,6 @@ _QUESTIONS: dict[str, Callable[[Log, dict[str, str]], bytes]] = {
     "timeline": _timeline,
     "window": _window,
     "explain": _explain,
+    "neighbour": _neighbour,
+    "words": _words,
 }

@@ -44,7 +44,7 @@ class BlockMap {
     this.size = kinds.length;
     this.section.hidden = !this.size;
     if (!this.size) return;
-    this.describe(model.counts(this.tier));
+    this.describe(model.counts(this.tier), byOwner);
     this.measure();
     const { context, colour } = surface(this.canvas);
     this.paint(kinds, owners, byOwner, model.member(subject), colour);
@@ -92,12 +92,21 @@ class BlockMap {
     context.putImageData(image, 0, 0);
   }
 
-  describe(counts) {
-    const name = this.tier === "device" ? "Device" : "Host";
-    this.title.replaceChildren(element("b", {}, name), ` ${this.size.toLocaleString("en")} blocks:  ` + KINDS
-      .map((kind, i) => [kind, counts[i]]).filter(([, count]) => count)
-      .map(([kind, count]) => `${count.toLocaleString("en")} ${kind}`).join("  ·  "));
+  describe(counts, byOwner) {
+    const parts = [element("b", {}, this.tier === "device" ? "Device" : "Host"), ` ${this.size.toLocaleString("en")} blocks`];
+    counts.forEach((count, kind) => {
+      if (!count) return;
+      const text = `${count.toLocaleString("en")} ${KINDS[kind]}`;
+      parts.push(element("span", {}, ...(byOwner ? [] : [swatch(`--${KINDS[kind]}`)]), text));
+    });
+    this.title.replaceChildren(...parts);
   }
+}
+
+function swatch(colour, className = "swatch") {
+  const made = element("i", { className });
+  made.style.background = `var(${colour})`;
+  return made;
 }
 
 function pixel(colour) {
@@ -105,9 +114,9 @@ function pixel(colour) {
   return (0xff000000 | ((value & 255) << 16) | (value & 0xff00) | (value >> 16)) >>> 0;
 }
 
-// A quarter of the colour, the rest as if the block were free.
+// An eighth of the colour, the rest as if the block were free.
 function faint(value, free) {
-  const mix = (shift) => (((value >>> shift) & 255) + 3 * ((free >>> shift) & 255)) >> 2;
+  const mix = (shift) => (((value >>> shift) & 255) + 7 * ((free >>> shift) & 255)) >> 3;
   return (0xff000000 | (mix(16) << 16) | (mix(8) << 8) | mix(0)) >>> 0;
 }
 

@@ -78,7 +78,7 @@ function runKind(run) {
   const device = run[3] % 3, host = Math.floor(run[3] / 3);
   if (device === 1 || (!device && host === 1)) return "arriving";
   if (device) return run[4] ? "pinned" : "evictable";
-  return "host";
+  return "host-only";
 }
 
 function runPlace(run) {

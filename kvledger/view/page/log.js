@@ -17,6 +17,8 @@ class ServerLog {
   timeline(from, to, buckets) { return this.ask("timeline", { from, to, buckets }); }
   window(at) { return this.ask("window", { at }); }
   explain(subject, at) { return this.ask("explain", { ...subject, at }); }
+  neighbour(subject, at, direction) { return this.ask("neighbour", { ...subject, at, direction }); }
+  words(run, at) { return this.ask("words", { run, at }); }
 }
 
 class FileLog {
@@ -26,13 +28,23 @@ class FileLog {
   async summary() { return this.content.summary; }
   async timeline(from, to) {
     const { first, last } = this.content.summary;
-    return from >= first - 1 && to <= last + 1 ? this.content.detail : this.content.overview;
+    return from >= first && to <= last ? this.content.detail : this.content.overview;
   }
   async window() { return this.content.window; }
   // What this file knows of the past: the events in it that changed the subject.
-  async explain(subject) {
-    const lines = this.content.window.events.filter((event) => concerns(event, subject));
-    return { lines: lines.map((event) => ({ n: event.n, text: event.text })) };
+  async explain(subject, at) {
+    const events = this.content.window.events.filter((event) => event.n <= at && concerns(event, subject));
+    const first = this.content.summary.first;
+    return {
+      now: [],
+      lines: events.map((event) => ({ n: event.n, text: event.text })),
+      omitted: `This is from the events in this file alone, which begins with event ${first.toLocaleString("en")}.`,
+    };
+  }
+  async neighbour(subject, at, direction) {
+    const events = this.content.window.events;
+    const wanted = (event) => (direction > 0 ? event.n > at : event.n < at) && concerns(event, subject);
+    return { n: (direction > 0 ? events.find(wanted) : events.findLast(wanted))?.n ?? null };
   }
 }
 

@@ -135,16 +135,16 @@ class Model {
     return path;
   }
 
-  // Whether a block belongs to a subject: a function of (tier, kind, owner), or null for no such subject.
+  // Whether a block belongs to a subject: a function of (tier, kind, owner), or null if nothing is singled out.
   member(subject) {
+    if (subject && !TIERS.includes(subject.type) && !this[`${subject.type}s`].has(subject.id)) return null;
     if (subject?.type === "run") return (kind, owner) => kind >= 2 && kind <= 4 && owner === subject.id;
     if (subject?.type === "request") {
-      const request = this.requests.get(subject.id);
-      const path = new Set(request ? this.path(request[1]) : []);
+      const path = new Set(this.path(this.requests.get(subject.id)[1]));
       return (kind, owner) => (kind === 1 ? owner === subject.id : kind >= 2 && kind <= 4 && path.has(owner));
     }
     if (subject?.type === "transfer") {
-      const runs = new Set(this.transfers.get(subject.id)?.[3] ?? []);
+      const runs = new Set(this.transfers.get(subject.id)[3]);
       return (kind, owner) => (kind >= 5 ? owner === subject.id : kind >= 2 && kind <= 4 && runs.has(owner));
     }
     return null;

@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const number = (n) => n.toLocaleString("en");
 const TABS = ["explain", "tree", "requests", "transfers"];
-const FOLLOW_EVERY = 1000;
+const FOLLOW_EVERY = 1000, SETTLED = 120;
 
 const shown = { at: 0, tab: "explain", subject: null, byOwner: false };
 let log, model, summary, timeline, maps, lists, following = false;
@@ -35,7 +35,7 @@ function frame() {
   document.title = `${summary.name} · kvledger`;
   $("name").textContent = summary.name;
   $("name").title = summary.name;
-  timeline.bounds(summary.first, summary.last);
+  timeline.bounds(...(summary.whole ?? [summary.first, summary.last]));
   const messages = [];
   if (summary.contradiction) messages.push(`The log contradicts itself, and this view ends before that: ${summary.contradiction}`);
   if (summary.damage) messages.push(`The log ends early: ${summary.damage}`);
@@ -91,25 +91,12 @@ function draw() {
   const event = model.event;
   if (document.activeElement !== $("goto")) $("goto").value = "";
   $("goto").placeholder = `${number(model.at)} / ${number(summary.last)}`;
-  $("where").textContent = clock(event.t, true) + (event.s ? `   step ${number(event.s)}` : "");
+  $("where").textContent = new Date(event.t).toISOString().replace("T", " ").replace("Z", " UTC") + (event.s ? `   step ${number(event.s)}` : "");
+  $("colour").textContent = shown.byOwner ? "coloured by owner: run, request or transfer" : "coloured by kind";
   maps.forEach((map) => map.draw(model, shown));
-  legend();
   drawEvent(event);
   lists.events.show(model.window.events, model.at - model.window.start);
   drawSide();
-}
-
-function legend() {
-  const kinds = KINDS.map((kind) => element("span", {}, swatch(`--${kind}`), kind));
-  const owners = [element("span", {}, "one colour per run, request or transfer")];
-  document.querySelector(".legend").replaceChildren(...(shown.byOwner ? owners : kinds));
-  $("colour").textContent = shown.byOwner ? "by owner" : "by kind";
-}
-
-function swatch(colour, className = "swatch") {
-  const made = element("i", { className });
-  made.style.background = `var(${colour})`;
-  return made;
 }
 
 // Events
@@ -162,11 +149,15 @@ async function step(direction) {
   go(at);
 }
 
-// To the event before or after this one that changed what is selected.
+// To the event before or after this one that concerns what is selected.
 async function stepSubject(direction) {
-  const lines = shown.subject ? (await history(shown.subject)).lines.map((line) => line.n) : [];
-  const at = direction > 0 ? lines.find((n) => n > shown.at) : lines.findLast((n) => n < shown.at);
-  if (at !== undefined) go(at);
+  if (!shown.subject) return;
+  try {
+    const { n } = await log.neighbour(shown.subject, shown.at, direction);
+    if (n !== null) go(n);
+  } catch (error) {
+    complain(error);
+  }
 }
 
 // What is selected
@@ -225,8 +216,8 @@ function drawSide() {
 
 function treeRow(row, line) {
   if (line.root !== undefined) {
-    row.classList.add("head");
-    row.append(`${line.root}: ${number(line.size)} runs`);
+    cells(row, true, "run", `${line.root}, ${number(line.size)} runs`, [], ["blocks", "pins"]);
+    row.append(swatch("--host-only"), "host only");
     return;
   }
   const { id, depth, run } = line;
@@ -236,17 +227,17 @@ function treeRow(row, line) {
   const bar = element("i");
   bar.style.left = `${100 * run[1] / lists.tree.deepest}%`;
   bar.style.width = `${100 * run[2] / lists.tree.deepest}%`;
-  bar.style.background = `var(--${runKind(run) === "host" ? "transfer" : runKind(run)})`;
-  if (runKind(run) === "host") bar.style.opacity = 0.5;
+  bar.style.background = `var(--${runKind(run)})`;
   row.append(element("span", { className: "number" }, String(id)),
-    element("span", { className: "cell" }, `${run[2]}`), element("span", { className: "cell" }, run[4] ? `${run[4]} 📌︎` : ""),
+    element("span", { className: "cell" }, `${run[2]}`), element("span", { className: "cell" }, run[4] ? `${run[4]}` : ""),
     element("span", { className: "bar" }, bar));
 }
 
-function cells(row, head, first, text, values) {
+function cells(row, head, first, text, behind, before = []) {
+  const cell = (value) => element("span", { className: "cell" }, value);
   row.classList.toggle("head", head);
-  row.append(element("span", { className: "number" }, first), element("span", { className: "text" }, text),
-    ...values.map((value) => element("span", { className: "cell" }, value)));
+  row.append(element("span", { className: "number" }, first), ...before.map(cell),
+    element("span", { className: "text" }, text), ...behind.map(cell));
 }
 
 function requestRow(row, { id, row: request }) {
@@ -267,50 +258,62 @@ function transferRow(row, { id, row: transfer }) {
 
 // Explaining
 
-const histories = new Map();
+const pasts = new Map();
+let asking = 0;
 
-function history(subject) {
-  // what was written after this event does not change its past: one answer per subject, to the end of the log
-  const key = `${subject.type} ${subject.id} ${summary.last}`;
-  if (!histories.has(key)) {
-    if (histories.size > 50) histories.clear();
-    const asked = log.explain(subject, summary.last);
-    asked.catch(() => histories.delete(key));
-    histories.set(key, asked);
+function past(subject, at) {
+  const key = `${subject.type} ${subject.id} ${at}`;
+  if (!pasts.has(key)) {
+    if (pasts.size > 200) pasts.clear();
+    const asked = log.explain(subject, at).catch((error) => ({ now: [], lines: [], omitted: error.message }));
+    pasts.set(key, asked);
   }
-  return histories.get(key);
+  return pasts.get(key);
 }
 
 async function drawExplain() {
-  const subject = shown.subject, pane = $("explain");
-  timeline.marks = [];
+  const subject = shown.subject, at = model.at, turn = ++asking;
   if (!subject) {
-    pane.replaceChildren(element("p", { className: "quiet" }, "Select a block, a run, a request or a transfer: click it, or press / and name it."));
+    timeline.marks = [];
+    $("explain-title").textContent = "";
+    $("explain-now").replaceChildren("Select a block, a run, a request or a transfer: click it, or press / and name it.");
+    $("explain-past").replaceChildren();
+    $("explain-note").textContent = "";
     return;
   }
   if (shown.tab !== "explain") return;
-  const title = element("h4", {}, subjectName(subject));
-  const now = element("p", {}, ...facts(subject));
-  const list = element("ol");
-  let answer;
-  try {
-    answer = await history(subject);
-  } catch (error) {
-    answer = { lines: [], note: error.message };
-  }
-  if (shown.subject !== subject) return;
-  timeline.marks = answer.lines.map((line) => line.n);
-  timeline.draw();
-  const present = answer.lines.findLastIndex((line) => line.n <= model.at);
-  answer.lines.forEach((line, i) => {
-    const row = element("li", { className: i === present ? "current" : line.n > model.at ? "future" : "" },
+  $("explain-title").textContent = subjectName(subject);
+  $("explain-now").replaceChildren(...facts(subject));
+  await new Promise((resolve) => setTimeout(resolve, SETTLED)); // not for every event that is run through
+  if (turn !== asking) return;
+  const { now, lines, omitted } = await past(subject, at);
+  if (turn !== asking) return;
+  $("explain-now").append(...now.map((line) => element("p", {}, line)));
+  $("explain-past").replaceChildren(...lines.map((line) => {
+    const row = element("li", { className: line.n === at ? "current" : "" },
       element("span", { className: "number" }, number(line.n)), element("span", { className: "text" }, line.text));
     row.addEventListener("click", () => go(line.n));
-    list.append(row);
+    return row;
+  }));
+  $("explain-note").textContent = omitted;
+  $("explain").scrollTop = $("explain").scrollHeight;
+  timeline.marks = lines.map((line) => line.n);
+  timeline.draw();
+}
+
+// Token ids of a run's blocks, only where the user of this page asked for them with --words.
+function wordsButton(run) {
+  const button = element("button", { className: "link" }, "show its token ids");
+  button.addEventListener("click", async () => {
+    try {
+      const { words } = await log.words(run, model.at);
+      const lines = words.map((block, i) => `${i}: ${block.map((word) => (word < 0 ? "·" : word)).join(" ")}`);
+      button.replaceWith(element("pre", {}, lines.join("\n")));
+    } catch (error) {
+      complain(error);
+    }
   });
-  const note = answer.note ?? (summary.exported ? "From the events in this file alone." : "");
-  pane.replaceChildren(title, now, ...(note ? [element("p", { className: "quiet" }, note)] : []), list);
-  list.querySelector(".current")?.scrollIntoView({ block: "nearest" });
+  return button;
 }
 
 // What is true of the subject at this event, with links to its neighbours.
@@ -330,7 +333,8 @@ function facts(subject) {
     return [`blocks ${row[1]} to ${row[1] + row[2] - 1} of its path, ${runPlace(row)}, ${row[4]} pins`,
       row[6] ? ", not expected back" : "", "; above: ", ...above,
       ...(below.length ? ["below: ", ...links(below.slice(0, 12), "run")] : []),
-      ...(row[5] ? ["in ", ...links([row[5]], "transfer")] : [])];
+      ...(row[5] ? ["in ", ...links([row[5]], "transfer")] : []),
+      ...(summary.words ? [wordsButton(subject.id)] : [])];
   }
   if (subject.type === "request") {
     const path = model.path(row[1]).reverse();
@@ -349,12 +353,12 @@ function address() {
   const parts = new URLSearchParams({ at: shown.at, tab: shown.tab });
   if (shown.subject) parts.set("select", `${shown.subject.type} ${shown.subject.id}`);
   if (shown.byOwner) parts.set("colour", "owner");
-  if (timeline.from > summary.first || timeline.to < summary.last) {
+  if (timeline.from > timeline.first || timeline.to < timeline.last) {
     parts.set("from", Math.round(timeline.from));
     parts.set("to", Math.round(timeline.to));
   }
   const text = `#${parts}`;
-  if (text !== location.hash) window.history.replaceState(null, "", text);
+  if (text !== location.hash) history.replaceState(null, "", text);
 }
 
 function readAddress() {
@@ -365,6 +369,7 @@ function readAddress() {
   shown.byOwner = parts.get("colour") === "owner";
   const from = Number(parts.get("from")), to = Number(parts.get("to"));
   if (to > from) timeline.zoom(from, to);
+  else if (summary.whole) timeline.zoom(summary.first, summary.last);
 }
 
 // "block 17", "host 3", "run 5", "request KEY", "transfer 2": a subject, or null.
@@ -438,7 +443,7 @@ function key(event) {
     e: () => open("explain"), t: () => open("tree"), r: () => open("requests"), x: () => open("transfers"),
     c: recolour, Escape: () => select(null),
     "+": () => timeline.scale(0.5, around), "=": () => timeline.scale(0.5, around),
-    "-": () => timeline.scale(2, around), 0: () => timeline.zoom(summary.first, summary.last),
+    "-": () => timeline.scale(2, around), 0: () => timeline.zoom(timeline.first, timeline.last),
   };
   const action = keys[event.key] ?? keys[event.key.toLowerCase()];
   if (!action) return;

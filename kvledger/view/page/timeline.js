@@ -4,7 +4,8 @@
 const FAMILIES = {
   eviction: ["BlocksEvicted", "CacheCleared"],
   transfer: ["TransferStarted", "TransferFinished"],
-  trouble: ["AllocationRefused", "QuarantineEnded", "PoolResized", "TierLost", "WorkerLost", "EpochStarted"],
+  refusal: ["AllocationRefused"],
+  trouble: ["QuarantineEnded", "PoolResized", "TierLost", "WorkerLost", "EpochStarted"],
 };
 
 function familyOf(kind) {
@@ -91,7 +92,7 @@ class Timeline {
   sequence(pixel) { return Math.min(Math.max(this.from + pixel / this.scalePixels, this.first), this.last); }
 
   families(i) {
-    const counts = { request: 0, eviction: 0, transfer: 0, trouble: 0 };
+    const counts = { request: 0, eviction: 0, transfer: 0, refusal: 0, trouble: 0 };
     for (const [kind, values] of Object.entries(this.data.kinds)) counts[familyOf(kind)] += values[i];
     return counts;
   }
@@ -127,7 +128,7 @@ class Timeline {
         host.lineTo(x + wide, share);
       }
       const counts = this.families(i);
-      const all = counts.request + counts.eviction + counts.transfer + counts.trouble;
+      const all = Object.values(counts).reduce((sum, count) => sum + count);
       let y = bottom;
       for (const [family, count] of Object.entries(counts)) {
         if (!count) continue;
@@ -136,7 +137,7 @@ class Timeline {
         context.fillRect(x, y - tall, wide, tall);
         y -= tall;
       }
-      if (counts.trouble) troubles.push(x + wide / 2);
+      if (counts.trouble || data.failed_transfers[i]) troubles.push(x + wide / 2);
     }
     context.fillStyle = colour("--pinned");
     context.fill(peak);
@@ -163,13 +164,14 @@ class Timeline {
     context.fillStyle = colour("--quiet");
     context.font = getComputedStyle(document.body).font;
     context.textBaseline = "bottom";
-    const about = (this.to - this.from) / Math.max(width / 150, 1);
+    const times = this.data.time_ms, brief = times[times.length - 1] - times[0] < 60_000;
+    const about = (this.to - this.from) / Math.max(width / 170, 1);
     const power = 10 ** Math.floor(Math.log10(about));
     const every = Math.max([1, 2, 5, 10].map((n) => n * power).find((n) => n >= about), 1);
     for (let n = Math.ceil(this.from / every) * every; n <= this.to; n += every) {
       const x = this.pixel(n);
       context.fillRect(x, height - 16, 1, 4);
-      const text = `${n.toLocaleString("en")}  ${clock(this.timeOf(n))}`;
+      const text = `${n.toLocaleString("en")}  ${clock(this.timeOf(n), brief)}`;
       if (x + context.measureText(text).width < width) context.fillText(text, x + 3, height);
     }
   }
@@ -198,18 +200,23 @@ class Timeline {
     const used = data.device_blocks[i] - data.device_free[i] - data.device_evictable[i];
     const asked = data.queried_blocks[i];
     const share = (part, all) => `${(100 * part / all).toFixed(0)} %`;
+    const say = (text, colour) => element("span", {}, ...(colour ? [swatch(colour)] : []), text);
+    const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
     const parts = [
-      begin === data.last[i] ? `event ${begin.toLocaleString("en")}`
-        : `events ${begin.toLocaleString("en")} – ${data.last[i].toLocaleString("en")}`,
-      clock(data.time_ms[i]),
-      `device: ${share(used, data.device_blocks[i])} in use, ${share(data.device_evictable[i], data.device_blocks[i])} evictable`,
+      say(begin === data.last[i] ? `event ${begin.toLocaleString("en")}`
+        : `events ${begin.toLocaleString("en")} – ${data.last[i].toLocaleString("en")}`),
+      say(clock(data.time_ms[i], true)),
+      say(`device ${share(used, data.device_blocks[i])} in use`, "--pinned"),
+      say(`${share(data.device_evictable[i], data.device_blocks[i])} evictable`, "--evictable"),
     ];
-    if (data.host_blocks[i]) parts.push(`host: ${share(data.host_blocks[i] - data.host_free[i], data.host_blocks[i])} full`);
-    parts.push(`${data.requests[i]} requests`, `${data.transfers[i]} transfers`);
-    if (asked) parts.push(`hits: ${share(data.device_hit_blocks[i], asked)} device, ${share(data.host_hit_blocks[i], asked)} host`);
-    if (counts.eviction) parts.push(`${counts.eviction} evictions`);
-    if (counts.trouble) parts.push(`${counts.trouble} troubles`);
-    this.readout.textContent = parts.join("   ");
+    if (data.host_blocks[i]) parts.push(say(`host ${share(data.host_blocks[i] - data.host_free[i], data.host_blocks[i])} full`, "--transfer"));
+    parts.push(say(`${data.requests[i]} live, ${data.transfers[i]} in flight`));
+    if (asked) parts.push(say(`hits ${share(data.device_hit_blocks[i], asked)} device, ${share(data.host_hit_blocks[i], asked)} host`));
+    for (const [family, count] of Object.entries(counts)) {
+      if (count) parts.push(say(plural(count, `${family} event`), `--${family}`));
+    }
+    if (data.failed_transfers[i]) parts.push(say(plural(data.failed_transfers[i], "failed transfer"), "--trouble"));
+    this.readout.replaceChildren(...parts);
   }
 }
 
@@ -232,7 +239,6 @@ function colours() {
 }
 
 // Times are shown in UTC: logs travel.
-function clock(milliseconds, date = false) {
-  const text = new Date(milliseconds).toISOString();
-  return date ? `${text.slice(0, 10)} ${text.slice(11, 23)} UTC` : text.slice(11, 19);
+function clock(milliseconds, fine = false) {
+  return new Date(milliseconds).toISOString().slice(11, fine ? 23 : 19);
 }
