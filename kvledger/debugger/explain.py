@@ -63,8 +63,12 @@ class Explanation(NamedTuple):
     """What the history leaves out; empty if it is complete."""
 
 
-def explain_block(source: Source, block: int, tier: Tier, at: int, most: int = MOST_FACTS) -> Explanation:
+def explain_block(
+    source: Source, block: int, tier: Tier, at: int, most: int = MOST_FACTS, *, words: bool = True
+) -> Explanation:
     """Who had a block, what it held, who held it, and why it changed hands. The newest ``most`` facts.
+
+    Without ``words`` no token ids are in it: they are users' prompts.
 
     Raises:
         SourceError
@@ -74,9 +78,9 @@ def explain_block(source: Source, block: int, tier: Tier, at: int, most: int = M
     if not 0 <= block < capacity:
         there = f"0 to {capacity - 1}" if capacity else "none"
         raise SourceError(f"there is no {block_name(tier, block)}: the blocks of that tier are {there}")
-    now = describe(state, tier, block)
+    now = describe(state, tier, block, words)
     del state
-    return _backwards(source, block_name(tier, block), now, _BlockStory(source, block, tier), at, most)
+    return _backwards(source, block_name(tier, block), now, _BlockStory(source, block, tier, words), at, most)
 
 
 def explain_transfer(source: Source, transfer: int, at: int, most: int = MOST_FACTS) -> Explanation:
@@ -214,9 +218,10 @@ def _tell(source: Source, story: _Story, first: int, last: int) -> Iterator[Fact
 
 
 class _BlockStory(_Story):
-    def __init__(self, source: Source, block: int, tier: Tier) -> None:
+    def __init__(self, source: Source, block: int, tier: Tier, words: bool) -> None:
         super().__init__(source)
         self.block = block
+        self.words = words
         self.tier = tier
         self.transfers: set[int] = set()
         self.grants = 0
@@ -286,7 +291,8 @@ class _BlockStory(_Story):
             node, place = owners[0].node, owners[0].place
             if node is None:
                 return f"request {name[event.request]!r} publishes around it; {now}"
-            return f"request {name[event.request]!r} publishes it as {short(owners[0])}: {content(state, node, place)}"
+            held = content(state, node, place, self.words)
+            return f"request {name[event.request]!r} publishes it as {short(owners[0])}: {held}"
         if isinstance(event, BlocksReassigned):
             return f"request {name[event.request]!r} hands it to request {name[event.target]!r}"
         if isinstance(event, BlocksTrimmed):

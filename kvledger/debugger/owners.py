@@ -79,15 +79,15 @@ def tokens(words: bytes) -> str:
     return ", ".join(shown) + (f", … ({len(values)} tokens)" if len(values) > _SHOWN_TOKENS else "")
 
 
-def content(state: State, node: Node, place: int) -> str:
-    """What a cached block holds."""
+def content(state: State, node: Node, place: int, words: bool = True) -> str:
+    """What a cached block holds: its tokens, unless ``words`` is false (they are users' prompts), and its hash."""
     size = state.block_bytes
-    words = node.words[place * size : (place + 1) * size]
-    return f"tokens {tokens(words)}; hash {hash_of(state, node, place).hex()}"
+    held = f"tokens {tokens(node.words[place * size : (place + 1) * size])}; " if words else ""
+    return f"{held}hash {hash_of(state, node, place).hex()}"
 
 
-def describe(state: State, tier: Tier, block: int) -> list[str]:
-    """A block now: its owner, what it holds, who holds it, when its turn to be evicted comes."""
+def describe(state: State, tier: Tier, block: int, words: bool = True) -> list[str]:
+    """A block now: its owner, what it holds, who holds it, when its turn to be evicted comes. See :func:`content`."""
     found = owners_of(state, tier, block)
     name = block_name(tier, block)
     if not 0 <= block < state.pool(tier).capacity:
@@ -108,7 +108,7 @@ def describe(state: State, tier: Tier, block: int) -> list[str]:
     if not ready:
         assert node.transfer is not None
         lines.append(f"its content is still arriving with transfer {node.transfer.id}")
-    lines.append(f"it stands for {content(state, node, owner.place)}")
+    lines.append(f"it stands for {content(state, node, owner.place, words)}")
     other = node.host if tier == Tier.DEVICE else node.device
     if other is not None:
         lines.append(f"the run has a copy on the other tier: {block_name(Tier(1 - tier), other[owner.place])}")
