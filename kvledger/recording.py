@@ -186,7 +186,7 @@ class Recording:
         """
         assert self._archive is not None
         try:
-            return Timeline.unpack(self._archive.read(_TIMELINE))
+            return Timeline.unpack(self._archive.read(_TIMELINE), self.base())
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
             raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
 

@@ -38,18 +38,29 @@ Rows = npt.NDArray[np.int64]
 
 
 class Timeline:
-    """Rows of a log, oldest first: last sequence and its time, events, events per kind, samples, totals."""
+    """Rows of a log, oldest first: last sequence and its time, events, events per kind, samples, totals.
 
-    def __init__(self, data: bytes = b"") -> None:
+    Args:
+        data: rows that there are already.
+        before: the state before the first row; ``None``: it begins with the first event of a ledger.
+    """
+
+    def __init__(self, data: bytes = b"", before: State | None = None) -> None:
         self._data = array("q", data)
+        self._before = [0] * len(_TOTALS) if before is None else _totals(before)
 
     def __len__(self) -> int:
         return len(self._data) // _COLUMNS
 
+    @property
+    def last(self) -> int:
+        """The last event that is in a row; 0: there is none."""
+        return self._data[-_COLUMNS] if self._data else 0
+
     def add(self, last: int, time_ns: int, kinds: Sequence[int], state: State) -> None:
         """One more row: these ``kinds`` of events, the last of them with this sequence, led to ``state``."""
         counts = Counter(kinds)
-        device, host, totals = state.device, state.host, state.counters
+        device, host = state.device, state.host
         self._data.extend((last, time_ns, len(kinds)))
         self._data.extend([counts[kind] for kind in range(_KINDS)])
         self._data.extend(
@@ -63,14 +74,14 @@ class Timeline:
                 len(state.transfers),
             )
         )
-        self._data.extend([getattr(totals, name) for name in _TOTALS])
+        self._data.extend(_totals(state))
 
     def pack(self) -> bytes:
         """The rows as one compressed frame."""
         return zstandard.ZstdCompressor(level=3).compress(self._data.tobytes())
 
     @classmethod
-    def unpack(cls, frame: bytes) -> Timeline:
+    def unpack(cls, frame: bytes, before: State | None = None) -> Timeline:
         """What :meth:`pack` made. Raises :class:`ValueError`: it is damaged."""
         try:
             data = zstandard.ZstdDecompressor().decompress(frame, max_output_size=_LARGEST)
@@ -78,7 +89,7 @@ class Timeline:
             raise ValueError(f"the timeline is damaged: {error}") from error
         if len(data) % (8 * _COLUMNS):
             raise ValueError("the timeline has half a row")
-        return cls(data)
+        return cls(data, before)
 
     def buckets(self, start: int, stop: int, number: int) -> dict[str, Any]:
         """The events ``start`` to ``stop`` (included) in at most ``number`` buckets of whole rows.
@@ -90,7 +101,7 @@ class Timeline:
         rows: Rows = np.frombuffer(self._data, np.int64).reshape(-1, _COLUMNS)
         first = int(np.searchsorted(rows[:, 0], start))
         end = min(int(np.searchsorted(rows[:, 0], stop)) + 1, len(rows))
-        before = rows[first - 1, _TOTAL:].copy() if first else np.zeros(len(_TOTALS), np.int64)
+        before = rows[first - 1, _TOTAL:].tolist() if first else self._before
         rows = rows[first:end].copy()  # the array may grow while a view of it does not exist
         if not len(rows):
             return {"start": start, "last": [], "time_ms": [], "kinds": {}, "device_room_min": []}
@@ -99,7 +110,7 @@ class Timeline:
         at_end = rows[ends]
         kinds = np.add.reduceat(rows[:, 3:_SAMPLE], begins)
         free = _SAMPLE + _SAMPLES.index("device_free")
-        totals = np.diff(at_end[:, _TOTAL:], axis=0, prepend=before[None])
+        totals = np.diff(at_end[:, _TOTAL:], axis=0, prepend=[before])
         found: dict[str, Any] = {
             "start": int(rows[0, 0] - rows[0, 2] + 1),
             "last": at_end[:, 0].tolist(),
@@ -110,3 +121,7 @@ class Timeline:
         found |= {name: at_end[:, _SAMPLE + i].tolist() for i, name in enumerate(_SAMPLES)}
         found |= {name: totals[:, i].tolist() for i, name in enumerate(_TOTALS)}
         return found
+
+
+def _totals(state: State) -> list[int]:
+    return [getattr(state.counters, name) for name in _TOTALS]

@@ -21,7 +21,9 @@ from statemachine.errors import InvariantViolation
 
 def view(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A .kvlog file, or the name of a ledger")],
-    at: Annotated[int | None, typer.Option(min=1, help="Show this event first; default: the last one")] = None,
+    at: Annotated[
+        str | None, typer.Option(help="Show this first: an event, step:N, or a time in UTC; default: the last event")
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 = any free one")] = 0,
     words: Annotated[bool, typer.Option("--words", help="Let the page show token ids: they are users' prompts")] = False,
     export: Annotated[
@@ -54,7 +56,7 @@ def view(
 def _open(source: str, console: Console) -> Source:
     """Open it; the first time that takes a while, and says so."""
     columns = TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=None)
         return open_source(source, lambda done, total: progress.update(task, completed=done, total=total))
 
@@ -66,17 +68,16 @@ def _export(log: Log, path: Path, start: int | None, stop: int | None) -> None:
     print(f"{path}: events {first:,} to {last:,}, {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
 
 
-def _serve(log: Log, port: int, at: int | None) -> None:
+def _serve(log: Log, port: int, at: str | None) -> None:
     from kvledger.view.server import ViewServer
 
-    if at is not None and not log.first <= at <= log.last:
-        raise SourceError(f"there are the events {log.first} to {log.last}, not {at}")
+    fragment = "" if at is None else f"#at={log.place(at)}"
     try:
         server = ViewServer(log, port)
     except OSError as error:
         raise SourceError(f"cannot listen on port {port} ({error.strerror}): without --port any free one does") from error
     with server, contextlib.suppress(KeyboardInterrupt):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        print(server.url + (f"#at={at}" if at is not None else ""), flush=True)
+        print(server.url + fragment, flush=True)
         print("Open this address on this machine; it stays valid until Ctrl-C ends this command.", flush=True)
         server.serve_forever()

@@ -12,11 +12,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvledger.debugger import Entry, Source, SourceError
+from kvledger.debugger.places import locate
 from kvledger.debugger.source import RecordedSource, Tail
 from kvledger.debugger.wording import Wording
 from kvledger.timeline import ROW_EVENTS, Timeline
+from kvledger.view import explaining
 from kvledger.view.picture import Picture
-from statemachine.apply import genesis
+from statemachine.apply import apply, genesis
 from statemachine.events import KIND_OF, KINDS
 from statemachine.state import State
 
@@ -37,9 +39,7 @@ class Log:
     def __init__(self, source: Source, *, words: bool = False) -> None:
         self._source = source
         self._words = words
-        self._timeline = Timeline()
-        self._summed = 0
-        """The timeline reaches up to this event."""
+        self._timeline: Timeline | None = None
         self._cursor: tuple[int, Picture] | None = None
         """A picture that can be continued, and after which event it is."""
         self._tail: Tail | None = None
@@ -116,6 +116,27 @@ class Log:
         state = self._source.before(entry.sequence)
         return genesis(entry.event) if state is None else state
 
+    def explain(self, type: str, id: int, at: int) -> dict[str, Any]:
+        """See :func:`kvledger.view.explaining.explain`."""
+        return explaining.explain(self._source, type, id, at, words=self._words)
+
+    def neighbour(self, type: str, id: int, at: int, *, forward: bool) -> int | None:
+        """See :func:`kvledger.view.explaining.neighbour`; only events that have a state."""
+        found = explaining.neighbour(self._source, type, id, at, forward=forward)
+        return found if found is None or found <= self.last else None
+
+    def find(self, text: str) -> dict[str, Any]:
+        """See :func:`kvledger.view.explaining.find`."""
+        return explaining.find(self._source, text)
+
+    def place(self, text: str) -> int:
+        """The event that ``text`` means, see :func:`kvledger.debugger.places.locate`; it has a state.
+
+        Raises:
+            SourceError
+        """
+        return min(locate(self._source, text), self.last)
+
     def words(self, run: int, at: int) -> list[list[int]]:
         """The content words of a run's blocks; negative ones stand for images and the like.
 
@@ -136,9 +157,7 @@ class Log:
         first, last = self.first, self.last
         start, stop = max(start, first), min(stop, last)
         if stop - start < _EXACT:
-            timeline = Timeline()
-            self._add(timeline, start, stop, max((stop - start + 1) // buckets, 1))
-            return timeline.buckets(start, stop, buckets)
+            return self._summed(start, stop, max((stop - start + 1) // buckets, 1)).buckets(start, stop, buckets)
         return self._rows(last).buckets(start, stop, buckets)
 
     def close(self) -> None:
@@ -158,17 +177,27 @@ class Log:
     def _rows(self, last: int) -> Timeline:
         """The timeline up to event ``last``; that of a ledger grows by what was written since the last time."""
         if isinstance(self._source, RecordedSource):
-            if not len(self._timeline):
-                self._timeline = self._source.recording.timeline()
-        elif self._summed < last:
-            start = max(self._summed + 1, self.first)
-            self._add(self._timeline, start, last, ROW_EVENTS)
-            self._summed = last
+            self._timeline = self._timeline or self._source.recording.timeline()
+        elif self._timeline is None:
+            self._timeline = self._summed(self.first, last, ROW_EVENTS)
+        elif self._timeline.last < last:
+            self._add(self._timeline, self._source.at(self._timeline.last), self._timeline.last + 1, last, ROW_EVENTS)
         return self._timeline
 
-    def _add(self, timeline: Timeline, start: int, stop: int, row_events: int) -> None:
+    def _summed(self, start: int, stop: int, row_events: int) -> Timeline:
+        """A timeline of its own for some events."""
+        state = self._source.before(start)
+        timeline = Timeline(before=state)
+        self._add(timeline, state, start, stop, row_events)
+        return timeline
+
+    def _add(self, timeline: Timeline, state: State | None, start: int, stop: int, row_events: int) -> None:
         kinds: list[int] = []
-        for entry, state in self._source.replay(start, stop):
+        for entry in self._source.entries(start, stop):
+            if state is None:
+                state = genesis(entry.event)
+            else:
+                apply(state, entry.event)
             kinds.append(KIND_OF[type(entry.event)])
             if len(kinds) == row_events or entry.sequence == stop:
                 timeline.add(entry.sequence, entry.time_ns, kinds, state)

@@ -144,6 +144,10 @@ def _neighbour(log: Log, query: dict[str, str]) -> bytes:
     return json.dumps({"n": found}).encode()
 
 
+def _find(log: Log, query: dict[str, str]) -> bytes:
+    return json.dumps(log.find(query.get("text", ""))).encode()
+
+
 def _words(log: Log, query: dict[str, str]) -> bytes:
     return json.dumps({"words": log.words(_number(query, "run"), _number(query, "at"))}).encode()
 
@@ -161,5 +165,6 @@ _QUESTIONS: dict[str, Callable[[Log, dict[str, str]], bytes]] = {
     "window": _window,
     "explain": _explain,
     "neighbour": _neighbour,
+    "find": _find,
     "words": _words,
 }

@@ -64,7 +64,7 @@ class BlockMap {
     if (subject?.type === this.tier && subject.id < this.size) {
       context.strokeStyle = colour("--trouble");
       context.lineWidth = 2.5;
-      this.outline(context, subject.id, 2);
+      this.outline(context, subject.id, 1);
     }
   }
 

@@ -18,6 +18,7 @@ class ServerLog {
   window(at) { return this.ask("window", { at }); }
   explain(subject, at) { return this.ask("explain", { ...subject, at }); }
   neighbour(subject, at, direction) { return this.ask("neighbour", { ...subject, at, direction }); }
+  find(text) { return this.ask("find", { text }); }
   words(run, at) { return this.ask("words", { run, at }); }
 }
 
@@ -40,6 +41,9 @@ class FileLog {
       lines: events.map((event) => ({ n: event.n, text: event.text })),
       omitted: `This is from the events in this file alone, which begins with event ${first.toLocaleString("en")}.`,
     };
+  }
+  async find() {
+    throw new Error("In a file one goes to an event by its number, or to block 17, host 3, run 5, transfer 2.");
   }
   async neighbour(subject, at, direction) {
     const events = this.content.window.events;

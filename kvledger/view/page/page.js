@@ -171,13 +171,11 @@ function select(subject, open = true) {
 
 function subjectName({ type, id }) {
   if (type === "request") {
-    const key = model.requests.get(id)?.[0] ?? names.get(id);
+    const key = model.requests.get(id)?.[0];
     return key === undefined ? `request ${id}` : `request ${id} “${key}”`;
   }
   return TIERS.includes(type) ? `${type} block ${id}` : `${type} ${id}`;
 }
-
-const names = new Map(); // keys of requests that are gone
 
 function subjectLink(subject) {
   const link = element("button", { className: "link" }, subjectName(subject));
@@ -289,14 +287,13 @@ async function drawExplain() {
   const { now, lines, omitted } = await past(subject, at);
   if (turn !== asking) return;
   $("explain-now").append(...now.map((line) => element("p", {}, line)));
-  $("explain-past").replaceChildren(...lines.map((line) => {
+  $("explain-past").replaceChildren(...lines.toReversed().map((line) => {
     const row = element("li", { className: line.n === at ? "current" : "" },
       element("span", { className: "number" }, number(line.n)), element("span", { className: "text" }, line.text));
     row.addEventListener("click", () => go(line.n));
     return row;
   }));
   $("explain-note").textContent = omitted;
-  $("explain").scrollTop = $("explain").scrollHeight;
   timeline.marks = lines.map((line) => line.n);
   timeline.draw();
 }
@@ -372,16 +369,18 @@ function readAddress() {
   else if (summary.whole) timeline.zoom(summary.first, summary.last);
 }
 
-// "block 17", "host 3", "run 5", "request KEY", "transfer 2": a subject, or null.
+// "block 17", "host 3", "run 5", "transfer 2", "request 7" (its number): a subject, or null.
 function parse(text) {
-  const found = /^\s*(block|device|host|run|request|transfer)\s+(?:block\s+)?(.+?)\s*$/i.exec(text);
-  if (!found) return null;
-  const type = found[1].toLowerCase().replace("block", "device");
-  if (type === "request") {
-    const live = [...model.requests ?? []].find(([, row]) => row[0] === found[2]);
-    if (live) return { type, id: live[0] };
-  }
-  return /^\d+$/.test(found[2]) ? { type, id: Number(found[2]) } : null;
+  const found = /^\s*(block|device|host|run|request|transfer)\s+(?:block\s+)?(\d+)\s*$/i.exec(text);
+  return found && { type: found[1].toLowerCase().replace("block", "device"), id: Number(found[2]) };
+}
+
+// What is typed: an event's number, a subject, or what only the log can find: a time, a step, a request's name.
+async function find(text) {
+  const plain = text.replace(/[, ]/g, "");
+  const subject = /^request\b/i.test(text) ? null : parse(text);
+  if (/^\d+$/.test(plain)) return { n: Number(plain) };
+  return subject ? { subject } : log.find(text);
 }
 
 // Controls
@@ -394,17 +393,18 @@ function controls() {
   };
   for (const [id, action] of Object.entries(clicks)) $(id).addEventListener("click", action);
   for (const tab of document.querySelectorAll("[data-tab]")) tab.addEventListener("click", () => open(tab.dataset.tab));
-  $("goto").addEventListener("keydown", (event) => {
-    if (event.key === "Escape") event.target.blur();
-    if (event.key !== "Enter") return;
-    const text = event.target.value.trim(), plain = text.replace(/[, ]/g, "");
-    const subject = parse(text);
-    event.target.classList.toggle("wrong", !subject && !/^\d+$/.test(plain));
-    if (subject) select(subject);
-    else if (/^\d+$/.test(plain)) go(Number(plain));
-    else return;
-    event.target.value = "";
-    event.target.blur();
+  $("goto").addEventListener("keydown", async ({ key, target }) => {
+    if (key === "Escape") target.blur();
+    if (key !== "Enter" || !target.value.trim()) return;
+    try {
+      const { n, subject } = await find(target.value.trim());
+      target.value = "";
+      target.blur();
+      if (subject) select(subject);
+      else go(n);
+    } catch (error) {
+      complain(error);
+    }
   });
   document.addEventListener("keydown", key);
   window.addEventListener("hashchange", () => {
