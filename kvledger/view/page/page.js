@@ -257,7 +257,7 @@ function transferRow(row, { id, row: transfer }) {
 // Explaining
 
 const pasts = new Map();
-let asking = 0;
+let asking = 0, explained = null;
 
 function past(subject, at) {
   const key = `${subject.type} ${subject.id} ${at}`;
@@ -280,6 +280,8 @@ async function drawExplain() {
     return;
   }
   if (shown.tab !== "explain") return;
+  if (subject !== explained) $("explain-past").replaceChildren();
+  explained = subject;
   $("explain-title").textContent = subjectName(subject);
   $("explain-now").replaceChildren(...facts(subject));
   await new Promise((resolve) => setTimeout(resolve, SETTLED)); // not for every event that is run through
@@ -394,7 +396,10 @@ function controls() {
   for (const [id, action] of Object.entries(clicks)) $(id).addEventListener("click", action);
   for (const tab of document.querySelectorAll("[data-tab]")) tab.addEventListener("click", () => open(tab.dataset.tab));
   $("goto").addEventListener("keydown", async ({ key, target }) => {
-    if (key === "Escape") target.blur();
+    if (key === "Escape") {
+      target.value = "";
+      target.blur();
+    }
     if (key !== "Enter" || !target.value.trim()) return;
     try {
       const { n, subject } = await find(target.value.trim());
@@ -439,7 +444,7 @@ function key(event) {
     PageUp: () => go(shown.at - by), PageDown: () => go(shown.at + by),
     Home: () => go(summary.first), End: () => go(summary.last),
     ",": () => stepSubject(-1), ".": () => stepSubject(1),
-    "/": () => $("goto").focus(), "?": () => $("help").showModal(),
+    "/": () => $("goto").select(), "?": () => $("help").showModal(),
     e: () => open("explain"), t: () => open("tree"), r: () => open("requests"), x: () => open("transfers"),
     c: recolour, Escape: () => select(null),
     "+": () => timeline.scale(0.5, around), "=": () => timeline.scale(0.5, around),
