@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import threading
@@ -87,7 +88,7 @@ class Browser:
         width = element.rect["width"]
         chain = ActionChains(self.driver)
         chain.move_to_element_with_offset(element, int((start - 0.5) * width), 0).click_and_hold()
-        for step in range(1, 6):
+        for _ in range(5):
             chain.move_by_offset(int((stop - start) * width / 5), 0)
         chain.release().perform()
 
@@ -190,7 +191,7 @@ def test_stepping_back_across_a_window_equals_arriving_from_the_other_side(brows
 def test_shift_steps_by_transactions(browser: Browser, page: str, path: Path) -> None:
     with open_source(str(path)) as source:
         ends = [transaction[-1].sequence for transaction in source.transactions() if transaction[0].sequence > 290][:8]
-    assert any(b - a > 1 for a, b in zip(ends, ends[1:]))
+    assert any(b - a > 1 for a, b in itertools.pairwise(ends))
     browser.open(f"{page}#at={ends[0]}")
     browser.at(ends[0])
     for end in ends[1:]:

@@ -25,7 +25,7 @@ def view(
         str | None, typer.Option(help="Show this first: an event, step:N, or a time in UTC; default: the last event")
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 = any free one")] = 0,
-    words: Annotated[bool, typer.Option("--words", help="Let the page show token ids: they are users' prompts")] = False,
+    words: Annotated[bool, typer.Option("--words", help="Let the page show token ids (users' prompts)")] = False,
     export: Annotated[
         Path | None, typer.Option(help="Write one self-contained HTML file (must not exist) and serve nothing")
     ] = None,
@@ -75,7 +75,8 @@ def _serve(log: Log, port: int, at: str | None) -> None:
     try:
         server = ViewServer(log, port)
     except OSError as error:
-        raise SourceError(f"cannot listen on port {port} ({error.strerror}): without --port any free one does") from error
+        why = f"cannot listen on port {port} ({error.strerror}): leave --port out to get a free one"
+        raise SourceError(why) from error
     with server, contextlib.suppress(KeyboardInterrupt):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(server.url + fragment, flush=True)

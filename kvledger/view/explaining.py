@@ -1,4 +1,4 @@
-"""What the page says about a block, a run, a request or a transfer: its past, its events before and after, where it is."""
+"""What the page says about a block, a run, a request or a transfer: its past, and its events before and after."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from statemachine.state import State
 WINDOW = 256
 """Events in a window that the server sends."""
 _KEPT_WINDOWS = 16
-_EXACT = 20_000
+_EXACT = 10_000
 """A zoom into fewer events than this is replayed, not aggregated: well under half a second."""
 
 

@@ -53,7 +53,7 @@ class Picture:
         self._owners = [np.zeros(state.pool(tier).capacity, np.uint32) for tier in Tier]
         self._rows: list[dict[int, Row]] = [{}, {}, {}]
         self._paints: list[dict[int, list[Paint]]] = [{}, {}, {}]
-        for which, ids in enumerate((state.nodes, state.requests, state.transfers)):
+        for which, ids in enumerate(_everything(state)):
             for id in ids:
                 row, paint = self._describe(which, id)
                 assert row is not None
@@ -169,6 +169,10 @@ class Picture:
         return [above, node.start, node.size, copies, node.pins, transfer, int(node in self.state.final)]
 
 
+def _everything(state: State) -> Touched:
+    return Touched(set(state.nodes), set(state.requests), set(state.transfers))
+
+
 def _copy(ids: IntArray | None, ready: bool) -> int:
     """0: no copy, 1: arriving, 2: there."""
     return 0 if ids is None else 1 + ready
@@ -207,4 +211,3 @@ def _transfer(transfer: Transfer) -> tuple[Row, list[Paint]]:
 
 def _base64(values: np.ndarray[Any, Any]) -> str:
     return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
-

@@ -55,13 +55,8 @@ def touched(state: State, event: Event) -> Touched:
         case BlocksReassigned():
             _request(state, found, event.request)
             _request(state, found, event.target)
-        case BlocksTrimmed():
+        case BlocksTrimmed() | RequestReleased():
             _request(state, found, event.request)
-        case RequestReleased():
-            _request(state, found, event.request)
-            found.runs.update(event.merged)
-            for id in event.merged:
-                _run(found, state.nodes.get(id))
         case BlocksEvicted():
             found.runs.add(event.upper)
             for id in event.nodes:
