@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ipc import KvlogReader, KvlogWriter, LogReader
+from ipc import KvlogReader, KvlogWriter, LogReader, snapshots
 from kvledger import CacheConfig, CacheManager, sample
 from kvledger.debugger import SourceError, open_source
 from kvledger.run import Run, RunOptions
@@ -396,6 +396,47 @@ def test_a_living_ledger_is_followed_and_not_disturbed(serve: Serve) -> None:
             manager.admit("b", [*range(40)])
             assert len(log._rows(manager.next_sequence - 1)) == rows + 1
             assert not played(log, log.last).differs(Page(Picture(restore(snapshot(manager.state))).keyframe()))
+
+
+def test_a_ledger_that_goes_away_is_a_clear_error(serve: Serve) -> None:
+    name = f"view-gone-{os.getpid()}"
+    with CacheManager.create(name, CacheConfig(block_size=4, device_blocks=64, ranks=0)) as manager:
+        manager.admit("a", [*range(40)])
+        log = Log(open_source(name))
+        client = serve(log)
+        assert client.ask("summary")["live"]
+    for question in ("summary", "window?at=1", "timeline?from=1&to=3&buckets=10", "explain?type=device&id=1&at=2"):
+        assert name in client.ask(question)["error"]
+    log.close()
+
+
+def test_a_ledger_that_has_dropped_its_beginning_is_shown_from_its_snapshot_on() -> None:
+    name = f"view-cut-{os.getpid()}"
+    config = CacheConfig(device_blocks=64, ranks=0, segment_bytes=64 << 10, retain_bytes=128 << 10)
+    with CacheManager.create(name, config) as manager:
+        number = 0
+        while open_source(name).first == 1:
+            manager.admit(str(number), np.arange(number, number + 640, dtype=np.int32))
+            manager.release(str(number))
+            number += 1
+        with Log(open_source(name)) as log, pytest.raises(SourceError, match="there is no state to show"):
+            log.prepare()
+        known = manager.next_sequence - 1
+        snapshots.write(name, known, snapshot(manager.state))
+        manager.admit("x", np.arange(40, dtype=np.int32))
+        with Log(open_source(name)) as log:
+            log.prepare()
+            assert log.summary()["first"] == known + 1 and log.last == manager.next_sequence - 1
+            assert not played(log, log.last).differs(Page(Picture(restore(snapshot(manager.state))).keyframe()))
+            timeline = log.timeline(1, log.last, 100)
+            assert timeline["start"] == known + 1 and sum(timeline["queried_blocks"]) == 3
+        snapshots.remove(name, known)
+
+
+def test_an_empty_recording_is_nothing_to_show(tmp_path: Path) -> None:
+    KvlogWriter(tmp_path / "empty.kvlog", schema_hash=codec.SCHEMA_HASH).close()
+    done = kvledger(str(tmp_path / "empty.kvlog"))
+    assert done.returncode == 2 and "no event" in done.stderr and done.stderr.count("\n") == 1
 
 
 class _Scripts(HTMLParser):

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from ipc import LedgerError
-from kvledger.cli.exits import BAD_INPUT
-from kvledger.debugger import Source, SourceError, open_source
+from kvledger.cli.exits import BAD_INPUT, INTERRUPTED
+from kvledger.debugger import SourceError, open_source
 from kvledger.view.log import Log
 from statemachine.errors import InvariantViolation
 
@@ -42,7 +42,7 @@ def view(
             raise SourceError("--from and --to go with --export FILE: the page itself shows all events")
         if export is not None and words:
             raise SourceError("--words and --export do not go together: an exported file never holds prompts")
-        with Log(_open(source, errors), words=words) as log:
+        with _open(source, words, errors) as log:
             if export is not None:
                 _export(log, export, start, stop)
             else:
@@ -51,14 +51,23 @@ def view(
         # the text may hold anything, square brackets too: it is no markup
         errors.print("[bold red]error[/]", Text(str(error)), soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
 
 
-def _open(source: str, console: Console) -> Source:
+def _open(source: str, words: bool, console: Console) -> Log:
     """Open it; the first time that takes a while, and says so."""
     columns = TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=None)
-        return open_source(source, lambda done, total: progress.update(task, completed=done, total=total))
+        opened = open_source(source, lambda done, total: progress.update(task, completed=done, total=total))
+        log = Log(opened, words=words)
+        try:
+            log.prepare()
+        except BaseException:
+            log.close()
+            raise
+        return log
 
 
 def _export(log: Log, path: Path, start: int | None, stop: int | None) -> None:

@@ -106,6 +106,15 @@ class Source(abc.ABC):
         """Sequence of the newest event; of a living ledger: now."""
 
     @property
+    def first_state(self) -> int:
+        """The first event whose state, and the state it meets, is known: of a ledger that was cut, a later one.
+
+        Raises:
+            SourceError: of a ledger that was cut no state is known.
+        """
+        return self.first
+
+    @property
     @abc.abstractmethod
     def last_state(self) -> int:
         """Sequence of the last event that has a state: :attr:`last`, unless there is a :attr:`contradiction`."""
@@ -427,16 +436,32 @@ class LedgerSource(Source):
                 pass  # of another version: replay from further back
         if base:
             return base, restore(zstandard.ZstdDecompressor().decompress(self._checkpoints[base]))
-        if self.first > 1:
+        first = self.first
+        if first > 1:
+            usable = self._usable(first)
+            known = f"event {usable[0]} on" if usable else "no event on"
             raise SourceError(
-                f"ledger {self.name!r} holds the events from {self.first} on, and no snapshot of a state before "
-                f"event {sequence}: its states are known from {self._first_state()}"
+                f"ledger {self.name!r} holds the events from {first} on, and no snapshot of a state before "
+                f"event {sequence}: its states are known from {known}"
             )
         return 0, None
 
-    def _first_state(self) -> str:
-        usable = [sequence for sequence in snapshots.sequences(self.name) if sequence >= self.first - 1]
-        return f"event {usable[0]} on" if usable else "no event on"
+    def _usable(self, first: int) -> list[int]:
+        """Snapshots that the log goes on from."""
+        return [sequence for sequence in snapshots.sequences(self.name) if sequence >= first - 1]
+
+    @property
+    def first_state(self) -> int:
+        first = self.first
+        if first == 1:
+            return first
+        usable = self._usable(first)
+        if not usable or usable[0] >= self.last:
+            raise SourceError(
+                f"ledger {self.name!r} holds the events from {first} on, and no snapshot that they follow: "
+                "there is no state to show"
+            )
+        return usable[0] + 1
 
     def before(self, sequence: int) -> State | None:
         if sequence == self.first > 1:

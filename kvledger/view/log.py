@@ -49,13 +49,25 @@ class Log:
 
     @property
     def first(self) -> int:
-        """The first event that can be shown."""
-        return self._source.first
+        """The first event that can be shown. Raises :class:`SourceError` if there is none."""
+        return self._source.first_state
 
     @property
     def last(self) -> int:
         """The last event that has a state."""
         return self._source.last_state
+
+    def prepare(self) -> None:
+        """Do at once what takes long the first time, so that the page opens quickly.
+
+        Raises:
+            SourceError: there is nothing to show.
+        """
+        if self.last < self.first:
+            raise SourceError(
+                f"{self._source.name} holds no event with a state: {self._source.contradiction or 'none'}"
+            )
+        self._rows(self.last)
 
     def summary(self) -> dict[str, Any]:
         """What the page's frame shows."""
