@@ -63,11 +63,11 @@ class Log:
         Raises:
             SourceError: there is nothing to show.
         """
-        if self.last < self.first:
-            raise SourceError(
-                f"{self._source.name} holds no event with a state: {self._source.contradiction or 'none'}"
-            )
-        self._rows(self.last)
+        first, last = self.first, self.last
+        if last < first:
+            why = self._source.contradiction or self._source.damage or "it is empty"
+            raise SourceError(f"{self._source.name} holds no event that has a state: {why}")
+        self._rows(last)
 
     def summary(self) -> dict[str, Any]:
         """What the page's frame shows."""
