@@ -429,7 +429,7 @@ def test_a_ledger_that_has_dropped_its_beginning_is_shown_from_its_snapshot_on()
             assert log.summary()["first"] == known + 1 and log.last == manager.next_sequence - 1
             assert not played(log, log.last).differs(Page(Picture(restore(snapshot(manager.state))).keyframe()))
             timeline = log.timeline(1, log.last, 100)
-            assert timeline["start"] == known + 1 and sum(timeline["queried_blocks"]) == 3
+            assert timeline["start"] == known + 1 and sum(timeline["queried_blocks"]) == 2
         snapshots.remove(name, known)
 
 
