@@ -54,7 +54,7 @@ def _content(log: Log, start: int, stop: int) -> dict[str, object]:
     first, last = log.first, log.last
     said = f"This file has the events {start:,} to {stop:,}"
     if (start, stop) != (first, last):
-        said += f" of {first:,} to {last:,}: of the others only the timeline, and what explains something is left out"
+        said += f" of {first:,} to {last:,}, and the timeline of all; what it explains is from these events alone"
     summary = log.summary() | {"first": start, "last": stop, "live": False, "words": False, "exported": f"{said}."}
     return {
         "summary": summary | {"whole": [first, last]},

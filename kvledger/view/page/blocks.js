@@ -95,9 +95,9 @@ class BlockMap {
   describe(counts, byOwner) {
     const parts = [element("b", {}, this.tier === "device" ? "Device" : "Host"), ` ${this.size.toLocaleString("en")} blocks`];
     counts.forEach((count, kind) => {
-      if (!count) return;
       const text = `${count.toLocaleString("en")} ${KINDS[kind]}`;
-      parts.push(element("span", {}, ...(byOwner ? [] : [swatch(`--${KINDS[kind]}`)]), text));
+      const className = count ? "" : "none"; // every kind keeps its place: nothing moves from step to step
+      parts.push(element("span", { className }, ...(byOwner ? [] : [swatch(`--${KINDS[kind]}`)]), text));
     });
     this.title.replaceChildren(...parts);
   }

@@ -1,6 +1,8 @@
 "use strict";
 // Where the page's data comes from: the server that served it, or the file that it is in. Both answer the same calls.
 
+const FILE_FACTS = 30;
+
 class ServerLog {
   async ask(path, query = {}) {
     let response;
@@ -35,11 +37,10 @@ class FileLog {
   // What this file knows of the past: the events in it that changed the subject.
   async explain(subject, at) {
     const events = this.content.window.events.filter((event) => event.n <= at && concerns(event, subject));
-    const first = this.content.summary.first;
     return {
       now: [],
-      lines: events.map((event) => ({ n: event.n, text: event.text })),
-      omitted: `This is from the events in this file alone, which begins with event ${first.toLocaleString("en")}.`,
+      lines: events.slice(-FILE_FACTS).map((event) => ({ n: event.n, text: event.text })),
+      omitted: events.length > FILE_FACTS ? "older events are left out" : "nothing from before this file",
     };
   }
   async find() {

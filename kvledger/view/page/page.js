@@ -108,12 +108,10 @@ function drawEvent(event) {
   for (const [type, label] of [["requests", "request"], ["transfers", "transfer"], ["runs", "run"]]) {
     const ids = Object.keys(event[type] ?? {}).map(Number);
     for (const id of ids.slice(0, 8)) chips.append(subjectLink({ type: label, id }), " ");
-    if (ids.length > 8) chips.append(`and ${ids.length - 8} more runs `);
+    if (ids.length > 8) chips.append(`and ${ids.length - 8} more `);
   }
-  for (const tier of TIERS) {
-    const blocks = event[tier]?.[0].length;
-    if (blocks) chips.append(`${number(blocks)} ${tier} blocks changed `);
-  }
+  const changed = TIERS.filter((tier) => event[tier]).map((tier) => `${number(event[tier][0].length)} ${tier}`);
+  if (changed.length) chips.append(`${changed.join(" and ")} blocks changed`);
   $("event").replaceChildren(title, element("p", {}, event.text), chips);
 }
 
@@ -288,7 +286,8 @@ async function drawExplain() {
   if (turn !== asking) return;
   const { now, lines, omitted } = await past(subject, at);
   if (turn !== asking) return;
-  $("explain-now").append(...now.map((line) => element("p", {}, line)));
+  const told = !TIERS.includes(subject.type) && model[`${subject.type}s`].has(subject.id); // the links say it all
+  if (!told) $("explain-now").append(...now.map((line) => element("p", {}, line)));
   $("explain-past").replaceChildren(...lines.toReversed().map((line) => {
     const row = element("li", { className: line.n === at ? "current" : "" },
       element("span", { className: "number" }, number(line.n)), element("span", { className: "text" }, line.text));
@@ -337,8 +336,8 @@ function facts(subject) {
   }
   if (subject.type === "request") {
     const path = model.path(row[1]).reverse();
-    return [`block table of ${row[3]}: ${row[2]} of cached runs, ${row[4]} its own`,
-      ...(path.length ? ["; path: ", ...links(path, "run")] : []),
+    return [`${row[3]} blocks in its table, ${row[4]} of them its own; a path of ${row[2]} cached blocks`,
+      ...(path.length ? [": ", ...links(path, "run")] : []),
       ...(row[5].length ? ["waits for ", ...links(row[5], "transfer")] : [])];
   }
   return [`${row[0]} of ${row[1]} blocks${row[2] ? ", quarantined" : ""}: `, ...links(row[3].slice(0, 20), "run"),
