@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvledger import CacheConfig, CacheManager, sample
+from kvledger import CacheConfig, CacheManager
 from kvledger.debugger import open_source
-from kvledger.run import Run, RunOptions
 from kvledger.view.export import export
 from kvledger.view.log import Log
-from kvledger.view.server import ViewServer
-from tests.test_view import HOSTILE, hostile_log
+from tests.viewing import HOSTILE, hostile_log, record, serving
 
 _CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 _DRIVER = shutil.which("chromedriver")
@@ -117,28 +115,15 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("view") / "run.kvlog"
-    options = RunOptions(device_blocks=400, host_blocks=800, data=False, in_flight=4, record=path)
-    Run(sample.generate(400, seed=3), options).execute()
+    record(path, 400)
     return path
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Log], str]]:
-    running: list[tuple[ViewServer, threading.Thread, Log]] = []
-
-    def start(log: Log) -> str:
-        server = ViewServer(log)
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        running.append((server, thread, log))
-        return server.url
-
-    yield start
-    for server, thread, log in running:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-        log.close()
+    """Serves a log until the test ends: its address."""
+    with contextlib.ExitStack() as stack:
+        yield lambda log: stack.enter_context(serving(log)).url
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import base64
 import hashlib
 from importlib.resources import files
 
-SCRIPTS = ("log.js", "model.js", "timeline.js", "blocks.js", "lists.js", "page.js")
+SCRIPTS = ("log.js", "model.js", "timeline.js", "blocks.js", "lists.js", "explain.js", "page.js")
 STYLES = ("page.css",)
 _NOTHING_ELSE = "base-uri 'none'; form-action 'none'"
 SERVED_POLICY = (

@@ -1,8 +1,9 @@
 """The server behind the page: this machine only, a secret in the address, and nothing that it could change.
 
 A web page from elsewhere must not be able to read a log through the user's browser. So a request has to name the secret
-(in its path), this machine (``Host``: a foreign name that resolves to it does not do), and may not come from another
-page (``Sec-Fetch-Site``). The answers allow no foreign origin and no foreign script.
+(in its path), this machine (``Host``: a foreign name that resolves to it does not do), and may not be made by another
+page (``Sec-Fetch-Site``; to follow a link that stands there is fine). The answers allow no foreign origin and no
+foreign script.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
         port = self.server.server_address[1]
         if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
             return self._error(HTTPStatus.FORBIDDEN, "this page is for this machine only")
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        followed = self.headers.get("Sec-Fetch-Dest") == "document"  # a link that the user clicked
+        if not followed and self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             return self._error(HTTPStatus.FORBIDDEN, "another page may not ask")
         address = urlsplit(self.path)
         secret, _, name = address.path.lstrip("/").partition("/")

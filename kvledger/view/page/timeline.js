@@ -83,6 +83,7 @@ class Timeline {
     const buckets = Math.max(Math.round(this.canvas.clientWidth / 2), 100);
     const data = await this.log.timeline(Math.floor(this.from), Math.ceil(this.to), buckets);
     if (asked !== this.asked) return;
+    data.families = data.last.map((_, i) => this.families(data.kinds, i));
     this.data = data;
     this.draw();
   }
@@ -91,9 +92,9 @@ class Timeline {
   pixel(sequence) { return (sequence - this.from) * this.scalePixels; }
   sequence(pixel) { return Math.min(Math.max(this.from + pixel / this.scalePixels, this.first), this.last); }
 
-  families(i) {
+  families(kinds, i) {
     const counts = { request: 0, eviction: 0, transfer: 0, refusal: 0, trouble: 0 };
-    for (const [kind, values] of Object.entries(this.data.kinds)) counts[familyOf(kind)] += values[i];
+    for (const [kind, values] of Object.entries(kinds)) counts[familyOf(kind)] += values[i];
     return counts;
   }
 
@@ -127,7 +128,7 @@ class Timeline {
         host.lineTo(x, share);
         host.lineTo(x + wide, share);
       }
-      const counts = this.families(i);
+      const counts = data.families[i];
       const all = Object.values(counts).reduce((sum, count) => sum + count);
       let y = bottom;
       for (const [family, count] of Object.entries(counts)) {
@@ -196,7 +197,7 @@ class Timeline {
 
   read(sequence) {
     const data = this.data, i = this.bucket(sequence);
-    const begin = i ? data.last[i - 1] + 1 : data.start, counts = this.families(i);
+    const begin = i ? data.last[i - 1] + 1 : data.start, counts = data.families[i];
     const used = data.device_blocks[i] - data.device_free[i] - data.device_evictable[i];
     const asked = data.queried_blocks[i];
     const share = (part, all) => `${(100 * part / all).toFixed(0)} %`;
