@@ -30,7 +30,7 @@ from statemachine.errors import CommandRejected
 from statemachine.events import KINDS, HostPolicy, LedgerOpened, Tier
 from statemachine.ownership import owners
 from statemachine.state import State
-from tests.viewing import Page, played, record
+from tests.viewing import Page, played, record, showing
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,7 +117,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def log(path: Path) -> Iterator[Log]:
-    with Log(open_source(str(path))) as log:
+    with showing(path) as log:
         yield log
 
 
@@ -190,7 +190,7 @@ def test_a_log_that_contradicts_itself_is_shown_up_to_there(path: Path, tmp_path
     wrong = tmp_path / "wrong.kvlog"
     with KvlogWriter(wrong, schema_hash=codec.SCHEMA_HASH) as writer:
         writer.write([r._replace(sequence=i, flags=3) for i, r in enumerate(kept, 1)])
-    with Log(open_source(str(wrong))) as log:
+    with showing(wrong) as log:
         said = log.summary()["contradiction"]
         assert dropped <= log.last + 1 < len(records) - 1 and f"event {log.last + 1}" in said
         assert json.loads(log.window(log.last))["events"][-1]["n"] == log.last
@@ -208,12 +208,12 @@ def test_a_ledger_that_has_dropped_its_beginning_is_shown_from_its_snapshot_on()
             manager.admit(str(number), np.arange(number, number + 640, dtype=np.int32))
             manager.release(str(number))
             number += 1
-        with Log(open_source(name)) as log, pytest.raises(SourceError, match="there is no state to show"):
+        with showing(name) as log, pytest.raises(SourceError, match="there is no state to show"):
             log.prepare()
         known = manager.next_sequence - 1
         snapshots.write(name, known, snapshot(manager.state))
         manager.admit("x", np.arange(40, dtype=np.int32))
-        with Log(open_source(name)) as log:
+        with showing(name) as log:
             log.prepare()
             assert log.summary()["first"] == known + 1 and log.last == manager.next_sequence - 1
             assert not played(log, log.last).differs(Page(Picture(restore(snapshot(manager.state))).keyframe()))

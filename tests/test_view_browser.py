@@ -15,8 +15,7 @@ import pytest
 from kvledger import CacheConfig, CacheManager
 from kvledger.debugger import open_source
 from kvledger.view.export import export
-from kvledger.view.log import Log
-from tests.viewing import HOSTILE, hostile_log, record, serving
+from tests.viewing import HOSTILE, hostile_log, record, serving, showing
 
 _CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 _DRIVER = shutil.which("chromedriver")
@@ -120,17 +119,17 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Log], str]]:
+def serve() -> Iterator[Callable[[str | Path], str]]:
     """Serves a log until the test ends: its address."""
     with contextlib.ExitStack() as stack:
-        yield lambda log: stack.enter_context(serving(log)).url
+        yield lambda src: stack.enter_context(serving(src)).url
 
 
 @pytest.fixture
-def page(browser: Browser, path: Path, serve: Callable[[Log], str]) -> Iterator[str]:
+def page(browser: Browser, path: Path, serve: Callable[[str | Path], str]) -> Iterator[str]:
     """The address of a recording's page, after which the browser has nothing to complain about."""
     browser.complaints()
-    yield serve(Log(open_source(str(path))))
+    yield serve(path)
     assert browser.complaints() == []
 
 
@@ -277,11 +276,11 @@ def test_going_to_what_is_typed(browser: Browser, page: str) -> None:
     assert ["400" in complaint for complaint in browser.complaints()] == [True]
 
 
-def test_names_that_are_attacks_are_text(browser: Browser, serve: Callable[[Log], str], tmp_path: Path) -> None:
+def test_names_that_are_attacks_are_text(browser: Browser, serve: Callable[[str | Path], str], tmp_path: Path) -> None:
     hostile_log(tmp_path / "hostile.kvlog")
-    log = Log(open_source(str(tmp_path / "hostile.kvlog")))
-    url = serve(log)
-    export(log, tmp_path / "hostile.html")
+    url = serve(tmp_path / "hostile.kvlog")
+    with showing(tmp_path / "hostile.kvlog") as log:
+        export(log, tmp_path / "hostile.html")
     for address in (url, f"file://{tmp_path}/hostile.html"):
         browser.complaints()
         browser.open(f"{address}#tab=requests&select=request%2020")
@@ -295,7 +294,7 @@ def test_names_that_are_attacks_are_text(browser: Browser, serve: Callable[[Log]
 
 
 def test_an_exported_file_needs_nobody(browser: Browser, path: Path, tmp_path: Path) -> None:
-    with Log(open_source(str(path))) as log:
+    with showing(path) as log:
         export(log, tmp_path / "view.html", 300, 900)
         last = log.last
     browser.complaints()
@@ -317,11 +316,11 @@ def test_an_exported_file_needs_nobody(browser: Browser, path: Path, tmp_path: P
     assert browser.complaints() == []
 
 
-def test_65_536_blocks_and_one_that_changes_among_them(browser: Browser, serve: Callable[[Log], str]) -> None:
+def test_65_536_blocks_and_one_that_changes_among_them(browser: Browser, serve: Callable[[str | Path], str]) -> None:
     name = f"view-map-{os.getpid()}"
     with CacheManager.create(name, CacheConfig(block_size=4, device_blocks=65_536, ranks=0)) as manager:
         manager.admit("a", [*range(400)])
-        browser.open(serve(Log(open_source(name))))
+        browser.open(serve(name))
         assert browser.js("model.counts('device')")[:2] == [65_536 - 100, 100]
         assert browser.js("maps[0].rows * maps[0].columns") >= 65_536
         colours = browser.js(

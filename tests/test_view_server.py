@@ -27,7 +27,7 @@ from kvledger.view.log import Log
 from kvledger.view.picture import Picture
 from statemachine import codec
 from statemachine.encoding import restore, snapshot
-from tests.viewing import HOSTILE, Client, Page, hostile_log, played, record, serving
+from tests.viewing import HOSTILE, Client, Page, hostile_log, played, record, serving, showing
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,13 +41,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def log(path: Path) -> Iterator[Log]:
-    with Log(open_source(str(path))) as log:
+    with showing(path) as log:
         yield log
 
 
 @pytest.fixture
 def client(path: Path) -> Iterator[Client]:
-    with serving(Log(open_source(str(path)))) as server:
+    with serving(path) as server:
         yield Client(server)
 
 
@@ -120,11 +120,10 @@ def matched_block(client: Client, last: int) -> int:
 
 def test_prompts_stay_hidden_unless_asked_for(path: Path) -> None:
     for allowed in (False, True):
-        log = Log(open_source(str(path)), words=allowed)
-        run = next(iter(json.loads(log.window(log.last))["keyframe"]["runs"]))
-        last = log.last
-        with serving(log) as server:
+        with serving(path, words=allowed) as server:
             client = Client(server)
+            last = client.ask("summary")["last"]
+            run = next(iter(client.ask(f"window?at={last}")["keyframe"]["runs"]))
             history = json.dumps(client.ask(f"explain?type=device&id={matched_block(client, last)}&at={last}"))
             answer = client.ask(f"words?run={run}&at={last}")
             assert ("tokens " in history) == allowed and "hash " in history
@@ -138,7 +137,7 @@ def test_a_living_ledger_is_followed_and_not_disturbed() -> None:
     name = f"view-{os.getpid()}"
     with CacheManager.create(name, CacheConfig(block_size=4, device_blocks=64, ranks=0)) as manager:
         manager.admit("a", [*range(40)])
-        with serving(Log(open_source(name))) as server:
+        with serving(name) as server:
             client = Client(server)
             before = client.ask("summary")
             assert before["live"] and before["last"] == manager.next_sequence - 1
@@ -155,7 +154,7 @@ def test_the_timeline_and_the_windows_of_a_ledger_grow_with_it(monkeypatch: pyte
     monkeypatch.setattr(view_log, "_EXACT", 0)
     name = f"view-{os.getpid()}"
     config = CacheConfig(block_size=4, device_blocks=64, ranks=0)
-    with CacheManager.create(name, config) as manager, Log(open_source(name)) as log:
+    with CacheManager.create(name, config) as manager, showing(name) as log:
         for turn in range(20):
             manager.admit(str(turn), [*range(40 + turn)])
             last = manager.next_sequence - 1
@@ -167,10 +166,10 @@ def test_the_timeline_and_the_windows_of_a_ledger_grow_with_it(monkeypatch: pyte
 
 def test_a_ledger_that_goes_away_is_a_clear_error() -> None:
     name = f"view-gone-{os.getpid()}"
-    with CacheManager.create(name, CacheConfig(block_size=4, device_blocks=64, ranks=0)) as manager:
-        manager.admit("a", [*range(40)])
-        log = Log(open_source(name))
-    with serving(log) as server:
+    manager = CacheManager.create(name, CacheConfig(block_size=4, device_blocks=64, ranks=0))
+    manager.admit("a", [*range(40)])
+    with serving(name) as server:
+        manager.close()
         for question in ("summary", "window?at=1", "timeline?from=1&to=3&buckets=9", "explain?type=device&id=1&at=2"):
             assert name in Client(server).ask(question)["error"]
 
@@ -218,7 +217,7 @@ def test_an_exported_file_is_bounded_private_and_says_what_it_leaves_out(path: P
 
 def test_nothing_in_a_log_becomes_markup(tmp_path: Path) -> None:
     hostile_log(tmp_path / "hostile.kvlog")
-    with Log(open_source(str(tmp_path / "hostile.kvlog"))) as log:
+    with showing(tmp_path / "hostile.kvlog") as log:
         export(log, tmp_path / "hostile.html")
     text = (tmp_path / "hostile.html").read_text()
     page = _Scripts(text)
@@ -249,7 +248,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(path: Path, tmp_path: Path, cli
         ([str(path), "--export", str(tmp_path / "there.html")], "File exists"),
         ([str(path), "--export", str(tmp_path / "no" / "x.html")], "No such file"),
         ([str(path), "--export", str(tmp_path / "x.html"), "--from", "9", "--to", "3"], "not 9 to 3"),
-        ([str(path), "--export", str(tmp_path / "x.html"), "--words"], "never holds prompts"),
+        ([str(path), "--export", str(tmp_path / "x.html"), "--words"], "holds no prompts"),
     ]:
         done = kvledger(*arguments)
         assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and not done.stdout, done

@@ -16,6 +16,7 @@ import numpy as np
 
 from ipc import KvlogWriter, LogReader
 from kvledger import CacheConfig, CacheManager, sample
+from kvledger.debugger import open_source
 from kvledger.run import Run, RunOptions
 from kvledger.view.log import Log
 from kvledger.view.server import ViewServer
@@ -109,15 +110,20 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(log: Log) -> Iterator[ViewServer]:
-    """A running server, which closes the log in the end."""
-    server = ViewServer(log)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-        log.close()
+def showing(src: str | Path, *, words: bool = False) -> Iterator[Log]:
+    """A log to look at."""
+    with open_source(str(src)) as source, contextlib.closing(Log(source, words=words)) as log:
+        yield log
+
+
+@contextlib.contextmanager
+def serving(src: str | Path, *, words: bool = False) -> Iterator[ViewServer]:
+    """A running server."""
+    with showing(src, words=words) as log, ViewServer(log) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

@@ -8,66 +8,41 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
-from ipc import LedgerError
-from kvledger.cli.exits import BAD_INPUT, INTERRUPTED
-from kvledger.debugger import SourceError, open_source
+from kvledger.cli.debugging import At, From, Src, To, reading
+from kvledger.debugger import SourceError
+from kvledger.debugger.places import locate
 from kvledger.view.log import Log
-from statemachine.errors import InvariantViolation
 
 
 def view(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A .kvlog file, or the name of a ledger")],
-    at: Annotated[
-        str | None, typer.Option(help="Show this first: an event, step:N, or a time in UTC; default: the last event")
-    ] = None,
+    src: Src,
+    at: At = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 = any free one")] = 0,
     words: Annotated[bool, typer.Option("--words", help="Let the page show token ids (users' prompts)")] = False,
     export: Annotated[
-        Path | None, typer.Option(help="Write one self-contained HTML file (must not exist) and serve nothing")
+        Path | None, typer.Option(metavar="FILE", help="Write one HTML file (must not exist) and serve nothing")
     ] = None,
-    start: Annotated[int | None, typer.Option("--from", min=1, help="With --export: its first event")] = None,
-    stop: Annotated[int | None, typer.Option("--to", min=1, help="With --export: its last event")] = None,
+    start: From = None,
+    stop: To = None,
 ) -> None:
     """Show a log as a page in your browser: block map, prefix tree and events, forwards and backwards.
 
     The page is served on 127.0.0.1 only, under an address with a secret, and changes nothing. Prompts stay hidden.
+    With --export it becomes a file that needs no server: the last 5,000 events, or --from ... --to.
     """
-    errors = Console(stderr=True)
-    try:
+    with reading(src) as (source, _):
         if export is None and (start is not None or stop is not None):
             raise SourceError("--from and --to go with --export FILE: the page itself shows all events")
-        if export is not None and words:
-            raise SourceError("--words and --export do not go together: an exported file never holds prompts")
-        with _open(source, words, errors) as log:
-            if export is not None:
-                _export(log, export, start, stop)
-            else:
-                _serve(log, port, at)
-    except (SourceError, LedgerError, InvariantViolation) as error:
-        # the text may hold anything, square brackets too: it is no markup
-        errors.print("[bold red]error[/]", Text(str(error)), soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from error
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _open(source: str, words: bool, console: Console) -> Log:
-    """Open it; the first time that takes a while, and says so."""
-    columns = TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("reading", total=None)
-        opened = open_source(source, lambda done, total: progress.update(task, completed=done, total=total))
-        log = Log(opened, words=words)
-        try:
+        if export is not None and (words or at is not None):
+            raise SourceError("--words and --at are for the page itself: an exported file holds no prompts")
+        with contextlib.closing(Log(source, words=words)) as log:
             log.prepare()
-        except BaseException:
-            log.close()
-            raise
-        return log
+            if export is not None:
+                first, last = (None if text is None else locate(source, text) for text in (start, stop))
+                _export(log, export, first, last)
+            else:
+                _serve(log, port, "" if at is None else f"#at={min(locate(source, at), log.last)}")
 
 
 def _export(log: Log, path: Path, start: int | None, stop: int | None) -> None:
@@ -77,10 +52,9 @@ def _export(log: Log, path: Path, start: int | None, stop: int | None) -> None:
     print(f"{path}: events {first:,} to {last:,}, {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
 
 
-def _serve(log: Log, port: int, at: str | None) -> None:
+def _serve(log: Log, port: int, fragment: str) -> None:
     from kvledger.view.server import ViewServer
 
-    fragment = "" if at is None else f"#at={log.place(at)}"
     try:
         server = ViewServer(log, port)
     except OSError as error:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from kvledger.debugger import Entry, Source, SourceError
-from kvledger.debugger.places import locate
 from kvledger.debugger.source import RecordedSource, Tail
 from kvledger.debugger.wording import Wording
 from kvledger.timeline import ROW_EVENTS, Timeline
@@ -30,7 +28,7 @@ _EXACT = 10_000
 
 
 class Log:
-    """What the page can know of a source, which it closes in the end. A context manager; not for two threads at once.
+    """What the page can know of a source, which belongs to the caller. Not for two threads at once.
 
     Args:
         words: let the page ask for prompts' words.
@@ -141,14 +139,6 @@ class Log:
         """See :func:`kvledger.view.explaining.find`."""
         return explaining.find(self._source, text)
 
-    def place(self, text: str) -> int:
-        """The event that ``text`` means, see :func:`kvledger.debugger.places.locate`; it has a state.
-
-        Raises:
-            SourceError
-        """
-        return min(locate(self._source, text), self.last)
-
     def words(self, run: int, at: int) -> list[list[int]]:
         """The content words of a run's blocks; negative ones stand for images and the like.
 
@@ -173,18 +163,9 @@ class Log:
         return self._rows(last).buckets(start, stop, buckets)
 
     def close(self) -> None:
-        """Let go of the source."""
+        """Stop watching whether the ledger lives."""
         if self._tail is not None:
             self._tail.close()
-        self._source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _rows(self, last: int) -> Timeline:
         """The timeline up to event ``last``; that of a ledger grows by what was written since the last time."""
