@@ -193,7 +193,10 @@ def test_a_log_that_contradicts_itself_is_shown_up_to_there(path: Path, tmp_path
     with showing(wrong) as log:
         said = log.summary()["contradiction"]
         assert dropped <= log.last + 1 < len(records) - 1 and f"event {log.last + 1}" in said
-        assert json.loads(log.window(log.last))["events"][-1]["n"] == log.last
+        window = json.loads(log.window(log.last))
+        assert window["events"][-1]["n"] == log.last
+        assert [event["n"] for event in window["beyond"]] == [*range(log.last + 1, log.last + 21)]
+        assert json.loads(log.window(1))["beyond"] == []
         assert log.timeline(1, log.last, 10)["last"][-1] == log.last
         with pytest.raises(SourceError):
             log.window(log.last + 1)

@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ _CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.
 _DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (_CHROMIUM and _DRIVER), reason="needs Chromium and chromedriver")
 _DEADLINE_S = 60
+ROOT = Path(__file__).parents[1]
 
 
 class Browser:
@@ -314,6 +317,24 @@ def test_an_exported_file_needs_nobody(browser: Browser, path: Path, tmp_path: P
     browser.press("0")
     browser.until(f"timeline.data.last.at(-1) === {last}")
     assert browser.complaints() == []
+
+
+def test_an_event_that_contradicts_the_state_stands_out(browser: Browser, serve: Any, tmp_path: Path) -> None:
+    # in a process of its own: it takes the guards off
+    command = [sys.executable, "-m", "examples.garbled", "twice", str(tmp_path / "twice.kvlog")]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+    guilty = int(made.stdout.split()[-1])
+    browser.open(serve(tmp_path / "twice.kvlog"))
+    browser.at(guilty - 1)
+    assert f"event {guilty}: TransferStarted: HOST block 4" in browser.text("#banner")
+    assert browser.text("#event-list .wrong .number") == str(guilty)
+    assert browser.js("document.querySelectorAll('#event-list .beyond').length") > 1
+    browser.press("ARROW_RIGHT")
+    browser.js("document.querySelector('#event-list .wrong').click()")
+    browser.press("/")
+    browser.press("host 4", "ENTER")
+    browser.until("document.querySelectorAll('#explain-past li').length > 0")
+    assert browser.js("model.at") == guilty - 1 and "of run 21" in browser.text("#explain-now")
 
 
 def test_65_536_blocks_and_one_that_changes_among_them(browser: Browser, serve: Callable[[str | Path], str]) -> None:

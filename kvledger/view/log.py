@@ -6,6 +6,7 @@ plays a window forwards and backwards by itself, so that a step costs nothing an
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import OrderedDict
 from typing import Any
@@ -23,6 +24,8 @@ from statemachine.state import State
 WINDOW = 256
 """Events in a window that the server sends."""
 _KEPT_WINDOWS = 16
+_BEYOND = 20
+"""Events shown behind a contradiction."""
 _EXACT = 10_000
 """A zoom into fewer events than this is replayed, not aggregated: well under half a second."""
 
@@ -102,7 +105,7 @@ class Log:
         return found
 
     def events(self, start: int, stop: int) -> dict[str, Any]:
-        """The window of the events ``start`` to ``stop``."""
+        """The window of the events ``start`` to ``stop``; ``beyond`` it, the first events that have no state."""
         entries = self._source.entries(start, stop)
         picture = None
         if self._cursor is not None and self._cursor[0] == start - 1:
@@ -118,9 +121,13 @@ class Log:
                 words = Wording.after(picture.state)
                 keyframe = picture.keyframe()
             rows.append(_row(entry, words, picture))
-        assert picture is not None
+        assert picture is not None and words is not None
         self._cursor = stop, picture
-        return {"start": start, "keyframe": keyframe, "events": rows}
+        beyond: list[dict[str, Any]] = []
+        if stop == self.last and self._source.contradiction:
+            with contextlib.suppress(SourceError):  # a record that is no event
+                beyond += (_said(entry, words) for entry in self._source.entries(stop + 1, stop + _BEYOND))
+        return {"start": start, "keyframe": keyframe, "events": rows, "beyond": beyond}
 
     def _before(self, entry: Entry) -> State:
         state = self._source.before(entry.sequence)
@@ -198,12 +205,15 @@ class Log:
 
 
 def _row(entry: Entry, words: Wording, picture: Picture) -> dict[str, Any]:
-    """An event for the page: what it is, when, what it says, whom it names, what it changed."""
-    row = {
+    """An event for the page: what it says, and what it changed."""
+    return _said(entry, words) | picture.step(entry.event)
+
+
+def _said(entry: Entry, words: Wording) -> dict[str, Any]:
+    return {
         "n": entry.sequence,
         "t": entry.time_ns / 1e6,
         "s": entry.step,
         "k": KIND_OF[type(entry.event)],
         "text": words(entry.event),
     }
-    return row | picture.step(entry.event)

@@ -95,7 +95,7 @@ function draw() {
   $("colour").textContent = shown.byOwner ? "coloured by owner: run, request or transfer" : "coloured by kind";
   maps.forEach((map) => map.draw(model, shown));
   drawEvent(event);
-  lists.events.show(model.window.events, model.at - model.window.start);
+  lists.events.show([...model.window.events, ...model.window.beyond], model.at - model.window.start);
   drawSide();
 }
 
@@ -116,9 +116,12 @@ function drawEvent(event) {
 }
 
 function eventRow(row, event, i) {
+  const beyond = event.n > summary.last; // it, or one before it, contradicts the state
+  row.classList.toggle("beyond", beyond);
+  row.classList.toggle("wrong", beyond && event === model.window.beyond[0]);
   row.classList.toggle("current", event.n === model.at);
   row.classList.toggle("selected", Boolean(shown.subject && concerns(event, shown.subject)));
-  row.classList.toggle("begins", begins(event, model.window.events[i - 1]));
+  row.classList.toggle("begins", begins(event, lists.events.items[i - 1]));
   row.title = event.text;
   row.append(element("span", { className: "number" }, number(event.n)),
     swatch(`--${familyOf(summary.kinds[event.k])}`, "dot"), element("span", { className: "text" }, event.text));
