@@ -32,9 +32,8 @@ from statemachine.state import State
 from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
 
 SNAPSHOT_EVERY = 10_000
-_TABLE, _MENTIONED = "table.json", "mentioned"
 _TABLE, _MENTIONED, _TIMELINE = "table.json", "mentioned", "timeline"
-_INDEX_VERSION = 5
+_INDEX_VERSION = 6
 
 
 class Recording:
@@ -174,7 +173,6 @@ class Recording:
             mentioned.end_stretch()
             for kind, packed in mentioned.pack().items():
                 archive.writestr(f"{_MENTIONED}.{kind}", packed)
-            archive.writestr(_MENTIONED, mentioned.pack())
             archive.writestr(_TIMELINE, timeline.pack())
             archive.writestr(_TABLE, json.dumps(table))
 

@@ -12,8 +12,8 @@ from kvledger.cli.segments import segments
 from kvledger.cli.show import show
 from kvledger.cli.simulate import simulate
 from kvledger.cli.top import top
-from kvledger.cli.what_if import what_if
 from kvledger.cli.view import view
+from kvledger.cli.what_if import what_if
 
 __all__ = ["app", "main"]
 
@@ -30,8 +30,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(segments)
 app.command()(simulate)
-for command in (log, show, check, bisect, diff, replay, what_if, export, top):
-for command in (log, show, check, bisect, diff, replay, view):
+for command in (log, show, check, bisect, diff, replay, what_if, export, top, view):
     app.command(rich_help_panel="Debugger")(command)
 app.command("explain", rich_help_panel="Debugger")(explain_command)
 app.command("leaks", rich_help_panel="Debugger")(leaks_command)

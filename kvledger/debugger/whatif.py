@@ -207,7 +207,7 @@ class Simulation:
                 while self._execute(commands.Evict(each, _EVICT_STEP)):
                     pass
         elif tier == Tier.HOST or not self._live:
-            self._execute(commands.LoseTier(tier, "as recorded"))
+            self._execute(commands.LoseTier(tier, "as recorded", self.state.pools or "simulated"))
 
     def _request(self, request: int) -> Request:
         return self.state.requests[self.state.keys[self._live[request]]]
