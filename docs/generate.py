@@ -129,12 +129,13 @@ def _command(state: State, rng: random.Random, number: int) -> commands.Command 
     if kind < 17:
         return _ending(state, rng)
     if kind == 17:
-        return commands.Allocate([key], [rng.randrange(1, 3)])
+        return rng.choice((commands.Allocate([key], [rng.randrange(1, 3)]), commands.Extend(key, 99)))
     if kind == 18:
         return commands.Trim(key, max(request.leaf.end, len(request.table) - 1))
     return rng.choice(
         (
             commands.Evict(rng.choice(list(Tier)), 2),
+            commands.Backup(request.leaf.id),
             commands.Clear(True),
             commands.Reassign(key, rng.choice(keys), array("i", request.table[-1:])),
         )

@@ -1,7 +1,7 @@
 """kvledger: the KV-block manager of an LLM serving engine as an event-sourced state machine with shared-memory IPC."""
 
 from kvledger.config import CacheConfig, ConfigError
-from kvledger.manager import Admission, CacheManager, ManagerClosed
+from kvledger.manager import Admission, CacheManager, ManagerClosed, Paused, WrongThread
 from kvledger.ranks import Progress
 from statemachine.content import InvalidTokens, Item, namespace_key
 from statemachine.errors import (
@@ -31,10 +31,12 @@ __all__ = [
     "Item",
     "ManagerClosed",
     "OutOfBlocks",
+    "Paused",
     "Progress",
     "ReleaseReason",
     "RequestNotReady",
     "Tier",
     "UnknownRequest",
+    "WrongThread",
     "namespace_key",
 ]

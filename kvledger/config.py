@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from statemachine.events import HostPolicy, LedgerOpened
 from workers.layout import PoolLayout
@@ -31,6 +32,14 @@ class CacheConfig:
     host_policy: HostPolicy = HostPolicy.OFF
     host_staging_blocks: int | None = None
     """Host blocks on top for copies in transit; default: an eighth of ``host_blocks``."""
+    backup_after: int = 1
+    """Write-through copies a block out at its so-manieth use; caching it is the first. 2 or more: selective."""
+    watermark_blocks: int = 0
+    """Blocks that an admission leaves for the growth of requests that run already (nobody runs: it may take all)."""
+    chunked_multimodal: bool = True
+    """Whether the model can begin inside a multimodal item. If not, a match that would end in one ends before it."""
+    weights: str = ""
+    """Version of the model's weights that the engine begins with (or has loaded when it opens the ledger again)."""
     ranks: int = 0
     """Tensor-parallel ranks, each with a transfer worker and pools of its own; 0 = decisions and log only."""
     layers: int = 1
@@ -50,6 +59,8 @@ class CacheConfig:
             ("block_size", 1),
             ("device_blocks", 1),
             ("host_blocks", 0),
+            ("backup_after", 1),
+            ("watermark_blocks", 0),
             ("ranks", 0),
             ("layers", 1),
             ("block_bytes", 8),
@@ -74,15 +85,19 @@ class CacheConfig:
     def of(cls, opened: LedgerOpened, segment_bytes: int) -> CacheConfig:
         """What a ledger says about itself. Time-outs and ``retain_bytes`` are not in it: they get their defaults."""
         layout = PoolLayout.parse(opened.layout) if opened.ranks else None
+        sizes: dict[str, Any] = {}
+        if layout is not None:
+            sizes = {"layers": layout.layers, "block_bytes": layout.block_bytes}
         return cls(
             block_size=opened.block_size,
             device_blocks=opened.device_blocks,
             host_blocks=opened.host_blocks,
             host_policy=HostPolicy(opened.host_policy),
             host_staging_blocks=opened.host_staging_blocks,
+            backup_after=opened.backup_after,
             ranks=opened.ranks,
             segment_bytes=segment_bytes,
-            **({"layers": layout.layers, "block_bytes": layout.block_bytes} if layout is not None else {}),
+            **sizes,
         )
 
     def expect(self, opened: LedgerOpened) -> None:
@@ -92,7 +107,7 @@ class CacheConfig:
             ConfigError: naming the first setting that differs.
         """
         theirs = CacheConfig.of(opened, self.segment_bytes)
-        names = ["block_size", "device_blocks", "host_blocks", "host_policy", "staging_blocks", "ranks"]
+        names = ["block_size", "device_blocks", "host_blocks", "host_policy", "backup_after", "staging_blocks", "ranks"]
         if self.ranks and theirs.ranks:
             names += ["layers", "block_bytes"]
         for name in names:
@@ -130,4 +145,5 @@ class CacheConfig:
             self.ranks,
             layout,
             pools,
+            self.backup_after,
         )

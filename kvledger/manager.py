@@ -3,14 +3,19 @@
 Every call decides, reserves room in the log, applies, and publishes, in that order: nobody can act on something that
 is not in the log, and a call that is refused leaves no trace but the record of the refusal.
 
-Thread rule: one thread (the scheduler's) makes all calls.
+Thread rule: one thread (the scheduler's) makes all calls that change something; it is the thread that created the
+manager, or the last one that called :meth:`CacheManager.adopt_thread`. From any other they raise :class:`WrongThread`,
+except :meth:`CacheManager.release`, which is applied at the owner's next call. Questions (``stats``, ``ready``,
+``can_allocate``, …) may be asked from anywhere; their answer may be old when it arrives.
 """
 
 from __future__ import annotations
 
-import time
+import logging
 from array import array
+from collections import deque
 from collections.abc import Mapping, Sequence
+from threading import get_ident
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -18,25 +23,45 @@ import numpy as np
 
 from ipc import Control, LogWriter, TransactionTooLarge, record_bytes
 from ipc.writer import next_epoch, segment_bytes_for
+from kvledger import waiting
 from kvledger.config import CacheConfig
 from kvledger.ranks import BlockTable, Progress, Ranks, table_of
 from kvledger.rebuild import rebuild
 from statemachine import codec, commands
 from statemachine.apply import HANDLERS, genesis
-from statemachine.content import Item, Tokens, words_of
-from statemachine.decide import available_blocks, decide, peek, request_named
+from statemachine.content import Item, Tokens, versioned, words_of
+from statemachine.decide import available_blocks, can_allocate, decide, peek, request_named, victims_for
 from statemachine.encoding import state_digest
-from statemachine.errors import InvalidCommand, OutOfBlocks
-from statemachine.events import BlocksAllocated, Event, Outcome, PoolResized, ReleaseReason, RequestMatched, Tier
+from statemachine.errors import Busy, CommandRejected, InvalidCommand, OutOfBlocks
+from statemachine.events import (
+    BlocksAllocated,
+    BlocksEvicted,
+    Event,
+    HostPolicy,
+    Outcome,
+    PoolResized,
+    ReleaseReason,
+    RequestMatched,
+    Tier,
+)
 from statemachine.state import State
 from workers.pools import Pools, create_pools, ids_of, reopen_pools
 
+_log = logging.getLogger(__name__)
 _EVICTED_BYTES = 16
 """What a block of a one-block run takes in the log when it is evicted: its id, its run's id and size."""
 
 
 class ManagerClosed(RuntimeError):
     """The manager was closed, or an internal error ended it; reopen the ledger."""
+
+
+class WrongThread(RuntimeError):
+    """The call came from a thread that does not own the manager; nothing happened."""
+
+
+class Paused(CommandRejected):
+    """The manager is paused: nothing is matched or handed out before :meth:`CacheManager.resume`."""
 
 
 class Admission(NamedTuple):
@@ -76,6 +101,11 @@ class CacheManager:
         self._evict_step = writer.max_transaction_bytes // _EVICTED_BYTES // 2
         self._step = 0
         self._closed = ""
+        self._thread = get_ident()
+        self._releases: deque[commands.Release] = deque()
+        """Releases from other threads, to be applied."""
+        self._paused = False
+        self._weights = config.weights
 
     @classmethod
     def create(cls, name: str, config: CacheConfig) -> Self:
@@ -191,10 +221,10 @@ class CacheManager:
                 token is left to compute.
 
         Raises:
-            statemachine.content.InvalidTokens, DuplicateRequest
+            statemachine.content.InvalidTokens, DuplicateRequest, Paused
         """
-        words, limit = self._prompt(tokens, items, max_blocks)
-        events = self._execute(commands.Match(key, words, namespace, limit))
+        words, limit, whole = self._prompt(tokens, items, max_blocks)
+        events = self._execute(commands.Match(key, words, self._namespace(namespace), limit, whole))
         return self._admission(events[0], words)
 
     def admit(
@@ -209,21 +239,43 @@ class CacheManager:
     ) -> Admission:
         """Match and allocate in one transaction, or not at all.
 
-        ``blocks`` is the length of the block table, by default enough for the prompt; the rest as in :meth:`match`.
+        ``blocks`` is the length of the block table, by default enough for the prompt; more reserves blocks for the
+        first decode steps. The rest as in :meth:`match`.
 
         Raises:
-            OutOfBlocks: there is no room; nothing is pinned.
+            OutOfBlocks: there is no room (beyond the watermark); nothing is pinned.
         """
-        words, limit = self._prompt(tokens, items, max_blocks)
+        words, limit, whole = self._prompt(tokens, items, max_blocks)
         if blocks is None:
             blocks = -(-len(words) // self._state.block_bytes)
-        events = self._execute(commands.Admit(key, words, namespace, limit, blocks))
+        watermark = self.config.watermark_blocks
+        namespace = self._namespace(namespace)
+        events = self._execute(commands.Admit(key, words, namespace, limit, blocks, whole, watermark))
         return self._admission(events[0], words)
 
     def peek(self, tokens: Tokens, *, items: Sequence[Item] = (), namespace: bytes = b"") -> tuple[int, int]:
         """How many leading blocks would match now, on the device and after those on the host. Changes nothing."""
-        words, _ = self._prompt(tokens, items, 0)
-        return peek(self._state, words, namespace, len(words))
+        words, _, whole = self._prompt(tokens, items, 0)
+        return peek(self._state, words, versioned(self._weights, namespace), len(words), whole)
+
+    def extend(self, key: str) -> Progress:
+        """Between two chunks of a prefill: match again behind what the request has cached.
+
+        What others cached meanwhile is pinned and need not be computed; the request's own copies of it, and the
+        duplicates that :meth:`cache` left, are given back, so *the block table changes*: go on with the one returned,
+        from ``cached_blocks`` on. At least one token is left to compute.
+
+        Raises:
+            RequestNotReady, UnknownRequest, Paused
+        """
+        if self._paused:
+            raise Paused(f"ledger {self.name!r} is paused: resume() first")
+        request = request_named(self._state, key)
+        known = len(request.words) + len(self._tails[key])
+        limit = request.leaf.end + max(known // 4 - 1, 0) // self.config.block_size
+        if self._execute(commands.Extend(key, limit)) and self.config.backup_after > 1:
+            self._back_up(key)
+        return Progress(key, table_of(request), request.leaf.end, False)
 
     def allocate(self, counts: Mapping[str, int]) -> dict[str, BlockTable]:
         """Give each named request so many more blocks: one call per scheduler step, all or nothing.
@@ -238,6 +290,8 @@ class CacheManager:
         for key, count in counts.items():
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise InvalidCommand(f"request {key!r} cannot get {count!r} blocks: counts are whole numbers from 0")
+        if self._paused:
+            raise Paused(f"ledger {self.name!r} is paused: resume() first")
         events = self._execute(commands.Allocate(list(counts), list(counts.values())))
         granted = np.empty(0, np.int32)
         if events:
@@ -251,12 +305,39 @@ class CacheManager:
             start += count
         return new
 
-    def cache(self, key: str, blocks: int | None = None, *, generated: Tokens | None = None) -> None:
-        """Publish computed blocks: from now on other requests can match them.
+    def preempt(self, blocks: int, candidates: Sequence[str]) -> list[str]:
+        """Preempt requests, in the order given (lowest priority first), until ``blocks`` can be allocated.
+
+        Only as many as are needed are released; their names are returned. What they cached stays: a preempted request
+        that is admitted again later finds it on the device, or on the host where there is one (preemption by swap), and
+        computes the rest (by recomputation). Call :meth:`cache` before, to keep what is computed.
+
+        Raises:
+            OutOfBlocks: all candidates together would not be enough; nobody was preempted.
+            UnknownRequest
+        """
+        self._expect_owner()
+        chosen = victims_for(self._state, blocks, candidates)
+        for key in chosen:
+            self.release(key, ReleaseReason.PREEMPTED)
+        return chosen
+
+    def cache(
+        self,
+        key: str,
+        blocks: int | None = None,
+        *,
+        generated: Tokens | None = None,
+        computed: int | None = None,
+    ) -> None:
+        """Publish blocks: from now on other requests can match them.
 
         Args:
             blocks: the first so many blocks of the request are computed; default: all full blocks of known content.
             generated: the tokens that follow those known so far. What does not fill a block is remembered.
+            computed: only so many leading blocks of the request are computed, the others will be by the step that is
+                being scheduled. They can be matched, but they are not copied out until a later call, or the release,
+                covers them (so do not cache ahead for a step that may be called off). Default: all are.
 
         Raises:
             RequestNotReady: some of the blocks are still being copied.
@@ -273,9 +354,14 @@ class CacheManager:
             blocks = request.leaf.end + (len(request.words) + len(words)) // size
         elif isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0:
             raise InvalidCommand(f"{blocks!r} blocks cannot be cached")
-        self._execute(commands.Cache(key, blocks, words))
+        self._execute(commands.Cache(key, blocks, words, computed))
         if generated is not None:
             self._tails[key] = tail
+        if self._state.policy == HostPolicy.WRITE_THROUGH:
+            self._back_up(key)
+
+    def _back_up(self, key: str) -> None:
+        self._execute(commands.Backup(request_named(self._state, key).leaf.id))
 
     def trim(self, key: str, blocks: int) -> None:
         """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
@@ -285,13 +371,40 @@ class CacheManager:
         """Move private blocks of one request to the end of another's block table."""
         self._execute(commands.Reassign(key, target, array("i", blocks)))
 
+    def give_back(self, key: str, blocks: Sequence[int]) -> None:
+        """Free private blocks of a request, wherever they stand behind its cached blocks."""
+        self._execute(commands.GiveBack(key, array("i", blocks)))
+
     def release(self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED, *, final: bool = False) -> None:
         """End a request. What it cached stays until it is evicted.
 
-        ``final=True`` says that nobody is expected to continue it: what only it used is evicted first.
+        ``final=True`` says that nobody is expected to continue it: what only it used is evicted first. From a thread
+        that does not own the manager the release is queued and applied at the owner's next call.
         """
-        self._execute(commands.Release(key, reason, final))
+        command = commands.Release(key, reason, final)
+        if get_ident() != self._thread:
+            request_named(self._state, key)
+            self._releases.append(command)
+            return
+        if self._state.policy == HostPolicy.WRITE_THROUGH:
+            self._cover(key)
+        self._execute(command)
         del self._tails[key]
+
+    def _cover(self, key: str) -> None:
+        """What a request cached ahead counts as computed when it ends, and may be backed up."""
+        request = request_named(self._state, key)
+        if request.computed < request.leaf.end:
+            self.cache(key, request.leaf.end)
+
+    def _apply_releases(self) -> None:
+        """What other threads have released. A request that is gone already is only reported."""
+        waiting = [self._releases.popleft() for _ in range(len(self._releases))]  # others may add to them meanwhile
+        for command in waiting:
+            if command.key in self._state.keys:
+                self.release(*command[:2], final=command.final)
+            else:
+                _log.warning("ledger %s: request %r was released twice", self.name, command.key)
 
     # What moves in the background
 
@@ -300,6 +413,7 @@ class CacheManager:
 
         Never blocks. Call it once per scheduler step.
         """
+        self._expect_owner()
         return self._ranks.poll() if self._ranks is not None else []
 
     def cached_blocks(self, key: str) -> int:
@@ -314,31 +428,86 @@ class CacheManager:
         """Poll until a request is ready. For tests and simple programs: a scheduler polls once per step.
 
         Raises:
-            TimeoutError: it was not ready in time.
+            TimeoutError: it was not ready in time (default: twice the deadline of a transfer).
         """
-        deadline = time.monotonic() + (self.config.transfer_timeout_s * 2 if timeout is None else timeout)
-        progress: list[Progress] = []
-        pause = 0.0
-        while not self.ready(key):
-            progress += self.poll()
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"request {key!r} still waits for {[*request_named(self._state, key).waits]}")
-            time.sleep(pause)
-            pause = min(pause + 2e-6, 1e-3)
-        return progress
+        return waiting.wait(self, key, timeout)
+
+    async def wait_async(self, key: str, timeout: float | None = None) -> Progress:
+        """Wait until a request is ready without blocking the event loop, whose thread must own the manager.
+
+        Any number of tasks may wait at once; each is told about its own request.
+
+        Raises:
+            TimeoutError: it was not ready in time.
+            UnknownRequest: somebody released it.
+        """
+        return await waiting.wait_async(self, key, timeout)
 
     # The cache as a whole
 
-    def clear(self, *, force: bool = False) -> None:
-        """Forget everything cached. With ``force`` also while requests run: what they hold can never match again.
+    def clear(self, *, force: bool = False, wait: float = 0.0) -> None:
+        """Forget everything cached.
+
+        With ``force`` also while requests run: what they hold can never match again, and is freed when they release it.
+        With ``wait``, first give transfers (and releases from other threads) so many seconds to end.
 
         Raises:
             Busy: requests or transfers use the cache, and ``force`` is not given.
         """
+        if wait:
+            waiting.until(self, lambda: not (self._state.requests or self._state.transfers), wait)
         self._execute(commands.Clear(force))
         for tier in (Tier.HOST, Tier.DEVICE):
             while self._execute(commands.Evict(tier, self._evict_step)):
                 pass
+
+    def pause(self, timeout: float | None = None) -> None:
+        """Hand out nothing more, and wait until no copy is in flight: the device pool is the engine's alone.
+
+        :meth:`match`, :meth:`admit`, :meth:`extend` and :meth:`allocate` raise :class:`Paused` until :meth:`resume`.
+
+        Raises:
+            TimeoutError: copies are still in flight (default: after twice the deadline of a transfer); it is paused.
+        """
+        self._expect_owner()
+        self._paused = True
+        limit = 2 * self.config.transfer_timeout_s if timeout is None else timeout
+        if not waiting.until(self, lambda: not self._state.transfers, limit):
+            raise TimeoutError(f"transfers {[*self._state.transfers]} are still in flight")
+
+    def resume(self, *, weights: str | None = None, force: bool = False) -> None:
+        """Go on after :meth:`pause`, with a new version of the model's weights if there is one.
+
+        Blocks of one version never match under another. What requests that still run have computed is of both: with
+        ``force`` they may go on, and the whole cache is forgotten, so that nothing of theirs can ever match.
+
+        Raises:
+            Busy: requests of the old version still run, and ``force`` is not given. It stays paused.
+        """
+        self._expect_owner()
+        if weights is not None and weights != self._weights:
+            if self._state.requests:
+                if not force:
+                    raise Busy(f"{len(self._state.requests)} requests run with the old weights: release them, or force")
+                self.clear(force=True)
+            self._weights = weights
+        self._paused = False
+
+    def make_room(self, blocks: int) -> None:
+        """Get so many more device blocks free ahead of need, by the same choices as an allocation would make.
+
+        Blocks that are swapped out for it are free once :meth:`poll` has seen the end of the copy.
+        """
+        self._execute(commands.MakeRoom(blocks))
+
+    def evict(self, tier: Tier, blocks: int) -> int:
+        """Drop up to so many unused cached blocks of one tier for good, in eviction order. Returns how many."""
+        events = self._execute(commands.Evict(tier, blocks))
+        return sum(len(event.blocks) for event in events if isinstance(event, BlocksEvicted))
+
+    def forget(self, node: int) -> None:
+        """Drop one unused run that nothing continues, and those above it that lead nowhere else then."""
+        self._execute(commands.Forget(node))
 
     def resize(self, tier: Tier, blocks: int) -> None:
         """Change the number of blocks of a tier. Shrinking drops what is cached in the highest ids.
@@ -359,6 +528,10 @@ class CacheManager:
     def available_blocks(self) -> int:
         """Device blocks that are free or can be evicted."""
         return available_blocks(self._state)
+
+    def can_allocate(self, blocks: int) -> bool:
+        """Whether an allocation of so many blocks would succeed now; counts what can be evicted, and evicts nothing."""
+        return can_allocate(self._state, blocks)
 
     def block_table(self, key: str) -> BlockTable:
         """The device block ids of a request, in token order."""
@@ -389,6 +562,10 @@ class CacheManager:
         self._execute(commands.TakeDigest(self._writer.next_sequence - 1, True))
         return self.digest()
 
+    def worker_pid(self, rank: int) -> int | None:
+        """Process id of a rank's transfer worker; ``None`` while it has none."""
+        return self._ranks.worker_pid(rank) if self._ranks is not None else None
+
     @property
     def state(self) -> State:
         """The state itself, to be read only."""
@@ -402,6 +579,20 @@ class CacheManager:
     def step(self, number: int) -> None:
         """Number of the scheduler step, written beside every event from now on (for people)."""
         self._step = number & 0xFFFFFFFF
+
+    def adopt_thread(self) -> None:
+        """The calling thread owns the manager from now on; the one that owned it must not call any more."""
+        self._thread = get_ident()
+
+    def _expect_owner(self) -> None:
+        """Refuse calls from other threads, and apply what these have released."""
+        if get_ident() != self._thread:
+            raise WrongThread(
+                f"ledger {self.name!r} belongs to thread {self._thread}, this is {get_ident()}: make all calls from "
+                "one thread (release() may come from any), or adopt_thread() in the new owner"
+            )
+        if self._releases:
+            self._apply_releases()
 
     def close(self, *, keep: bool = False) -> None:
         """Stop the workers and give everything back; with ``keep`` the log and the pools stay for inspection."""
@@ -427,6 +618,8 @@ class CacheManager:
     def _execute(self, command: commands.Command) -> list[Event]:
         if self._closed:
             raise ManagerClosed(f"ledger {self.name!r}: {self._closed}")
+        if get_ident() != self._thread or self._releases:
+            self._expect_owner()
         try:
             events = decide(self._state, command)
         except OutOfBlocks as refused:
@@ -467,17 +660,30 @@ class CacheManager:
             done = commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets))
             self._publish(decide(self._state, commands.EndQuarantine(id) if transfer.quarantined else done))
 
-    def _prompt(self, tokens: Tokens, items: Sequence[Item], max_blocks: int | None) -> tuple[memoryview, int]:
+    def _namespace(self, namespace: bytes) -> bytes:
+        """The namespace of a new request, if one may begin."""
+        if self._paused:
+            raise Paused(f"ledger {self.name!r} is paused: resume() first")
+        return versioned(self._weights, namespace) if self._weights else namespace
+
+    def _prompt(
+        self, tokens: Tokens, items: Sequence[Item], max_blocks: int | None
+    ) -> tuple[memoryview, int, tuple[tuple[int, int], ...]]:
+        """``(words, most blocks to match, ranges that are not to be cut)``."""
         words = words_of(tokens, items=items)
         if max_blocks is None:
             max_blocks = max(len(words) // 4 - 1, 0) // self.config.block_size
         elif isinstance(max_blocks, bool) or not isinstance(max_blocks, int) or max_blocks < 0:
             raise InvalidCommand(f"max_blocks must be a whole number from 0, not {max_blocks!r}")
-        return words, max_blocks
+        if not items or self.config.chunked_multimodal:
+            return words, max_blocks, ()
+        return words, max_blocks, tuple((item.offset, item.offset + item.length) for item in items)
 
     def _admission(self, matched: Event, words: memoryview) -> Admission:
         assert isinstance(matched, RequestMatched)
         length = len(words)
         self._tails[matched.key] = words[length - length % self._state.block_bytes :].tobytes()
+        if self.config.backup_after > 1:
+            self._back_up(matched.key)
         request = self._state.requests[matched.request]
         return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits)

@@ -132,6 +132,10 @@ class Ranks:
         """Stop all workers."""
         self.supervisor.stop()
 
+    def worker_pid(self, rank: int) -> int | None:
+        """Process id of a rank's worker; ``None`` while it has none."""
+        return None if rank in self._restarts else self.supervisor.pid(rank)
+
     def started(self, sequence: int) -> None:
         """Transfers that are new since event ``sequence`` get a deadline."""
         deadline = self._deadline()

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from statemachine import apply_cache, apply_requests, apply_transfers
+from statemachine import apply_cache, apply_chunks, apply_requests, apply_transfers
 from statemachine.errors import InvariantViolation
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksComputed,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
@@ -25,6 +26,7 @@ from statemachine.events import (
     LedgerOpened,
     PoolResized,
     QuarantineEnded,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     TierLost,
@@ -102,5 +104,7 @@ HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
     WorkerLost: _worker_lost,
     EpochStarted: _epoch_started,
     DigestTaken: _digest_taken,
+    RequestExtended: apply_chunks.request_extended,
+    BlocksComputed: apply_chunks.blocks_computed,
 }
 """Event → how it changes the state; what :func:`apply` looks up, for loops where a call counts."""

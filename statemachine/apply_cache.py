@@ -58,7 +58,7 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
     if chain:
         if upper:
             bottom = chain[-1] = tree.split(state, bottom, cut, upper)
-        position = _join(state, chain, blocks)
+        position = _join(state, chain, blocks, request.computed)
     else:
         position = 0
     leaf = bottom
@@ -67,8 +67,11 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
         leaf.device = blocks[position:]
         leaf.device_ready = True
         leaf.pins = 1
+        leaf.ahead = leaf.end > request.computed
         tree.attach(state, leaf)
         state.next_node = new + 1
+    if state.opened.backup_after > 1:
+        tree.count_use(state, chain if leaf is bottom else [*chain, leaf])
     if duplicates:
         request.duplicates.append((path_end, path_end + duplicates))
         state.counters.duplicate_blocks += duplicates
@@ -104,7 +107,7 @@ def _known_below(state: State, event: BlocksCached, path: Node, bottom: Node, wo
     return chain
 
 
-def _join(state: State, chain: list[Node], blocks: IntArray) -> int:
+def _join(state: State, chain: list[Node], blocks: IntArray, computed: int) -> int:
     """Pin known runs; those without a valid device copy take the request's blocks. Returns how many are taken."""
     for run in chain:
         if not run.pins:
@@ -114,6 +117,7 @@ def _join(state: State, chain: list[Node], blocks: IntArray) -> int:
     for run in chain:
         if not run.device_ready:
             _take_over(state, run, blocks[position : position + run.size])
+            run.ahead = run.end > computed
             position += run.size
     return position
 

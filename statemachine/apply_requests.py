@@ -27,7 +27,7 @@ from statemachine.expect import (
     violated,
 )
 from statemachine.ownership import owner
-from statemachine.state import Node, Request, State
+from statemachine.state import ALL, Node, Request, State
 
 
 def take_granted(state: State, plain: int, after: IntArray, held: IntArray) -> None:
@@ -87,6 +87,8 @@ def request_matched(state: State, event: RequestMatched) -> None:
         leaf = nodes[0] = tree.split(state, leaf, cut, upper)
     request = Request(number, key, namespace, leaf, words)
     tree.pin(state, leaf)
+    if state.opened.backup_after > 1:
+        tree.count_use(state, nodes)
     table = request.table
     for node in reversed(nodes):
         if node.device is None:
@@ -154,8 +156,12 @@ def blocks_reassigned(state: State, event: BlocksReassigned) -> None:
     source, target = request_of(state, event, event.request), request_of(state, event, event.target)
     if source is target or source.waits:
         violated(event, f"blocks cannot move from request {source.key!r} to {target.key!r}")
-    moved = set(event.blocks)
     tail = source.table[source.leaf.end :]
+    if event.blocks == tail[len(tail) - len(event.blocks) :]:
+        del source.table[len(source.table) - len(event.blocks) :]
+        target.table.extend(event.blocks)
+        return
+    moved = set(event.blocks)
     if len(moved) != len(event.blocks) or not moved.issubset(tail):
         wrong = next((block for block in event.blocks if block not in tail), event.blocks[0])
         violated(event, f"DEVICE block {wrong} is not request {source.key!r}'s: {owner(state, Tier.DEVICE, wrong)}")
@@ -169,12 +175,26 @@ def blocks_trimmed(state: State, event: BlocksTrimmed) -> None:
     length = len(request.table) - len(event.blocks)
     if length < request.leaf.end:
         violated(event, f"only {len(request.table) - request.leaf.end} blocks of {request.key!r} can be trimmed")
-    expect_blocks(state, event, Tier.DEVICE, event.blocks, request.table[length:][::-1], f"the end of {request.key!r}")
+    if event.blocks != request.table[length:][::-1]:
+        _free_some(state, event, request)
+        return
     give_back(state, request, event.blocks)
     del request.table[length:]
     for id in [id for id, position in request.waits.items() if position >= length]:
         del request.waits[id]
         del state.transfers[id].waiters[request.id]
+
+
+def _free_some(state: State, event: BlocksTrimmed, request: Request) -> None:
+    """Private blocks from anywhere behind the path become free."""
+    end = request.leaf.end
+    tail = request.table[end:]
+    gone = set(event.blocks)
+    if request.waits or len(gone) != len(event.blocks) or not gone.issubset(tail):
+        wrong = next((block for block in event.blocks if block not in tail), event.blocks[0])
+        violated(event, f"DEVICE block {wrong} is not request {request.key!r}'s: {owner(state, Tier.DEVICE, wrong)}")
+    request.table = request.table[:end] + array("i", [block for block in tail if block not in gone])
+    state.device.free.extend(event.blocks)
 
 
 def _merges(event: RequestReleased, loose: list[Node]) -> list[tuple[Node, list[Node]]]:
@@ -211,6 +231,9 @@ def request_released(state: State, event: RequestReleased) -> None:
             violated(event, f"the deepest {final} runs are not the end of everything")
         merges = _merges(event, loose)
 
+    if request.computed != ALL:
+        for node in state.path(request.leaf):
+            node.ahead = False
     tree.unpin(state, request.leaf, final=final)
     if request.waits:
         for id in request.waits:

@@ -89,18 +89,20 @@ def _copy_out(
     first = nodes[0]
     if event.request or event.after or event.held:
         violated(event, "a copy to the host waits for nothing")
-    if bool(event.upper) != (event.counts[0] != first.size) or (event.upper and not leaves):
-        violated(event, "only the first run of a swap-out may be taken in part, and then it is cut")
-    expect_cut(state, event, first, first.size - event.counts[0], event.upper)
+    partial = first if leaves else nodes[-1]
+    taken = event.counts[0 if leaves else -1]
+    if bool(event.upper) != (taken != partial.size):
+        violated(event, f"run {partial.id} has to be cut exactly if it is taken in part")
+    expect_cut(state, event, partial, partial.size - taken if leaves else taken, event.upper)
     expected = array("i")
     for node, count in zip(nodes, event.counts):
         ids = node.device
-        if ids is None or not node.device_ready or node.host is not None or node.transfer is not None:
+        if ids is None or not node.device_ready or node.host is not None or node.transfer is not None or node.ahead:
             violated(event, f"run {node.id} is not at rest on the device alone")
         if count != node.size:
-            if node is not first:
+            if node is not partial:
                 violated(event, f"run {node.id} is taken in part")
-            ids = ids[node.size - count :]
+            ids = ids[node.size - count :] if leaves else ids[:count]
         if leaves:
             if node.pins:
                 violated(event, f"run {node.id} is in use ({node.pins} pins)")
@@ -114,7 +116,9 @@ def _copy_out(
     expect_blocks(state, event, Tier.HOST, event.targets, free[: -count - 1 : -1], "next on the free list")
 
     if event.upper:
-        tree.split(state, first, first.size - event.counts[0], event.upper)
+        upper = tree.split(state, partial, partial.size - taken if leaves else taken, event.upper)
+        if not leaves:
+            nodes[-1] = upper
     del free[len(free) - count :]
     parts = [Part(node, node.size) for node in nodes]
     transfer = Transfer(event.transfer, direction, parts, event.sources, event.targets, event.after)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from statemachine.events import Direction, HostPolicy, Tier
 from statemachine.ownership import owners
-from statemachine.state import Node, State
+from statemachine.state import ALL, Node, State
 
 
 def check(state: State) -> list[str]:
@@ -152,6 +152,18 @@ def _in_flight(state: State) -> Iterator[str]:
         yield f"{state.host_resident} blocks are counted as resident on the host, {resident} are"
 
 
+def _ahead(state: State) -> Iterator[str]:
+    ahead = {id for id, node in state.nodes.items() if node.ahead}
+    for request in state.requests.values() if ahead else ():
+        if request.computed != ALL:
+            ahead -= {node.id for node in state.path(request.leaf)}
+    for id in sorted(ahead):
+        yield f"{state.nodes[id]!r} is not computed yet, and no live request is about to"
+    for node in state.nodes.values():
+        if node.ahead and not node.device_ready:
+            yield f"{node!r} is about to be computed, but has no place on the device"
+
+
 def _transfers_end(state: State) -> Iterator[str]:
     for transfer in state.transfers.values():
         if transfer.quarantined and (transfer.waiters or transfer.parts):
@@ -213,6 +225,7 @@ INVARIANTS: dict[str, Callable[[State], Iterator[str]]] = {
     "links": _links,
     "orders": _orders,
     "in flight": _in_flight,
+    "ahead": _ahead,
     "transfers end": _transfers_end,
     "block tables": _block_tables,
 }

@@ -14,6 +14,8 @@ class Match(NamedTuple):
     words: memoryview
     namespace: bytes
     limit: int
+    whole: tuple[tuple[int, int], ...] = ()
+    """Token ranges, by their first and stop, in which the match must not end (items that are computed in one piece)."""
 
 
 class Admit(NamedTuple):
@@ -24,6 +26,16 @@ class Admit(NamedTuple):
     namespace: bytes
     limit: int
     blocks: int
+    whole: tuple[tuple[int, int], ...] = ()
+    watermark: int = 0
+    """So many blocks have to stay available for requests that run already; nobody runs: 0."""
+
+
+class Extend(NamedTuple):
+    """Match again, behind what a request has cached: use what others cached meanwhile, up to ``limit`` blocks."""
+
+    key: str
+    limit: int
 
 
 class Allocate(NamedTuple):
@@ -34,11 +46,13 @@ class Allocate(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The first ``blocks`` blocks of a request are computed: publish them. ``words``: content of generated blocks."""
+    """Publish the first ``blocks`` blocks of a request. ``words``: content of generated blocks."""
 
     key: str
     blocks: int
     words: bytes
+    computed: int | None = None
+    """Only so many of them are computed, the others are cached ahead of their step; ``None``: all are."""
 
 
 class Trim(NamedTuple):
@@ -46,6 +60,13 @@ class Trim(NamedTuple):
 
     key: str
     blocks: int
+
+
+class GiveBack(NamedTuple):
+    """Free these private ``blocks`` of a request, wherever they stand in its block table."""
+
+    key: str
+    blocks: IntArray
 
 
 class Reassign(NamedTuple):
@@ -76,6 +97,24 @@ class EndQuarantine(NamedTuple):
     """No rank can write the blocks of a timed-out transfer any more."""
 
     transfer: int
+
+
+class Backup(NamedTuple):
+    """Write-through: copy to the host what of the path that ends at run ``node`` was used often enough."""
+
+    node: int
+
+
+class MakeRoom(NamedTuple):
+    """Get so many more device blocks free ahead of need, by the same choices as an allocation."""
+
+    blocks: int
+
+
+class Forget(NamedTuple):
+    """Drop run ``node``, and those above it that lead nowhere else then, as far as nobody uses them."""
+
+    node: int
 
 
 class Evict(NamedTuple):
@@ -142,13 +181,18 @@ class TakeDigest(NamedTuple):
 Command = (
     Match
     | Admit
+    | Extend
     | Allocate
     | Cache
     | Trim
+    | GiveBack
     | Reassign
     | Release
     | FinishTransfer
     | EndQuarantine
+    | Backup
+    | MakeRoom
+    | Forget
     | Evict
     | Clear
     | Resize

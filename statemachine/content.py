@@ -109,4 +109,13 @@ def namespace_key(*, lora: str = "", salt: str = "", weights: str = "") -> bytes
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
 
+def versioned(weights: str, namespace: bytes) -> bytes:
+    """A namespace under one version of the model's weights; no version leaves it as it is."""
+    if not weights:
+        return namespace
+    version = weights.encode()
+    # no length of a namespace_key() begins like this
+    return b"\xff\xff\xff\xff" + len(version).to_bytes(4, "little") + version + namespace
+
+
 assert sys.byteorder == "little", "kvledger runs on little-endian machines (x86-64, aarch64)"

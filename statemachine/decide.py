@@ -6,14 +6,17 @@ The events of one command are one transaction. An impossible or invalid command 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from statemachine import tree
 from statemachine.apply_transfers import needs_cut
+from statemachine.backup import back_up
 from statemachine.commands import (
     Admit,
     Allocate,
+    Backup,
     Cache,
     Command,
     EndQuarantine,
@@ -23,6 +26,7 @@ from statemachine.commands import (
     Release,
     Trim,
 )
+from statemachine.decide_chunks import CHUNKS, mark_computed
 from statemachine.decide_upkeep import UPKEEP
 from statemachine.errors import (
     CommandRejected,
@@ -42,7 +46,6 @@ from statemachine.events import (
     BlocksTrimmed,
     Direction,
     Event,
-    EvictReason,
     HostPolicy,
     IntArray,
     Outcome,
@@ -54,8 +57,8 @@ from statemachine.events import (
     TransferStarted,
 )
 from statemachine.ownership import transfer_blocks
-from statemachine.room import Supply, device_supply, evicted, host_room
-from statemachine.state import Node, Request, State, Transfer
+from statemachine.room import Supply, device_supply
+from statemachine.state import ALL, Node, Request, State, Transfer
 
 _NONE: IntArray = array("Q")
 _NO_COUNTS: IntArray = array("I")
@@ -70,9 +73,11 @@ def decide(state: State, command: Command) -> list[Event]:
     return _DECIDERS[type(command)](state, command)
 
 
-def peek(state: State, words: memoryview, namespace: bytes, limit: int) -> tuple[int, int]:
+def peek(
+    state: State, words: memoryview, namespace: bytes, limit: int, whole: tuple[tuple[int, int], ...] = ()
+) -> tuple[int, int]:
     """How many leading blocks a match would find now: (with a place on the device, after those on the host)."""
-    path = tree.find(state, state.roots.get(namespace), words, limit)
+    path = _find(state, words, namespace, limit, whole)
     return path.device, path.host
 
 
@@ -98,6 +103,44 @@ def available_blocks(state: State) -> int:
 
 
 def out_of_blocks(state: State, event: AllocationRefused, fitting: int = 0) -> OutOfBlocks:
+def can_allocate(state: State, blocks: int) -> bool:
+    """Whether an allocation of so many blocks would succeed now. Nothing is evicted."""
+    if blocks <= len(state.device.free) or blocks > available_blocks(state) or state.policy == HostPolicy.OFF:
+        return blocks <= available_blocks(state)
+    return device_supply(state, blocks) is not None  # transfers in flight may be in the way of an eviction
+
+
+def victims_for(state: State, blocks: int, candidates: Sequence[str]) -> list[str]:
+    """How many of the candidates, in order, have to be preempted until so many blocks can be allocated.
+
+    Raises:
+        OutOfBlocks: all of them would not be enough.
+        UnknownRequest
+    """
+    available = available_blocks(state)
+    chosen: list[str] = []
+    freed = 0
+    pins: Counter[int] = Counter()
+    for key in dict.fromkeys(candidates):
+        if blocks <= available + freed and (chosen or can_allocate(state, blocks)):
+            return chosen
+        request = request_named(state, key)
+        chosen.append(key)
+        freed += len(request.private())
+        node = request.leaf
+        while node.parent is not None:
+            pins[node.id] += 1
+            if pins[node.id] == node.pins and node.device is not None:
+                freed += node.size
+            node = node.parent
+    if blocks > available + freed:
+        raise out_of_blocks(state, blocks, available + freed)
+    return chosen
+
+
+def out_of_blocks(
+    state: State, wanted: int, available: int, key: str = "", request: int = 0, fitting: int = 0
+) -> OutOfBlocks:
     """The error for a refused allocation; it carries the event that records it."""
     in_transfer = sum(len(transfer_blocks(transfer, Tier.DEVICE)) for transfer in state.transfers.values())
     return OutOfBlocks(event, in_transfer, fitting)
@@ -113,7 +156,7 @@ def _admit(state: State, command: Admit) -> list[Event]:
             "pass the number of blocks of the whole prompt, or a smaller limit"
         )
     kept, own = _kept(path)
-    available = available_blocks(state) - own
+    available = available_blocks(state) - own - (command.watermark if state.requests else 0)
     supply = None
     if wanted <= available:
         supply = device_supply(state, wanted, kept, host, state.next_node + (1 if cut else 0))
@@ -147,14 +190,32 @@ def _match(state: State, command: Match) -> list[Event]:
             return events
         # The device has no room for all of the host part now: match only what fits.
         shorter = path.device + (host if host < path.host else 0)
-        path = tree.find(state, state.roots.get(command.namespace), command.words, max(shorter, 0))
+        path = _find(state, command.words, command.namespace, max(shorter, 0), command.whole)
 
 
 def _path(state: State, command: Match | Admit) -> tree.Path:
-    key, words, namespace, limit, *_ = command
-    if key in state.keys:
-        raise DuplicateRequest(f"request {key!r} is live already: release it first, or choose another name")
-    return tree.find(state, state.roots.get(namespace), words, limit)
+    if command.key in state.keys:
+        raise DuplicateRequest(f"request {command.key!r} is live already: release it first, or choose another name")
+    if command.whole:
+        return _find(state, command.words, command.namespace, command.limit, command.whole)
+    return tree.find(state, state.roots.get(command.namespace), command.words, command.limit)
+
+
+def _find(
+    state: State, words: memoryview, namespace: bytes, limit: int, whole: tuple[tuple[int, int], ...]
+) -> tree.Path:
+    """The path that is known, cut back to before an item in which it would end and must not."""
+    root = state.roots.get(namespace)
+    path = tree.find(state, root, words, limit)
+    if whole:
+        size = state.opened.block_size
+        found = blocks = path.device + path.host
+        for start, stop in sorted(whole, reverse=True):
+            if start < blocks * size < stop:
+                blocks = start // size
+        if blocks < found:
+            path = tree.find(state, root, words, blocks)
+    return path
 
 
 def _kept(path: tree.Path) -> tuple[dict[Node, int], int]:
@@ -240,8 +301,11 @@ def _cache(state: State, command: Cache) -> list[Event]:
     block_bytes = state.block_bytes
     start = request.leaf.end
     count = command.blocks - start
+    marked: list[Event] = []
+    if command.computed is not None or request.computed != ALL:
+        marked = mark_computed(request, command)
     if count <= 0 and not command.words:
-        return []
+        return marked
     if command.blocks > len(request.table):
         raise InvalidCommand(
             f"request {command.key!r} has {len(request.table)} blocks, not {command.blocks}: allocate before caching"
@@ -254,24 +318,20 @@ def _cache(state: State, command: Cache) -> list[Event]:
         )
     if any(position < command.blocks for position in request.waits.values()):
         raise RequestNotReady(f"request {command.key!r} still waits for transfers {[*request.waits]}: poll() first")
-    node, cut, known, duplicates, chain = _follow(request.leaf, memoryview(content), count, block_bytes)
+    node, cut, known, duplicates = _follow(request.leaf, memoryview(content), count, block_bytes)
     next_node = state.next_node
     upper = next_node if cut else 0
     new = next_node + bool(cut) if known < count else 0
     own = request.table[start + duplicates : command.blocks]
-    leaf = node.id if chain else 0
+    leaf = node.id if known else 0
     taken = known - duplicates
-    event = BlocksCached(request.id, leaf, cut, upper, new, duplicates, taken, own, command.words)
-    if state.policy != HostPolicy.WRITE_THROUGH:
-        return [event]
-    return [event, *_backup(state, request, chain, cut, new, own[taken:])]
+    return [*marked, BlocksCached(request.id, leaf, cut, upper, new, duplicates, taken, own, command.words)]
 
 
-def _follow(node: Node, words: memoryview, count: int, block_bytes: int) -> tuple[Node, int, int, int, list[Node]]:
-    """What is known below ``node``: (deepest run, its cut, known blocks, those valid on the device, the runs)."""
+def _follow(node: Node, words: memoryview, count: int, block_bytes: int) -> tuple[Node, int, int, int]:
+    """What is known below ``node``: (deepest run, its cut, known blocks, those valid on the device)."""
     offset = cut = 0
     duplicates = 0
-    chain: list[Node] = []
     stop = count * block_bytes
     while offset < stop and not cut:
         child = node.children.get(bytes(words[offset : offset + block_bytes]))
@@ -282,51 +342,8 @@ def _follow(node: Node, words: memoryview, count: int, block_bytes: int) -> tupl
         offset += common * block_bytes
         if child.device_ready:
             duplicates += common
-        chain.append(child)
         node = child
-    return node, cut, offset // block_bytes, duplicates, chain
-
-
-def _backup(state: State, request: Request, chain: list[Node], cut: int, new: int, own: IntArray) -> list[Event]:
-    """Write-through: copy what was cached, and what above it has no host copy yet, if the host has room."""
-    todo: list[tuple[int, IntArray]] = []
-    if new:
-        todo.append((new, own))
-    above = chain[-1] if chain else request.leaf
-    kept = dict.fromkeys(chain, 0)
-    for node in chain:
-        kept[node] = node.size
-    first = True
-    while above.parent is not None and above.host is None:
-        if above.transfer is not None or not above.device_ready:
-            return []
-        cut_here = first and bool(chain) and cut
-        ids = above.device
-        assert ids is not None
-        todo.append((state.next_node, ids[:cut]) if cut_here else (above.id, ids))
-        first = False
-        above = above.parent
-    wanted = sum(len(ids) for _, ids in todo)
-    if not wanted:
-        return []
-    room, victims = host_room(state, wanted, kept)
-    if room < wanted:
-        return []
-    events: list[Event] = []
-    free = state.host.free
-    if victims:
-        eviction = evicted(Tier.HOST, victims, EvictReason.CAPACITY)
-        events.append(eviction)
-        free = free + eviction.blocks
-    nodes, counts, sources = array("Q"), array("I"), array("i")
-    for id, ids in reversed(todo):
-        nodes.append(id)
-        counts.append(len(ids))
-        sources.extend(ids)
-    targets = free[len(free) - wanted :][::-1]
-    number = state.next_transfer
-    events.append(TransferStarted(number, Direction.BACKUP, 0, 0, nodes, counts, _NONE, _NO_COUNTS, sources, targets))
-    return events
+    return node, cut, offset // block_bytes, duplicates
 
 
 def _trim(state: State, command: Trim) -> list[Event]:
@@ -346,9 +363,11 @@ def _reassign(state: State, command: Reassign) -> list[Event]:
         raise InvalidCommand("blocks cannot be reassigned to the request that has them")
     if source.waits:
         raise RequestNotReady(f"request {command.key!r} still waits for transfers {[*source.waits]}: poll() first")
-    tail = set(source.table[source.leaf.end :])
-    if len(set(command.blocks)) != len(command.blocks) or not tail.issuperset(command.blocks):
-        wrong = sorted(set(command.blocks) - tail)
+    tail = source.table[source.leaf.end :]
+    if command.blocks == tail[len(tail) - len(command.blocks) :]:  # the last ones, as they were allocated
+        return [BlocksReassigned(source.id, target.id, command.blocks)] if command.blocks else []
+    if len(set(command.blocks)) != len(command.blocks) or not set(tail).issuperset(command.blocks):
+        wrong = sorted(set(command.blocks) - set(tail))
         raise InvalidCommand(f"blocks {wrong[:8]} are not request {command.key!r}'s own, or named twice")
     return [BlocksReassigned(source.id, target.id, command.blocks)] if command.blocks else []
 
@@ -417,7 +436,9 @@ _DECIDERS: dict[type[Any], Callable[[State, Any], list[Event]]] = {
     Release: _release,
     FinishTransfer: _finish_transfer,
     EndQuarantine: _end_quarantine,
+    Backup: back_up,
+    **CHUNKS,
     **UPKEEP,
 }
 
-__all__ = ["CommandRejected", "available_blocks", "decide", "peek", "request_named"]
+__all__ = ["CommandRejected", "available_blocks", "can_allocate", "decide", "peek", "request_named", "victims_for"]

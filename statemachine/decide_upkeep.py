@@ -8,9 +8,11 @@ from typing import Any
 from statemachine.commands import (
     Clear,
     Evict,
+    Forget,
     JoinWorker,
     LoseTier,
     LoseWorker,
+    MakeRoom,
     Resize,
     StartEpoch,
     TakeDigest,
@@ -32,7 +34,7 @@ from statemachine.events import (
     WorkerLost,
 )
 from statemachine.ownership import owner
-from statemachine.room import Victim, evicted
+from statemachine.room import Victim, device_supply, evicted
 from statemachine.state import Node, State
 
 
@@ -68,6 +70,32 @@ def _evict(state: State, command: Evict) -> list[Event]:
         raise InvalidCommand(f"{command.blocks} blocks cannot be evicted")
     victims = droppable(state, command.tier, command.blocks)
     return [evicted(command.tier, victims, EvictReason.CLEARED)] if victims else []
+
+
+def _forget(state: State, command: Forget) -> list[Event]:
+    node = state.nodes.get(command.node)
+    below: Node | None = None
+    chain: list[Node] = []
+    while node is not None and node.parent is not None and not node.pins and node.transfer is None:
+        if any(child is not below for child in node.children.values()):
+            break
+        chain.append(node)
+        below, node = node, node.parent
+    events: list[Event] = []
+    for tier in (Tier.HOST, Tier.DEVICE):
+        copies = [run.host if tier == Tier.HOST else run.device for run in chain]
+        victims = [Victim(run, run.size, True) for run, ids in zip(chain, copies, strict=True) if ids is not None]
+        if victims:
+            events.append(evicted(tier, victims, EvictReason.CLEARED))
+    return events
+
+
+def _make_room(state: State, command: MakeRoom) -> list[Event]:
+    if command.blocks < 0:
+        raise InvalidCommand(f"{command.blocks} blocks cannot be made free")
+    wanted = min(command.blocks, state.evictable)
+    supply = device_supply(state, len(state.device.free) + wanted)
+    return supply.events if supply is not None else []
 
 
 def _clear(state: State, command: Clear) -> list[Event]:
@@ -187,6 +215,8 @@ def _take_digest(state: State, command: TakeDigest) -> list[Event]:
 
 UPKEEP: dict[type[Any], Callable[[State, Any], list[Event]]] = {
     Evict: _evict,
+    Forget: _forget,
+    MakeRoom: _make_room,
     Clear: _clear,
     Resize: _resize,
     LoseTier: _lose_tier,

@@ -21,8 +21,8 @@ MAGIC = b"kvlstate2"
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _SCALARS = struct.Struct("<13Q")
-_NODE = struct.Struct("<QQIIIQBBQ")
-_NO_COPY, _ARRIVING, _READY = 0, 1, 2
+_NODE = struct.Struct("<QQIIIQBBQI")
+_NO_COPY, _ARRIVING, _READY, _AHEAD = 0, 1, 2, 3
 
 
 class SnapshotError(ValueError):
@@ -118,9 +118,10 @@ def encode_state(state: State) -> bytes:
                 node.start,
                 node.size,
                 node.pins,
-                _copy_state(node.device, node.device_ready),
+                _AHEAD if node.ahead else _copy_state(node.device, node.device_ready),
                 _copy_state(node.host, node.host_ready),
                 node.transfer.id if node.transfer is not None else 0,
+                node.hits,
             )
         )
         blob(node.words)
@@ -135,12 +136,14 @@ def encode_state(state: State) -> bytes:
     for number in sorted(state.requests):
         request = state.requests[number]
         leaf = request.leaf
-        put(struct.pack("<QQII", number, leaf.id, 0 if leaf.id else root_index[id(leaf)], request.matched))
+        index = 0 if leaf.id else root_index[id(leaf)]
+        put(struct.pack("<QQIII", number, leaf.id, index, request.matched, request.computed))
         blob(request.key.encode())
         blob(request.namespace)
         blob(request.words)
         blob(request.table.tobytes())
-        blob(array("I", [bound for pair in request.duplicates for bound in pair]).tobytes())
+        for ranges in (request.duplicates, request.joined):
+            blob(array("I", [bound for pair in ranges for bound in pair]).tobytes())
         blob(array("Q", [value for pair in request.waits.items() for value in pair]).tobytes())
     put(_U32.pack(len(state.transfers)))
     for number in sorted(state.transfers):
@@ -254,12 +257,13 @@ class _Reader:
         links: list[tuple[Node, int, int]] = []
         self._in_transfer: dict[int, list[Node]] = {}
         for _ in range(self._u32()):
-            number, parent, root, start, size, pins, device, host, transfer = _NODE.unpack(self._take(_NODE.size))
+            number, parent, root, start, size, pins, device, host, transfer, hits = _NODE.unpack(self._take(_NODE.size))
             node = Node(number, None, start, self._blob(), size)
-            node.pins = pins
+            node.pins, node.hits = pins, hits
             if device:
                 node.device = array("i", self._take(4 * size))
-                node.device_ready = device == _READY
+                node.device_ready = device >= _READY
+                node.ahead = device == _AHEAD
             if host:
                 node.host = array("i", self._take(4 * size))
                 node.host_ready = host == _READY
@@ -279,14 +283,16 @@ class _Reader:
 
     def _requests(self, state: State, roots: list[Node]) -> None:
         for _ in range(self._u32()):
-            number, leaf, root, matched = self._unpack("<QQII")
+            number, leaf, root, matched, computed = self._unpack("<QQIII")
             key = self._blob().decode()
             node = state.nodes[leaf] if leaf else roots[root]
             request = Request(number, key, self._blob(), node, self._blob())
             request.matched = matched
             request.table = self._array("i")
             request.duplicates = list(_pairs(self._array("I")))
+            request.joined = list(_pairs(self._array("I")))
             request.waits = dict(_pairs(self._array("Q")))
+            request.computed = computed
             state.requests[number] = request
             state.keys[key] = number
 

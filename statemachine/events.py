@@ -54,7 +54,7 @@ class HostPolicy(IntEnum):
     EXCLUSIVE = 1
     """Write-back: a block is copied out when the device evicts it, and leaves the host when it is swapped in."""
     WRITE_THROUGH = 2
-    """A block is copied out as soon as it is cached, and both copies are kept."""
+    """A block is copied out once it was used often enough (by default as soon as it is cached); both copies stay."""
 
 
 class ReleaseReason(IntEnum):
@@ -118,6 +118,8 @@ class LedgerOpened(NamedTuple):
     ranks: U32
     layout: Text
     pools: Text
+    backup_after: U32 = 1
+    """Write-through: the so-manieth use of a block backs it up; caching it is the first."""
 
 
 class RequestMatched(NamedTuple):
@@ -183,6 +185,26 @@ class BlocksCached(NamedTuple):
     words: Words
 
 
+class RequestExtended(NamedTuple):
+    """Between two chunks: a request's path goes on along what others have cached meanwhile, down to run ``leaf``.
+
+    Its block table uses the runs' blocks from here on; its own copies of the path are given back (``blocks``).
+    """
+
+    request: U64
+    leaf: U64
+    cut: U32
+    upper: U64
+    blocks: Blocks
+
+
+class BlocksComputed(NamedTuple):
+    """The first ``blocks`` blocks of a request are computed; what it caches beyond, it caches ahead of its step."""
+
+    request: U64
+    blocks: U32
+
+
 class BlocksReassigned(NamedTuple):
     """Private blocks move from one request to the end of another's block table."""
 
@@ -192,7 +214,7 @@ class BlocksReassigned(NamedTuple):
 
 
 class BlocksTrimmed(NamedTuple):
-    """The private end of a block table is given back (a rejected speculation, an undone chunk)."""
+    """Private blocks are given back: the end of a block table (a rejected speculation, an undone chunk), or others."""
 
     request: U64
     blocks: Blocks
@@ -231,8 +253,9 @@ class TransferStarted(NamedTuple):
     """Copies are ordered: block ``sources[i]`` to block ``targets[i]``, run after run, ancestors first.
 
     ``counts[i]`` blocks belong to ``nodes[i]``. A swap-out may take only the end of its first run (``upper`` is then
-    the part that stays). A swap-in pins its path and appends its targets to the block table of ``request``, which
-    waits for it (0 for the other directions). Each rank starts only after its own part of the ``after`` transfers.
+    the part that stays), a back-up only the beginning of its last run (``upper`` is then that part). A swap-in pins its
+    path and appends its targets to the block table of ``request``, which waits for it (0 for the other directions).
+    Each rank starts only after its own part of the ``after`` transfers.
     """
 
     transfer: U64
@@ -337,6 +360,8 @@ Event = (
     | WorkerLost
     | EpochStarted
     | DigestTaken
+    | RequestExtended
+    | BlocksComputed
 )
 
 KINDS: dict[int, type[Event]] = {
@@ -359,6 +384,8 @@ KINDS: dict[int, type[Event]] = {
     17: WorkerLost,
     18: EpochStarted,
     19: DigestTaken,
+    20: RequestExtended,
+    21: BlocksComputed,
 }
 """Kind number on the log → event. Numbers are never used twice."""
 

@@ -15,6 +15,9 @@ from statemachine.order import Order
 if TYPE_CHECKING:
     from statemachine.events import IntArray
 
+ALL = 2**32 - 1
+"""More blocks than any request has."""
+
 NO_CHILDREN: dict[bytes, Node] = {}
 """Shared by all leaves (a dictionary of its own would cost each 64 bytes); never written."""
 
@@ -23,9 +26,11 @@ class Node:
     """A run: consecutive cached blocks with one parent, one pin count and one residency."""
 
     __slots__ = (
+        "ahead",
         "children",
         "device",
         "device_ready",
+        "hits",
         "host",
         "host_ready",
         "id",
@@ -55,6 +60,10 @@ class Node:
         self.host_ready = False
         """False while the host copy is arriving."""
         self.transfer: Transfer | None = None
+        self.ahead = False
+        """Cached before the step that computes it has run: matchable, but neither copied out nor trusted."""
+        self.hits = 0
+        """How often it was used, counted up to what a back-up needs (:attr:`LedgerOpened.backup_after`)."""
 
     @property
     def end(self) -> int:
@@ -85,7 +94,19 @@ class Pool:
 class Request:
     """A live request: its path in the tree, its words beyond the path, its block table."""
 
-    __slots__ = ("duplicates", "id", "key", "leaf", "matched", "namespace", "table", "waits", "words")
+    __slots__ = (
+        "computed",
+        "duplicates",
+        "id",
+        "joined",
+        "key",
+        "leaf",
+        "matched",
+        "namespace",
+        "table",
+        "waits",
+        "words",
+    )
 
     def __init__(self, id: int, key: str, namespace: bytes, leaf: Node, words: bytes) -> None:
         self.id = id
@@ -100,8 +121,12 @@ class Request:
         """Device block ids in token order."""
         self.duplicates: list[tuple[int, int]] = []
         """Ranges of the path where the table holds a copy of its own."""
+        self.joined: list[tuple[int, int]] = []
+        """Ranges of the path that it took over from others after its match."""
         self.waits: dict[int, int] = {}
         """Transfer → first position of the block table that is not usable before its end."""
+        self.computed = ALL
+        """So many leading blocks are computed; what is cached beyond is :attr:`Node.ahead`."""
 
     def private(self) -> IntArray:
         """Ids of the request's own blocks, in token order."""

@@ -7,6 +7,7 @@ eviction. And presence is prefix-closed, so one comparison of a run's content de
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from statemachine.events import IntArray
@@ -94,6 +95,14 @@ def pin(state: State, leaf: Node) -> None:
         node.pins += 1
         node = node.parent
     node.pins += 1
+
+
+def count_use(state: State, nodes: Iterable[Node]) -> None:
+    """Count one more use of runs, as far as somebody wants to know."""
+    enough = state.opened.backup_after
+    for node in nodes:
+        if node.hits < enough:
+            node.hits += 1
 
 
 def leave_orders(state: State, node: Node) -> None:
@@ -200,7 +209,7 @@ def split(state: State, node: Node, cut: int, upper_id: int) -> Node:
     parent = node.parent
     assert parent is not None
     upper = Node(upper_id, parent, node.start, node.words[:length], cut)
-    upper.pins = node.pins
+    upper.pins, upper.hits, upper.ahead = node.pins, node.hits, node.ahead
     if node.device is not None:
         upper.device, node.device = node.device[:cut], node.device[cut:]
         upper.device_ready = node.device_ready
@@ -230,7 +239,7 @@ def split(state: State, node: Node, cut: int, upper_id: int) -> Node:
 
 
 def joinable(node: Node, parent: Node) -> bool:
-    """Whether a run may absorb its parent: only child, same tiers, nothing in flight."""
+    """Whether a run may absorb its parent: only child, same tiers and uses, nothing in flight."""
     return (
         parent.parent is not None
         and len(parent.children) == 1
@@ -238,6 +247,7 @@ def joinable(node: Node, parent: Node) -> bool:
         and parent.transfer is None
         and (node.device is None) == (parent.device is None)
         and (node.host is None) == (parent.host is None)
+        and node.hits == parent.hits
     )
 
 

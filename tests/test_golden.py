@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from statemachine.apply import apply, genesis
-from statemachine.commands import Admit, Cache, Command, EndQuarantine, FinishTransfer, Release
+from statemachine.commands import (
+    Admit,
+    Allocate,
+    Backup,
+    Cache,
+    Command,
+    EndQuarantine,
+    Extend,
+    FinishTransfer,
+    Match,
+    Release,
+)
 from statemachine.decide import decide
 from statemachine.encoding import state_digest
 from statemachine.errors import CommandRejected
@@ -71,9 +82,36 @@ STORIES: dict[str, tuple[HostPolicy, list[Command]]] = {
         HostPolicy.EXCLUSIVE,
         [*FIRST, admit("b", 7, 8, 9), finish(1, Outcome.TIMED_OUT), release("b"), EndQuarantine(1)],
     ),
+    "extend": (
+        HostPolicy.OFF,
+        [
+            admit("a", 1, 2, 3),
+            Match("b", words([1, 2, 3]), b"", 99),
+            cache("a", 2),
+            Extend("b", 2),
+            Allocate(["b"], [1]),
+            cache("a", 3),
+            cache("b", 3),
+            Extend("b", 3),
+            release("a"),
+            release("b"),
+        ],
+    ),
+    "cached ahead": (
+        HostPolicy.WRITE_THROUGH,
+        [
+            admit("a", 1, 2, 3),
+            Cache("a", 2, b"", 0),
+            Backup(1),
+            Cache("a", 3, b"", 2),
+            Backup(2),
+            finish(1, Outcome.DONE, 2),
+            release("a"),
+        ],
+    ),
     "write-through": (
         HostPolicy.WRITE_THROUGH,
-        [*FIRST[:2], finish(1, Outcome.DONE, 4), release("a"), admit("b", 7, 8, 9), admit("c", 1, 2, 3, 4)],
+        [*FIRST[:2], Backup(1), finish(1, Outcome.DONE, 4), release("a"), admit("b", 7, 8, 9), admit("c", 1, 2, 3, 4)],
     ),
 }
 
@@ -96,7 +134,9 @@ def transcript(policy: HostPolicy, story: list[Command]) -> str:
     lines = [f"5 device blocks of one token, {host} host blocks, {policy.name.lower()}"]
     for command in story:
         said = ", ".join(
-            str(list(v.cast("i")) if isinstance(v, memoryview) else v) for v in command if v not in (b"", 99)
+            str(list(v.cast("i")) if isinstance(v, memoryview) else v)
+            for name, v in command._asdict().items()
+            if v not in (b"", 99) and v is not command._field_defaults.get(name, 99)
         )
         lines.append(f"> {type(command).__name__} {said}")
         try:

@@ -114,6 +114,10 @@ def permute_a_table(state: State) -> None:
     table[0], table[1] = table[1], table[0]
 
 
+def forget_who_computes(state: State) -> None:
+    next(node for node in state.nodes.values() if node.pins and node.device_ready).ahead = True
+
+
 def misremember_the_match(state: State) -> None:
     next(request for request in state.requests.values() if request.key == "b").matched = 1
 
@@ -126,6 +130,7 @@ CORRUPTIONS: list[tuple[Callable[[State], None], str]] = [
     (unlink_a_child, "links"),
     (ancestor_first, "orders"),
     (miscount_residents, "in flight"),
+    (forget_who_computes, "ahead"),
     (forget_a_waiter, "transfers end"),
     (permute_a_table, "block tables"),
     (misremember_the_match, "block tables"),

@@ -18,12 +18,17 @@ from statemachine.check import check
 from statemachine.commands import (
     Admit,
     Allocate,
+    Backup,
     Cache,
     Clear,
     EndQuarantine,
     Evict,
+    Extend,
     FinishTransfer,
+    Forget,
+    GiveBack,
     LoseTier,
+    MakeRoom,
     Match,
     Reassign,
     Release,
@@ -31,7 +36,7 @@ from statemachine.commands import (
     StartEpoch,
     Trim,
 )
-from statemachine.decide import decide
+from statemachine.decide import can_allocate, decide, victims_for
 from statemachine.decide_epoch import untrusted
 from statemachine.derive import commands_of, redecide
 from statemachine.encoding import restore, snapshot, state_digest
@@ -52,6 +57,7 @@ from statemachine.events import (
 )
 from statemachine.incremental import IncrementalCheck
 from statemachine.state import Node, State
+from statemachine.state import ALL, Node, State
 
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
 NAMESPACES = st.sampled_from([b"", b"", b"", b"salt"])
@@ -70,10 +76,10 @@ class Machine(RuleBasedStateMachine):
     snapshot: bytes
     oracle: OneTier | None = None
 
-    def open(self, device: int, host: int, staging: int, policy: HostPolicy) -> None:
+    def open(self, device: int, host: int, staging: int, policy: HostPolicy, backup_after: int = 1) -> None:
         if policy == HostPolicy.OFF:
             host = staging = 0
-        opened = LedgerOpened(1, device, host, staging, policy, 1, "", "")
+        opened = LedgerOpened(1, device, host, staging, policy, 1, "", "", backup_after)
         self.state, self.mirror = genesis(opened), genesis(opened)
         self.snapshot = snapshot(self.state)
         self.incremental = IncrementalCheck(self.state)
@@ -127,6 +133,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(prompt=PROMPTS, namespace=NAMESPACES, extra=st.integers(0, 2), limit=st.integers(0, 8))
     def admit(self, prompt: list[int], namespace: bytes, extra: int, limit: int) -> None:
+        """A request comes."""
         self.names += 1
         key = f"r{self.names:05}"
         generation = self.state.generation
@@ -178,13 +185,122 @@ class Machine(RuleBasedStateMachine):
         assume(blocks >= request.leaf.end)
         if request.waits:
             return  # an engine does not write what it may not write yet
-        for position in range(request.leaf.end, blocks):
-            self.memory.write(request.table[position], (root, *content[: position + 1]))
-        if isinstance(self.do(Cache(key, blocks, words(generated).tobytes())), list):
+        start = request.leaf.end
+        if request.computed == ALL:
+            for position in range(start, blocks):
+                self.memory.write(request.table[position], (root, *content[: position + 1]))
+        computed = None if request.computed == ALL else max(request.computed, blocks - 1)
+        if isinstance(self.do(Cache(key, blocks, words(generated).tobytes(), computed)), list):
+            ahead = {block for node in self.state.path(request.leaf) if node.ahead for block in node.device or ()}
+            for position in range(start, blocks):
+                if request.table[position] not in ahead:
+                    self.memory.write(request.table[position], (root, *content[: position + 1]))
             if blocks > 0 or generated:
                 self.content[key] = root, content
             if self.oracle is not None:
                 self.oracle.cache(key, blocks, generated)
+
+    def step(self) -> None:
+        """The engine runs: what was cached ahead is computed, in the order of the paths."""
+        for key, (root, content) in self.content.items():
+            request = self.state.requests[self.state.keys[key]]
+            for node in self.state.path(request.leaf):
+                if node.ahead and node.device is not None:
+                    for position in range(node.start, node.end):
+                        self.memory.write(node.device[position - node.start], (root, *content[: position + 1]))
+
+    @precondition(live)
+    @rule(number=KEYS, blocks=st.integers(0, 9))
+    def mark_computed(self, number: int, blocks: int) -> None:
+        """From here on this request caches ahead of its steps; what is covered has been computed."""
+        self.step()
+        key = self.pick(number)
+        request = self.state.requests[self.state.keys[key]]
+        backwards = request.computed != ALL and blocks < request.computed
+        assert isinstance(self.do(Cache(key, request.leaf.end, b"", blocks)), list) != backwards
+
+    @precondition(live)
+    @rule(number=KEYS, limit=st.integers(0, 9))
+    def extend(self, number: int, limit: int) -> None:
+        """Between two chunks."""
+        key = self.pick(number)
+        request = self.state.requests[self.state.keys[key]]
+        end, waits = request.leaf.end, bool(request.waits)
+        done = self.do(Extend(key, limit))
+        assert isinstance(done, list) != waits
+        assert waits or (not request.duplicates and request.leaf.end >= end)
+        if self.oracle is not None:
+            self.oracle.extend(key, limit)
+            self.compare_tables(key)
+
+    @precondition(live)
+    @rule(number=KEYS, first=st.integers(0, 3))
+    def give_back(self, number: int, first: int) -> None:
+        key = self.pick(number)
+        request = self.state.requests[self.state.keys[key]]
+        blocks = request.table[request.leaf.end :][first::2]
+        done = self.do(GiveBack(key, blocks))
+        assert isinstance(done, list) or request.waits
+        if isinstance(done, list) and self.oracle is not None:
+            self.oracle.give_back(key, list(blocks))
+
+    @precondition(live)
+    @rule(number=KEYS)
+    def back_up(self, number: int) -> None:
+        before = {id: node.hits for id, node in self.state.nodes.items() if node.host is None}
+        request = self.state.requests[self.state.keys[self.pick(number)]]
+        done = self.do(Backup(request.leaf.id))
+        assert isinstance(done, list)
+        for event in done:
+            if isinstance(event, TransferStarted) and self.state.opened.backup_after > 1:
+                assert all(before[id] >= self.state.opened.backup_after for id in event.nodes)
+
+    @rule(blocks=st.integers(0, 6))
+    def make_room(self, blocks: int) -> None:
+        free, evictable = len(self.state.device.free), self.state.evictable
+        done = self.do(MakeRoom(blocks))
+        assert isinstance(done, list)
+        held = sum(len(transfer.held) for transfer in self.state.transfers.values())
+        assert not done or len(self.state.device.free) + held >= free + min(blocks, evictable)
+        if self.oracle is not None:
+            self.oracle.evict(min(blocks, evictable))
+
+    @precondition(lambda self: self.state.nodes and self.oracle is None)
+    @rule(number=KEYS)
+    def forget(self, number: int) -> None:
+        ids = sorted(self.state.nodes)
+        id = ids[number % len(ids)]
+        node = self.state.nodes[id]
+        gone = not node.pins and not node.children and node.transfer is None
+        assert isinstance(self.do(Forget(id)), list)
+        assert (id not in self.state.nodes) == gone
+
+    @rule(blocks=st.integers(1, 14))
+    def can_allocate_tells_the_truth(self, blocks: int) -> None:
+        self.names += 1
+        try:
+            decide(self.state, Admit("probe", words([9] * blocks), b"probe", 0, blocks))
+            fits = True
+        except OutOfBlocks:
+            fits = False
+        assert can_allocate(self.state, blocks) == fits
+
+    @precondition(live)
+    @rule(blocks=st.integers(1, 14))
+    def preempt(self, blocks: int) -> None:
+        """The last requests give way, as few of them as possible."""
+        candidates = sorted(self.content, reverse=True)
+        available = len(self.state.device.free) + self.state.evictable
+        try:
+            chosen = victims_for(self.state, blocks, candidates)
+        except OutOfBlocks:
+            return
+        assert not chosen or not can_allocate(self.state, blocks)
+        for key in chosen:
+            self.release_named(key, False, ReleaseReason.PREEMPTED)
+        left = len(self.state.device.free) + self.state.evictable
+        held = sum(len(transfer.held) for transfer in self.state.transfers.values())
+        assert left + held >= min(blocks, available + blocks)
 
     @precondition(live)
     @rule(number=KEYS, blocks=st.integers(0, 8))
@@ -206,7 +322,10 @@ class Machine(RuleBasedStateMachine):
     @precondition(live)
     @rule(number=KEYS, final=st.booleans(), reason=st.sampled_from(ReleaseReason))
     def release(self, number: int, final: bool, reason: ReleaseReason) -> None:
-        key = self.pick(number)
+        self.release_named(self.pick(number), final, reason)
+
+    def release_named(self, key: str, final: bool, reason: ReleaseReason) -> None:
+        self.step()
         assert isinstance(self.do(Release(key, reason, final)), list)
         del self.content[key]
         if self.oracle is not None:
@@ -334,7 +453,8 @@ class Machine(RuleBasedStateMachine):
     def blocks_hold_their_tokens(self) -> None:
         """A request that waits for nothing finds the KV of its own tokens, in token order."""
         for key, (root, content) in self.content.items():
-            if not self.state.requests[self.state.keys[key]].waits:
+            request = self.state.requests[self.state.keys[key]]
+            if not request.waits and not any(node.ahead for node in self.state.path(request.leaf)):
                 wrong = self.memory.wrong(self.state, key, root, content)
                 assert not wrong, wrong
 
@@ -374,9 +494,14 @@ class ExclusiveMachine(Machine):
 
 
 class WriteThroughMachine(Machine):
-    @initialize(device=st.integers(4, 12), host=st.integers(2, 12), staging=st.integers(0, 6))
-    def start(self, device: int, host: int, staging: int) -> None:
-        self.open(device, host, staging, HostPolicy.WRITE_THROUGH)
+    @initialize(
+        device=st.integers(4, 12),
+        host=st.integers(2, 12),
+        staging=st.integers(0, 6),
+        backup_after=st.integers(1, 3),
+    )
+    def start(self, device: int, host: int, staging: int, backup_after: int) -> None:
+        self.open(device, host, staging, HostPolicy.WRITE_THROUGH, backup_after)
 
 
 @pytest.mark.parametrize("machine", [OneTierMachine, ExclusiveMachine, WriteThroughMachine])

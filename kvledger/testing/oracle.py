@@ -112,6 +112,25 @@ class OneTier:
             self.pin(path)
         request.cached = max(request.cached, blocks)
 
+    def extend(self, key: str, limit: int) -> None:
+        """Everything that is cached of the request's content, in the tree's blocks."""
+        request = self.live[key]
+        end = request.cached
+        while end < min(limit, len(request.content)) and self.path(request, end) in self.block:
+            self.pin(self.path(request, end))
+            end += 1
+        own = [request.table[i] for i in range(min(end, len(request.table))) if i >= request.cached or i in request.own]
+        self.free += reversed(own)
+        paths = [self.block[self.path(request, i)] for i in range(end)]
+        request.table = paths + request.table[end:]
+        request.cached, request.own = end, set()
+
+    def give_back(self, key: str, blocks: list[int]) -> None:
+        request = self.live[key]
+        tail = [block for block in request.table[request.cached :] if block not in blocks]
+        request.table = request.table[: request.cached] + tail
+        self.free += blocks
+
     def trim(self, key: str, blocks: int) -> None:
         """Give back the end of a block table."""
         table = self.live[key].table
