@@ -25,3 +25,12 @@ def test_links_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_steps_of_integrating_run_in_order() -> None:
+    text = (ROOT / "docs" / "integrating.md").read_text()
+    steps = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(steps) > 8
+    space: dict[str, object] = {}
+    for number, step in enumerate(steps, 1):
+        exec(compile(step, f"integrating.md, snippet {number}", "exec"), space)

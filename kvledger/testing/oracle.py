@@ -126,6 +126,7 @@ class OneTier:
         request.cached, request.own = end, set()
 
     def give_back(self, key: str, blocks: list[int]) -> None:
+        """Private blocks from anywhere behind the cached ones become free."""
         request = self.live[key]
         tail = [block for block in request.table[request.cached :] if block not in blocks]
         request.table = request.table[: request.cached] + tail
