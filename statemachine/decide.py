@@ -102,7 +102,6 @@ def available_blocks(state: State) -> int:
     return len(state.device.free) + state.evictable
 
 
-def out_of_blocks(state: State, event: AllocationRefused, fitting: int = 0) -> OutOfBlocks:
 def can_allocate(state: State, blocks: int) -> bool:
     """Whether an allocation of so many blocks would succeed now. Nothing is evicted."""
     if blocks <= len(state.device.free) or blocks > available_blocks(state) or state.policy == HostPolicy.OFF:
@@ -134,13 +133,11 @@ def victims_for(state: State, blocks: int, candidates: Sequence[str]) -> list[st
                 freed += node.size
             node = node.parent
     if blocks > available + freed:
-        raise out_of_blocks(state, blocks, available + freed)
+        raise out_of_blocks(state, AllocationRefused(0, blocks, available + freed, 0, 0, ""))
     return chosen
 
 
-def out_of_blocks(
-    state: State, wanted: int, available: int, key: str = "", request: int = 0, fitting: int = 0
-) -> OutOfBlocks:
+def out_of_blocks(state: State, event: AllocationRefused, fitting: int = 0) -> OutOfBlocks:
     """The error for a refused allocation; it carries the event that records it."""
     in_transfer = sum(len(transfer_blocks(transfer, Tier.DEVICE)) for transfer in state.transfers.values())
     return OutOfBlocks(event, in_transfer, fitting)

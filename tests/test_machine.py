@@ -56,7 +56,6 @@ from statemachine.events import (
     TransferStarted,
 )
 from statemachine.incremental import IncrementalCheck
-from statemachine.state import Node, State
 from statemachine.state import ALL, Node, State
 
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
