@@ -15,6 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from examples.garbled.engine import Chat, Engine, serve
+from ipc import KvlogWriter
 from ipc.names import remove_objects
 from kvledger import sample
 from kvledger.cli import app
@@ -25,7 +26,8 @@ from kvledger.debugger.hashes import hash_of
 from kvledger.debugger.predicates import predicate
 from kvledger.debugger.replaying import decisions
 from kvledger.run import Run, RunOptions
-from statemachine.encoding import state_digest
+from statemachine.codec import SCHEMA_HASH
+from statemachine.encoding import restore, snapshot, state_digest
 from statemachine.events import HostPolicy, RequestReleased
 from statemachine.incremental import IncrementalCheck
 
@@ -374,3 +376,29 @@ def test_a_log_that_contradicts_itself_has_events_but_no_states_beyond(tmp_path:
     assert json.loads(kvledger("show", path, "--json").output)["sequence"] == 169
     assert kvledger("bisect", path, "--predicate", "False").output.startswith("not true before the log breaks")
     assert "BlocksCached" in ok("log", path, "--from", 170, "--to", 170)
+
+
+def test_a_recording_that_begins_in_the_middle(chat: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tail.kvlog"
+    with open_source(str(chat)) as whole:
+        start = next(whole.transactions(100))[0].sequence
+        state = snapshot(whole.at(start - 1))
+        with KvlogWriter(path, schema_hash=SCHEMA_HASH, base_sequence=start, snapshot=state) as writer:
+            for records in whole.records(start):
+                writer.write(records)
+        with open_source(str(path)) as tail:
+            assert (tail.first, tail.last) == (start, whole.last)
+            assert list(tail.entries()) == list(whole.entries(start))
+            for sequence in (start, start + 1, whole.last):
+                assert state_digest(tail.at(sequence)) == state_digest(whole.at(sequence))
+            assert check_log(tail, start, tail.last).violation is None
+            assert all(decision.same for decision in decisions(tail, start, tail.last))
+    assert "tokens" in ok("explain", path, "block", 5)
+    key = next(iter(restore(state).keys))
+    assert f"request '{key}' ends" in ok("explain", path, "request", key)
+    assert f"request '{key}'" in ok("log", path, "--request", key)
+    assert ok("replay", path).startswith(f"{whole.last - start + 1:,} events")
+    done = kvledger("shrink", path, "-o", tmp_path / "test_it.py")
+    assert done.exit_code == 2 and f"begins with event {start}: only a log from event 1 on" in done.output
+    done = kvledger("show", path, "--at", start - 1)
+    assert done.exit_code == 2 and f"holds the events {start} to" in done.output
