@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from enum import IntEnum
 
 from kvledger.debugger.shrink import Shrunk
 from statemachine.commands import Command
@@ -81,7 +82,7 @@ def _source(command: Command) -> str:
             fields.append(f'memoryview(array("i", {list(value.cast("B").cast("i"))})).cast("B")')
         elif isinstance(value, array):
             fields.append(f"array({value.typecode!r}, {list(value)})")
-        elif hasattr(value, "name"):
+        elif isinstance(value, IntEnum):
             fields.append(f"{type(value).__name__}.{value.name}")
         else:
             fields.append(repr(value))

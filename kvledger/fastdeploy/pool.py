@@ -22,7 +22,7 @@ from kvledger.fastdeploy.raw_blocks import RawBlocks
 from kvledger.fastdeploy.views import FreeList, run_of
 from kvledger.manager import CacheManager
 from statemachine.errors import OutOfBlocks
-from statemachine.events import Direction, HostPolicy, Tier
+from statemachine.events import AllocationRefused, Direction, HostPolicy, Tier
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -193,7 +193,7 @@ class DevicePool:
     def _check_validity(self, req_id: str, match_gpu_blocks_num: int, expected_block_num: int) -> None:
         missing = expected_block_num - match_gpu_blocks_num
         if not self.can_allocate_gpu_blocks(missing):
-            raise OutOfBlocks(missing, self._manager.available_blocks(), 0)
+            raise OutOfBlocks(AllocationRefused(0, missing, self._manager.available_blocks(), 0, 0, req_id), 0)
 
     def free_block_ids(self, need_block_num: int) -> None:
         """Make so many more blocks free: move them to the host, or drop them. Returns when they are free.
