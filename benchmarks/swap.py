@@ -15,8 +15,8 @@ import numpy as np
 from ipc.names import remove_objects
 from statemachine.events import Direction
 from workers import PoolLayout
+from workers.numpy_pools import copy_blocks
 from workers.pools import create_pools
-from workers.transfer import copy_blocks
 
 
 def best(work: Callable[[], object]) -> float:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from statemachine.events import HostPolicy, LedgerOpened
-from workers.layout import PoolLayout
+from workers.layout import BACKENDS, KVTensor, PoolLayout
 
 _LARGEST_ID = 2**31 - 1
+_OF_POOLS = ("layers", "block_bytes", "tensors", "backend")
 
 
 class ConfigError(ValueError):
@@ -44,7 +45,11 @@ class CacheConfig:
     """Tensor-parallel ranks, each with a transfer worker and pools of its own; 0 = decisions and log only."""
     layers: int = 1
     block_bytes: int = 4096
-    """Bytes of the keys and values of one block in one layer of one rank."""
+    """Bytes of the keys and values of one block in one layer of one rank; with ``tensors`` it follows from them."""
+    tensors: tuple[KVTensor, ...] = ()
+    """The KV tensors of a layer on one rank, see :mod:`workers.layout`; without any, a block is plain bytes."""
+    backend: str = "numpy"
+    """Whose memory the device pool is: ``numpy``, ``paddle``, ``paddle-gpu`` or ``cuda``. See ``docs/pools.md``."""
     segment_bytes: int = 16 << 20
     """Size of one log segment in shared memory."""
     retain_bytes: int | None = 256 << 20
@@ -72,6 +77,10 @@ class CacheConfig:
             raise ConfigError(f"host_staging_blocks must be 0 or more, not {self.host_staging_blocks!r}")
         if self.block_bytes % 8:
             raise ConfigError(f"block_bytes must be a multiple of 8, not {self.block_bytes}")
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}")
+        if self.tensors:
+            self._follow_tensors()
         if (self.host_policy == HostPolicy.OFF) != (self.host_blocks == 0):
             raise ConfigError(
                 f"host_policy {self.host_policy.name.lower()} does not go with {self.host_blocks} host_blocks: "
@@ -81,13 +90,27 @@ class CacheConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {getattr(self, name)!r}")
 
+    def _follow_tensors(self) -> None:
+        try:
+            for tensor in self.tensors:
+                tensor.check()
+        except ValueError as error:
+            raise ConfigError(f"tensors: {error}") from error
+        names = [tensor.name for tensor in self.tensors]
+        if len({*names}) < len(names):
+            raise ConfigError(f"tensors: two have the same name: {', '.join(names)}")
+        size = sum(tensor.block_bytes for tensor in self.tensors)
+        if self.block_bytes not in (size, CacheConfig.block_bytes):
+            raise ConfigError(f"block_bytes {self.block_bytes} contradicts tensors, which have {size}: leave it out")
+        object.__setattr__(self, "block_bytes", size)
+
     @classmethod
     def of(cls, opened: LedgerOpened, segment_bytes: int) -> CacheConfig:
         """What a ledger says about itself. Time-outs and ``retain_bytes`` are not in it: they get their defaults."""
         layout = PoolLayout.parse(opened.layout) if opened.ranks else None
         sizes: dict[str, Any] = {}
         if layout is not None:
-            sizes = {"layers": layout.layers, "block_bytes": layout.block_bytes}
+            sizes = {name: getattr(layout, name) for name in _OF_POOLS}
         return cls(
             block_size=opened.block_size,
             device_blocks=opened.device_blocks,
@@ -109,7 +132,7 @@ class CacheConfig:
         theirs = CacheConfig.of(opened, self.segment_bytes)
         names = ["block_size", "device_blocks", "host_blocks", "host_policy", "backup_after", "staging_blocks", "ranks"]
         if self.ranks and theirs.ranks:
-            names += ["layers", "block_bytes"]
+            names += _OF_POOLS
         for name in names:
             ours, there = getattr(self, name), getattr(theirs, name)
             if ours != there:
@@ -132,6 +155,8 @@ class CacheConfig:
             block_bytes=self.block_bytes,
             device_blocks=self.device_blocks,
             host_blocks=self.host_blocks + self.staging_blocks,
+            tensors=self.tensors,
+            backend=self.backend,
         )
 
     def opened(self, layout: str = "", pools: str = "") -> LedgerOpened:

@@ -18,14 +18,14 @@ from typing import NamedTuple
 from ipc import Control, InvalidName, LedgerError, LogCorrupt, WriterAlive, segment, snapshots
 from ipc.names import SHM, check_name, objects_of, remove_objects, segments_of, unlink
 from ipc.processes import alive
-from workers import pools
+from workers import pool_memory
 
 _CONTROL = ".control"
 _PIECE = re.compile(r"(.+)\.(\d+\.\d+|pool\.(?:device|host)\.\d+|snapshot\.\d+)")
 _MAGICS = (
     segment.MAGIC.to_bytes(8, "little"),
     snapshots.MAGIC.to_bytes(8, "little"),
-    pools.MAGIC,
+    pool_memory.MAGIC,
 )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import get_ident
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -88,11 +88,11 @@ class CacheManager:
             manager.release("request-1")
     """
 
-    def __init__(self, name: str, config: CacheConfig, writer: LogWriter, state: State, pools: list[Pools]) -> None:
+    def __init__(self, name: str, config: CacheConfig, writer: LogWriter, state: State, pools: Sequence[Pools]) -> None:
         self.name = name
         self.config = config
         self.pools = pools
-        """The shared-memory pools, by rank."""
+        """The pools, by rank. ``pools[rank].tensor(layer, name)`` is a device tensor for the engine's kernels."""
         self._writer = writer
         self._state = state
         self._ranks: Ranks | None = None
@@ -108,8 +108,15 @@ class CacheManager:
         self._weights = config.weights
 
     @classmethod
-    def create(cls, name: str, config: CacheConfig) -> Self:
+    def create(
+        cls, name: str, config: CacheConfig, *, publish: Callable[[Sequence[Pools]], None] | None = None
+    ) -> Self:
         """Create a ledger with its pools, start its workers, and wait until they are ready.
+
+        Args:
+            publish: with ``backend="cuda"``, called with the pools before the workers start, to publish the device
+                tensors of the ranks that live in this process (:meth:`workers.cuda_pools.CudaPools.publish`). Ranks in
+                processes of their own publish theirs while this call waits for the workers.
 
         Raises:
             ipc.LedgerExists: there is a ledger of that name.
@@ -128,6 +135,8 @@ class CacheManager:
             pools = create_pools(name, layout) if layout is not None else []
             opened = config.opened(layout.text() if layout is not None else "", ids_of(pools))
             manager = cls(name, config, writer, genesis(opened), pools)
+            if publish is not None:
+                publish(pools)
             manager._publish([opened], apply_them=False)
             if layout is not None:
                 manager._ranks = Ranks(name, config, writer, manager._state, manager._execute)

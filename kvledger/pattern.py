@@ -58,7 +58,7 @@ class PatternEngine:
         for rank, pool in enumerate(self._pools):
             for layer in range(pool.layout.layers):
                 pattern = self._first_words(seeds, rank, layer) + self._ramp
-                pool.device[layer].view(np.uint64)[blocks] = pattern
+                pool.tensor(layer, "kv").view(np.uint64)[blocks] = pattern
                 self.written_bytes += pattern.nbytes
 
     def verify(self, request: str, blocks: npt.NDArray[np.int32], seeds: Seeds, sequence: int) -> None:
@@ -69,7 +69,7 @@ class PatternEngine:
         """
         for rank, pool in enumerate(self._pools):
             for layer in range(pool.layout.layers):
-                found = pool.device[layer].view(np.uint64)[blocks]
+                found = pool.tensor(layer, "kv").view(np.uint64)[blocks]
                 found -= self._ramp
                 wrong = found != self._first_words(seeds, rank, layer)
                 if wrong.any():

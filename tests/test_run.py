@@ -23,7 +23,7 @@ from kvledger.traces import TraceError
 from statemachine.encoding import state_digest
 from statemachine.events import HostPolicy, IntArray
 from statemachine.replay import replay
-from workers import Pools, transfer
+from workers import Pools, numpy_pools
 
 TIGHT = RunOptions(device_blocks=400, host_blocks=800, layers=2, block_bytes=64, in_flight=4)
 
@@ -254,12 +254,12 @@ def test_copies_of_consecutive_and_scattered_blocks(tmp_path: Path) -> None:
     wanted: Pools = pools
     sources: IntArray = array("i", [5, 6, 7, 3, 9, 2, 1, 30, 31])
     targets: IntArray = array("i", [0, 1, 2, 8, 9, 20, 19, 30, 31])
-    assert transfer.copy_blocks(wanted, Direction.SWAP_OUT, sources, targets) == 9
+    assert numpy_pools.copy_blocks(wanted, Direction.SWAP_OUT, sources, targets) == 9
     for source, target in zip(sources, targets, strict=True):
         assert np.array_equal(pools.host[target], pools.device[:, source])
     before = pools.device[:, sources].copy()
     pools.device[:] = 0
-    transfer.copy_blocks(wanted, Direction.SWAP_IN, targets, sources)
+    numpy_pools.copy_blocks(wanted, Direction.SWAP_IN, targets, sources)
     assert np.array_equal(pools.device[:, sources], before)
     from ipc.names import unlink
 

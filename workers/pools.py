@@ -1,80 +1,134 @@
-"""The KV pools of the embedded (NumPy) backend: shared-memory arrays, one device and one host pool per rank.
+"""The KV pools of a rank: what an engine and a transfer worker need of a backend, and which backends there are.
 
-The device pool is layer-first, ``uint8[layers, blocks, block_bytes]``, as an engine's attention kernels want it; the
-host pool is block-first, ``uint8[blocks, layers, block_bytes]``, so that one block is one contiguous piece. A pool
-carries a random id: an engine that opens a ledger again sees whether it is still the same memory.
+``numpy`` and ``paddle`` keep the device pool in shared memory (everything runs on a laptop), ``paddle-gpu`` and
+``cuda`` on a GPU. Each backend is a module of its own, imported when it is used. See ``docs/pools.md``.
 """
 
 from __future__ import annotations
 
-import mmap
-import secrets
-import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from ipc import LedgerError, LedgerNotFound, memory
+from ipc import LedgerNotFound
 from ipc.names import unlink
+from statemachine.events import TransferStarted
+from workers import pool_memory
 from workers.layout import PoolLayout
+from workers.pool_memory import Bytes, PoolMismatch, pool_names, pool_sizes
 
-Bytes = npt.NDArray[np.uint8]
-_HEADER_BYTES = 4096
-_HEADER = struct.Struct("<8sQ16s")
-MAGIC = b"kvlpool1"
-
-
-class PoolMismatch(LedgerError):
-    """A pool in shared memory does not have the layout that was expected."""
-
-
-class Pools:
-    """The pools of one rank, mapped. ``id`` is the random name of their memory."""
-
-    def __init__(self, ledger: str, rank: int, layout: PoolLayout, *, create: bool = False) -> None:
-        self.rank = rank
-        self.layout = layout
-        names = pool_names(ledger, rank)
-        if create:
-            for name, size in zip(names, _sizes(layout), strict=True):
-                _create(name, size, layout)
-        maps = []
-        for name, size in zip(names, _sizes(layout), strict=True):
-            maps.append(memory.attach(name, write=True))
-            if _id_in(maps[-1], size, layout) is None:
-                raise PoolMismatch(f"{name} does not have the layout {layout.text()}: the ledger was created anew?")
-        self.id = ",".join(_HEADER.unpack(map[: _HEADER.size])[2].hex() for map in maps)
-        device, host = (np.frombuffer(map, np.uint8, offset=_HEADER_BYTES) for map in maps)
-        self.device: Bytes = device.reshape(layout.layers, layout.device_blocks, layout.block_bytes)
-        """``uint8[layers, blocks, block_bytes]``."""
-        self.host: Bytes = host.reshape(layout.host_blocks, layout.layers, layout.block_bytes)
-        """``uint8[blocks, layers, block_bytes]``."""
+__all__ = [
+    "Copies",
+    "Ended",
+    "PoolMismatch",
+    "Pools",
+    "create_pools",
+    "ids_of",
+    "open_copies",
+    "open_pools",
+    "pool_names",
+    "reopen_pools",
+]
 
 
-def pool_names(ledger: str, rank: int) -> list[str]:
-    """Shared-memory names of a rank's device and host pool."""
-    return [f"/{ledger}.pool.device.{rank}", f"/{ledger}.pool.host.{rank}"]
+class Pools(Protocol):
+    """The pools of one rank as its engine sees them."""
+
+    rank: int
+    layout: PoolLayout
+    id: str
+    """Random name of their memory."""
+    host: Bytes
+    """``uint8[blocks, layers, block_bytes]``."""
+
+    def tensor(self, layer: int, name: str) -> Any:
+        """A device tensor, ``[blocks, *shape]``, as the backend's framework has it. Raises ``KeyError``."""
 
 
-def _sizes(layout: PoolLayout) -> list[int]:
-    """Bytes of a rank's device and host pool."""
-    block = layout.layers * layout.block_bytes
-    return [_HEADER_BYTES + block * layout.device_blocks, _HEADER_BYTES + block * layout.host_blocks]
+class Ended(NamedTuple):
+    """A transfer's copies have ended on this rank: the first ``valid`` blocks are there."""
+
+    transfer: int
+    valid: int
+    error: str = ""
 
 
-def _create(name: str, size: int, layout: PoolLayout) -> None:
-    map = memory.create(name, size)
-    map[: _HEADER.size] = _HEADER.pack(MAGIC, layout.fingerprint, secrets.token_bytes(16))
-    map.close()
+class Copies(Protocol):
+    """What a transfer worker does with the pools of its rank."""
+
+    def start(self, transfer: TransferStarted) -> None:
+        """Begin to copy block ``sources[i]`` to ``targets[i]``, not before the transfers in ``after`` have ended."""
+
+    def ended(self) -> list[Ended]:
+        """What has ended since the last call, in the order in which it did.
+
+        Raises:
+            Exception: nothing can be copied any more; the worker has to begin again as a new process.
+        """
+
+    def busy(self) -> bool:
+        """Whether some copy has not ended."""
+
+    def close(self) -> None:
+        """Give back what is not memory of this process."""
 
 
-def _id_in(map: mmap.mmap, size: int, layout: PoolLayout) -> str | None:
-    """Id of a pool; ``None``: it does not have this layout."""
-    if len(map) != size:
-        return None
-    magic, fingerprint, id = _HEADER.unpack(map[: _HEADER.size])
-    return id.hex() if magic == MAGIC and fingerprint == layout.fingerprint else None
+def open_pools(ledger: str, rank: int, layout: PoolLayout) -> Pools:
+    """Attach a rank's pools in a process of the engine.
+
+    Raises:
+        PoolMismatch: they have another layout.
+        ipc.LedgerNotFound
+        ImportError: the backend's framework is not installed.
+    """
+    if layout.backend == "numpy":
+        from workers.numpy_pools import NumpyPools
+
+        return NumpyPools(ledger, rank, layout)
+    if layout.backend == "paddle":
+        from workers.paddle_pools import PaddlePools
+
+        return PaddlePools(ledger, rank, layout)
+    if layout.backend == "paddle-gpu":
+        from workers.paddle_pools import PaddleGpuPools
+
+        return PaddleGpuPools(ledger, rank, layout)
+    from workers.cuda_pools import CudaPools
+
+    return CudaPools(ledger, rank, layout)
+
+
+def open_copies(ledger: str, rank: int, layout: PoolLayout, waiting: Callable[[str], None]) -> Copies:
+    """Attach a rank's pools in its transfer worker. ``waiting`` is told what it waits for, if it does.
+
+    Raises:
+        PoolMismatch, ipc.LedgerNotFound
+        workers.cuda_driver.CudaError: there is no driver, no device, no memory to pin, or no such handle.
+    """
+    if layout.on_gpu:
+        from workers.cuda_copies import CudaCopies
+
+        return CudaCopies(ledger, rank, layout, waiting)
+    from workers.numpy_pools import NumpyCopies
+
+    return NumpyCopies(ledger, rank, layout)
+
+
+def create_pools(ledger: str, layout: PoolLayout) -> Sequence[Pools]:
+    """Create the pools of all ranks.
+
+    Raises:
+        ipc.SharedMemoryFull, or what :func:`open_pools` raises: nothing is left behind.
+    """
+    try:
+        for rank in range(layout.ranks):
+            for name, size in zip(pool_names(ledger, rank), pool_sizes(layout), strict=True):
+                pool_memory.create(name, size, layout)
+        return [open_pools(ledger, rank, layout) for rank in range(layout.ranks)]
+    except BaseException:
+        for rank in range(layout.ranks):
+            for name in pool_names(ledger, rank):
+                unlink(name)
+        raise
 
 
 def ids_of(pools: Iterable[Pools]) -> str:
@@ -82,10 +136,11 @@ def ids_of(pools: Iterable[Pools]) -> str:
     return ";".join(pool.id for pool in pools)
 
 
-def reopen_pools(ledger: str, layout: PoolLayout, ids: str) -> tuple[list[Pools], dict[str, str]]:
+def reopen_pools(ledger: str, layout: PoolLayout, ids: str) -> tuple[Sequence[Pools], dict[str, str]]:
     """Attach the pools that a ledger had, with the ``ids`` that stand in its log; replace those that are not the same.
 
-    Returns the pools, and for each tier (``device``, ``host``) that is not what it was the reason.
+    Returns the pools, and for each tier (``device``, ``host``) that is not what it was the reason. A device pool on a
+    GPU is gone with the process that published it.
 
     Raises:
         ipc.SharedMemoryFull: a pool cannot be replaced.
@@ -93,36 +148,24 @@ def reopen_pools(ledger: str, layout: PoolLayout, ids: str) -> tuple[list[Pools]
     lost: dict[str, str] = {}
     known = [rank_ids.split(",") for rank_ids in ids.split(";")]
     for rank in range(layout.ranks):
-        tiers = zip(("device", "host"), pool_names(ledger, rank), _sizes(layout), known[rank], strict=True)
+        tiers = zip(("device", "host"), pool_names(ledger, rank), pool_sizes(layout), known[rank], strict=True)
         for tier, name, size, id in tiers:
             try:
-                map = memory.attach(name, write=True)
+                found, there = pool_memory.attach(name, size, layout)
             except LedgerNotFound:
                 lost.setdefault(tier, f"{name} is gone")
             else:
-                found = _id_in(map, size, layout)
-                map.close()
-                if found == id:
+                if there == id and (tier == "host" or not layout.on_gpu or _is_owned(found)):
                     continue
                 lost.setdefault(tier, f"{name} is not the memory that it was")
                 unlink(name)
-            _create(name, size, layout)
-    return [Pools(ledger, rank, layout) for rank in range(layout.ranks)], lost
+            pool_memory.create(name, size, layout)
+    return [open_pools(ledger, rank, layout) for rank in range(layout.ranks)], lost
 
 
-def create_pools(ledger: str, layout: PoolLayout) -> list[Pools]:
-    """Create the pools of all ranks.
+def _is_owned(device_object: Bytes) -> bool:
+    """Whether the process that published GPU memory lives."""
+    from workers.cuda_pools import Published
 
-    Raises:
-        ipc.SharedMemoryFull: nothing is left behind.
-    """
-    pools: list[Pools] = []
-    try:
-        for rank in range(layout.ranks):
-            pools.append(Pools(ledger, rank, layout, create=True))
-    except BaseException:
-        for rank in range(len(pools) + 1):
-            for name in pool_names(ledger, rank):
-                unlink(name)
-        raise
-    return pools
+    published = Published.read(device_object)
+    return published is not None and published.owner_alive()

@@ -257,7 +257,8 @@ class Supervisor:
                     worker.listen()
                     found.append(Change(worker.rank, worker.incarnation, True))
                 elif now - worker.started > self._ready_timeout_s:
-                    worker.condemn(f"not ready within {self._ready_timeout_s:g} s")
+                    text = f": {worker.signals.text}" if worker.signals.text else ""
+                    worker.condemn(f"not ready within {self._ready_timeout_s:g} s{text}")
         return found
 
     def _gone(self, worker: _Worker) -> Change:

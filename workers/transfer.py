@@ -1,8 +1,9 @@
 """The transfer worker: one process per rank that copies blocks between the device and the host pool.
 
-It follows the engine's log from its own cursor, executes each ``TransferStarted`` in log order (which is why a transfer
-never overtakes those in its ``after``), and writes its answer into a log of its own. A new incarnation executes what
-was still in flight when it joined; copies are idempotent and their sources are held, so doing one twice is harmless.
+It follows the engine's log from its own cursor, begins each ``TransferStarted`` in log order, and writes its answer
+into a log of its own when the copies have ended; a transfer never overtakes those in its ``after``. A new incarnation
+executes what was still in flight when it joined; copies are idempotent and their sources are held, so doing one twice
+is harmless.
 """
 
 from __future__ import annotations
@@ -10,54 +11,28 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
-from ipc import LogReader, LogWriter
+from ipc import Control, LogReader, LogWriter
 from ipc.processes import own_identity
 from ipc.signals import Signals
 from statemachine import codec
-from statemachine.events import (
-    KIND_OF,
-    Direction,
-    EpochStarted,
-    IntArray,
-    TransferFinished,
-    TransferStarted,
-    WorkerJoined,
-)
+from statemachine.events import KIND_OF, EpochStarted, TransferFinished, TransferStarted, WorkerJoined
 from workers import acknowledgements
 from workers.acknowledgements import Acknowledgement, EpochSeen, Status
 from workers.layout import PoolLayout
-from workers.pools import Pools
+from workers.pools import open_copies
 
 READY, HEARTBEAT, PID, START = 0, 8, 16, 17
 """Words of the worker's signals, on cache lines of their own. ``PID`` and ``START`` say who it is."""
 STARTING, IS_READY, HAS_FAILED = 0, 1, 2
 ORPHAN_GRACE_S = 5.0
 _PARK_S = 0.25
+_LOOK_AT_COPIES_S = 0.0002
 _ACK_SEGMENT_BYTES = 1 << 18
 _KINDS = {KIND_OF[event]: event for event in (TransferStarted, TransferFinished, WorkerJoined, EpochStarted)}
 _MASK = sum(1 << KIND_OF[event] for event in (TransferStarted, WorkerJoined, EpochStarted))
-
-
-def copy_blocks(pools: Pools, direction: Direction, sources: IntArray, targets: IntArray) -> int:
-    """Copy block ``sources[i]`` to ``targets[i]``; returns how many. Consecutive ids go in one piece."""
-    device, host = pools.device, pools.host
-    swap_in = direction == Direction.SWAP_IN
-    count = len(sources)
-    start = 0
-    while start < count:
-        source, target = sources[start], targets[start]
-        stop = start + 1
-        while stop < count and sources[stop] - source == stop - start == targets[stop] - target:
-            stop += 1
-        size = stop - start
-        if swap_in:
-            device[:, target : target + size] = host[source : source + size].swapaxes(0, 1)
-        else:
-            host[target : target + size] = device[:, source : source + size].swapaxes(0, 1)
-        start = stop
-    return count
 
 
 class TransferWorker:
@@ -67,14 +42,21 @@ class TransferWorker:
     """
 
     def __init__(
-        self, ledger: str, rank: int, incarnation: int, epoch: int, layout: PoolLayout, from_sequence: int
+        self,
+        ledger: str,
+        rank: int,
+        incarnation: int,
+        epoch: int,
+        layout: PoolLayout,
+        from_sequence: int,
+        waiting: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.rank = rank
         self.incarnation = incarnation
         self.epoch = epoch
         self.superseded = False
         """A later engine does not know of this worker: it has to leave."""
-        self.pools = Pools(ledger, rank, layout)
+        self.copies = open_copies(ledger, rank, layout, waiting)
         self.log = LogWriter.create(
             acknowledgements.log_name(ledger, rank, incarnation),
             schema_hash=acknowledgements.SCHEMA_HASH,
@@ -90,7 +72,9 @@ class TransferWorker:
         self._pending: dict[int, TransferStarted] = {}
 
     def step(self, timeout: float = 0.0) -> int:
-        """Execute what has been ordered; waits up to ``timeout`` seconds for it. Returns the transfers executed."""
+        """Execute what has been ordered; waits up to ``timeout`` seconds for it. Returns the transfers that ended."""
+        if self.copies.busy():
+            timeout = min(timeout, _LOOK_AT_COPIES_S)
         executed = 0
         for record in self.reader.wait(timeout) if timeout else self.reader.poll():
             if record.kind not in _KINDS:
@@ -107,21 +91,23 @@ class TransferWorker:
                 if not self._joined:
                     self.superseded = True
                     break
+                while self.copies.busy():
+                    executed += self._answer_ended()
+                    time.sleep(_LOOK_AT_COPIES_S)
                 self._answer(EpochSeen(self.rank, event.epoch))
             if self._joined:
                 for transfer in self._pending.values():
-                    self._answer(self._execute(transfer))
-                    executed += 1
+                    self.copies.start(transfer)
+                    executed += self._answer_ended()
                 self._pending.clear()
-        return executed
+        return executed + self._answer_ended()
 
-    def _execute(self, transfer: TransferStarted) -> Acknowledgement:
-        try:
-            valid = copy_blocks(self.pools, Direction(transfer.direction), transfer.sources, transfer.targets)
-        except Exception as error:  # whatever a backend raises becomes the engine's answer
-            reason = f"{type(error).__name__}: {error}"
-            return Acknowledgement(self.rank, transfer.transfer, 0, Status.FAILED, reason[:1000])
-        return Acknowledgement(self.rank, transfer.transfer, valid, Status.OK, "")
+    def _answer_ended(self) -> int:
+        ended = self.copies.ended()
+        for transfer, valid, error in ended:
+            status = Status.FAILED if error else Status.OK
+            self._answer(Acknowledgement(self.rank, transfer, valid, status, error[:1000]))
+        return len(ended)
 
     def _answer(self, acknowledgement: Acknowledgement | EpochSeen) -> None:
         # append() fences between the copies before it and its commit word, so who sees the answer sees the bytes
@@ -129,6 +115,7 @@ class TransferWorker:
 
     def close(self) -> None:
         """Leave; the answers stay until the engine has read them."""
+        self.copies.close()
         self.reader.close()
         self.log.close()
 
@@ -147,8 +134,17 @@ def main(arguments: list[str]) -> int:
     signals = Signals(acknowledgements.signals_name(ledger, rank, incarnation))
     pid, signals.words[START] = own_identity()
     signals.words[PID] = pid
+
+    def waiting(reason: str) -> None:
+        signals.text = reason
+        control = Control.open(ledger)
+        if stopping or not control.writer_alive():
+            raise InterruptedError(reason)
+        control.close()
+
     try:
-        worker = TransferWorker(ledger, rank, incarnation, epoch, PoolLayout.parse(arguments[5]), from_sequence)
+        layout = PoolLayout.parse(arguments[5])
+        worker = TransferWorker(ledger, rank, incarnation, epoch, layout, from_sequence, waiting)
     except Exception as error:  # the reason travels to the engine, which raises it
         signals.text = f"{type(error).__name__}: {error}"
         signals.words[READY] = HAS_FAILED
