@@ -1,1 +1,1 @@
-"""Examples."""
+"""Examples: programs that use kvledger."""

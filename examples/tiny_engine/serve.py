@@ -1,0 +1,107 @@
+"""Putting it together: pools, workers, block manager, engine, and some requests to serve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.tiny_engine.attention import kv_tensors
+from examples.tiny_engine.blocks import LedgerBlocks
+from examples.tiny_engine.engine import Completion, Engine
+from examples.tiny_engine.model import Model
+from kvledger import CacheConfig, CacheManager, HostPolicy
+
+MODEL_RANKS = (1, 2, 4)
+"""How many ranks the model's key heads can be split over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """What must make no difference to the tokens."""
+
+    caching: bool = True
+    device_blocks: int = 256
+    host_blocks: int = 0
+    host_policy: HostPolicy = HostPolicy.OFF
+    ranks: int = 1
+    block_size: int = 8
+    running: int = 8
+    budget: int = 64
+    chunk: int = 24
+
+
+@dataclass
+class Session:
+    """A running engine and what it runs on."""
+
+    manager: CacheManager
+    blocks: LedgerBlocks
+    engine: Engine
+
+
+@contextmanager
+def session(model: Model, mode: Mode, name: str | None = None) -> Iterator[Session]:
+    """A ledger with its pools and workers, and an engine on it; gone at the end.
+
+    Raises:
+        kvledger.ConfigError, ipc.LedgerError, workers.WorkerFailed
+    """
+    config = model.config
+    cache = CacheConfig(
+        block_size=mode.block_size,
+        device_blocks=mode.device_blocks,
+        host_blocks=mode.host_blocks,
+        host_policy=mode.host_policy,
+        ranks=mode.ranks,
+        layers=config.layers,
+        tensors=kv_tensors(config.kv_heads // mode.ranks, mode.block_size, config.head_dim),
+        backend="paddle",
+    )
+    with CacheManager.create(name or f"tiny-{os.getpid()}", cache) as manager:
+        blocks = LedgerBlocks(manager, caching=mode.caching)
+        engine = Engine(model, blocks, manager.pools, running=mode.running, budget=mode.budget, chunk=mode.chunk)
+        yield Session(manager, blocks, engine)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Requests that share beginnings, and some that go on with what others were answered."""
+
+    first: list[list[int]]
+    questions: list[list[int]]
+    """Appended to prompt ``i`` and its answer: a second turn."""
+
+    def second(self, answers: dict[str, Completion]) -> list[list[int]]:
+        """The second turns, after the first have been answered as ``"0"``, ``"1"``, …"""
+        return [self.first[i] + answers[str(i)].tokens + question for i, question in enumerate(self.questions)]
+
+
+def prompts(vocabulary: int, requests: int, seed: int) -> Prompts:
+    """The same for the same numbers."""
+    rng = np.random.default_rng(seed)
+
+    def text(least: int, most: int) -> list[int]:
+        return rng.integers(0, vocabulary, rng.integers(least, most)).tolist()
+
+    shared = [text(20, 60) for _ in range(max(requests // 6, 1))]
+    first = [shared[i % len(shared)] + text(1, 40) for i in range(requests)]
+    return Prompts(first, [text(3, 12) for _ in range(requests // 2)])
+
+
+def serve(run: Session, work: Prompts, generate: int = 16) -> list[Completion]:
+    """Serve both turns; returns all completions in order."""
+    for i, prompt in enumerate(work.first):
+        run.engine.submit(str(i), prompt, generate)
+    answers = dict(run.engine.run())
+    for i, prompt in enumerate(work.second(answers)):
+        run.engine.submit(f"{i} again", prompt, generate)
+    run.engine.run()
+    return [run.engine.done[name] for name in _names(work)]
+
+
+def _names(work: Prompts) -> list[str]:
+    return [str(i) for i in range(len(work.first))] + [f"{i} again" for i in range(len(work.questions))]
