@@ -1,7 +1,8 @@
 """Paged attention: keys and values live in the device pool, and a block table says where.
 
-Positions enter as a bias on the scores that falls with the distance (ALiBi), so the place at which a block stands in
-the table decides what its keys mean. Rotary keys would carry their own positions, and a permuted table could go unseen.
+Keys are kept as they are and rotated when they are read (rotary positions), so the place at which a block stands in
+the table decides what its keys mean. Keys rotated before they are kept would carry their own positions, and a permuted
+table could go unseen.
 
 The heads are split over the ranks, each with a pool of its own, as tensor-parallel workers would have it. Here one
 process computes for all of them.
@@ -53,11 +54,10 @@ class PagedAttention:
 
         ``key`` and ``value`` are ``[rows, kv_heads, head_dim]``.
         """
-        ranks, heads = len(self._keys), query.shape[1]
-        slopes = np.split(2.0 ** (-8.0 * np.arange(1, heads + 1) / heads), ranks)
+        ranks = len(self._keys)
         queries, keys, values = (tensor.chunk(ranks, axis=1) for tensor in (query, key, value))
         outputs = [
-            self._on_rank(self._keys[rank][layer], self._values[rank][layer], q, k, v, slopes[rank], rows)
+            self._on_rank(self._keys[rank][layer], self._values[rank][layer], q, k, v, rows)
             for rank, (q, k, v) in enumerate(zip(queries, keys, values, strict=True))
         ]
         return paddle.concat(outputs, axis=1)  # the all-gather
@@ -69,7 +69,6 @@ class PagedAttention:
         query: paddle.Tensor,
         key: paddle.Tensor,
         value: paddle.Tensor,
-        slopes: np.ndarray,
         rows: Rows,
     ) -> paddle.Tensor:
         slots = paddle.to_tensor(rows.slots)
@@ -83,20 +82,27 @@ class PagedAttention:
                 paddle.index_select(pool, blocks).reshape([-1, *key.shape[1:]])[:length]
                 for pool in (key_pool, value_pool)
             )
-            outputs.append(_attend(query[span], keys, values, slopes, rows.positions[span]))
+            outputs.append(_attend(query[span], keys, values, rows.positions[span]))
         return paddle.concat(outputs)
 
 
-def _attend(
-    query: paddle.Tensor, keys: paddle.Tensor, values: paddle.Tensor, slopes: np.ndarray, positions: np.ndarray
-) -> paddle.Tensor:
+def _attend(query: paddle.Tensor, keys: paddle.Tensor, values: paddle.Tensor, positions: np.ndarray) -> paddle.Tensor:
     """Causal attention of one request's rows over all its tokens; query heads share the key heads evenly."""
     heads, head_dim = query.shape[1:]
     group = heads // keys.shape[1]
-    q = query.transpose([1, 0, 2])
-    k = keys.transpose([1, 2, 0]).repeat_interleave(group, axis=0)
+    places = np.arange(keys.shape[0])
+    q = _rotated(query, positions).transpose([1, 0, 2])
+    k = _rotated(keys, places).transpose([1, 2, 0]).repeat_interleave(group, axis=0)
     v = values.transpose([1, 0, 2]).repeat_interleave(group, axis=0)
-    distance = positions[:, None] - np.arange(keys.shape[0])
-    bias = np.where(distance < 0, -np.inf, -slopes[:, None, None] * distance)  # [heads, rows, tokens]
-    scores = q @ k / head_dim**0.5 + paddle.to_tensor(bias)
+    future = np.where(places > positions[:, None], -np.inf, 0.0)
+    scores = q @ k / head_dim**0.5 + paddle.to_tensor(future)
     return (paddle.nn.functional.softmax(scores, axis=-1) @ v).transpose([1, 0, 2])
+
+
+def _rotated(x: paddle.Tensor, positions: np.ndarray) -> paddle.Tensor:
+    """Rotary positions: pairs of ``x``, ``[rows, heads, head_dim]``, turned by angles that grow with the position."""
+    frequencies = 1000.0 ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
+    angles = positions[:, None, None] * frequencies
+    cosine, sine = paddle.to_tensor(np.cos(angles)), paddle.to_tensor(np.sin(angles))
+    first, second = x.chunk(2, axis=-1)
+    return paddle.concat([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
