@@ -137,13 +137,9 @@ class CudaCopies:
             driver.copy(*copies, order, stream)
             self._flying[transfer.transfer] = _Flying(driver.event(stream), len(transfer.targets))
         except (CudaError, IndexError) as error:
-            self._failed(transfer.transfer, error, stream)
-
-    def _failed(self, transfer: int, error: CudaError | IndexError, stream: int) -> None:
-        if isinstance(error, CudaError) and error.lost:
-            raise error
-        self._driver.synchronize(stream)  # what the driver took before it failed must not write after the answer
-        self._ended.append(Ended(transfer, 0, f"{type(error).__name__}: {error}"))
+            # what the driver took before it failed must not write after the answer; raises if the context is lost
+            driver.synchronize(stream)
+            self._ended.append(Ended(transfer.transfer, 0, f"{type(error).__name__}: {error}"))
 
     def ended(self) -> list[Ended]:
         """What has ended since the last call.

@@ -16,7 +16,7 @@ from workers.layout import PoolLayout
 from workers.pool_memory import Bytes, PoolMemory
 from workers.pools import Ended
 
-BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 """NumPy's view of element types that it does not have."""
 
 
@@ -49,7 +49,7 @@ class NumpyPools:
         """A device tensor, ``[blocks, *shape]``; element types that NumPy lacks as their bits."""
         index = self.layout.piece(layer, name)
         tensor = self.layout.pieces[index].tensor
-        bits = self.pieces[index].view(BITS.get(tensor.dtype, tensor.dtype))
+        bits = self.pieces[index].view(_BITS.get(tensor.dtype, tensor.dtype))
         return bits.reshape(self.layout.device_blocks, *tensor.shape)
 
 
@@ -67,9 +67,17 @@ def runs(sources: IntArray, targets: IntArray) -> Iterator[tuple[int, int, int]]
 
 
 def copy_blocks(pools: NumpyPools, direction: Direction, sources: IntArray, targets: IntArray) -> int:
-    """Copy block ``sources[i]`` to ``targets[i]``; returns how many. Consecutive ids go in one piece."""
+    """Copy block ``sources[i]`` to ``targets[i]``; returns how many. Consecutive ids go in one piece.
+
+    Raises:
+        IndexError: a block is outside its pool; nothing is copied.
+    """
     layout = pools.layout
     swap_in = direction == Direction.SWAP_IN
+    on_device, on_host = (targets, sources) if swap_in else (sources, targets)
+    for ids, count in ((on_device, layout.device_blocks), (on_host, layout.host_blocks)):
+        if ids and not (min(ids) >= 0 and max(ids) < count):  # a slice would copy less and say nothing
+            raise IndexError(f"block ids {min(ids)} to {max(ids)} in a pool of {count}")
     if len(pools.pieces) == layout.layers:  # one strided copy for all layers
         device, host = pools.device, pools.host
         for source, target, size in runs(sources, targets):

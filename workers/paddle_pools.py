@@ -12,7 +12,7 @@ import paddle
 from workers.cuda_driver import CudaError
 from workers.cuda_pools import CudaPools
 from workers.layout import PoolLayout
-from workers.numpy_pools import BITS, NumpyPools
+from workers.numpy_pools import NumpyPools
 
 
 class PaddlePools(NumpyPools):
@@ -21,12 +21,11 @@ class PaddlePools(NumpyPools):
     def __init__(self, ledger: str, rank: int, layout: PoolLayout) -> None:
         super().__init__(ledger, rank, layout)
         self._tensors = []
-        for piece in layout.pieces:
-            bits = super().tensor(piece.layer, piece.tensor.name)
-            tensor = paddle.from_dlpack(bits)
-            if piece.tensor.dtype in BITS:
-                tensor = tensor.view(piece.tensor.dtype)
-            assert tensor.data_ptr() == bits.ctypes.data, "Paddle has copied what it should share"
+        for piece, blocks in zip(layout.pieces, self.pieces, strict=True):
+            # as bytes: NumPy lacks some element types, and Paddle's view() some of NumPy's
+            array = blocks.reshape(layout.device_blocks, *piece.tensor.shape[:-1], -1)
+            tensor = paddle.from_dlpack(array).view(piece.tensor.dtype)
+            assert tensor.data_ptr() == array.ctypes.data, "Paddle has copied what it should share"
             self._tensors.append(tensor)
 
     def tensor(self, layer: int, name: str) -> Any:
