@@ -150,7 +150,13 @@ class CacheManager:
         return manager
 
     @classmethod
-    def open(cls, name: str, config: CacheConfig | None = None) -> Self:
+    def open(
+        cls,
+        name: str,
+        config: CacheConfig | None = None,
+        *,
+        publish: Callable[[Sequence[Pools]], None] | None = None,
+    ) -> Self:
         """Take over the ledger of an engine that died, or that closed it with ``keep``: the cache is warm.
 
         The state is what the log says, up to its last whole transaction. The dead engine's requests are released, and
@@ -160,6 +166,7 @@ class CacheManager:
         Args:
             config: must agree with the ledger, except for ``segment_bytes``, ``retain_bytes`` and the time-outs;
                 default: what the ledger says.
+            publish: as for :meth:`create`; called where the device pools did not outlive their process.
 
         Raises:
             ipc.LedgerNotFound: there is no ledger of that name.
@@ -195,6 +202,8 @@ class CacheManager:
         manager = cls(name, config, writer, state, pools)
         try:
             manager._publish(events)
+            if publish is not None and "device" in lost:
+                publish(pools)
             if layout is not None:
                 manager._ranks = Ranks(name, config, writer, state, manager._execute)
                 manager._ranks.adopt(

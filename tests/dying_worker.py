@@ -15,9 +15,9 @@ from typing import NoReturn
 from ipc import LogWriter
 from statemachine.events import Direction, IntArray
 from tests.dying import Moment, die_in_append
-from workers import transfer
+from workers import numpy_pools, transfer
 from workers.acknowledgements import Acknowledgement, EpochSeen
-from workers.pools import Pools
+from workers.numpy_pools import NumpyPools
 
 FATAL_COPY = 3
 
@@ -30,9 +30,9 @@ def die() -> NoReturn:
 def main(moment: str, arguments: list[str]) -> int:
     rank, incarnation = int(arguments[1]), int(arguments[2])
     copies = 0
-    copy, answer = transfer.copy_blocks, transfer.TransferWorker._answer
+    copy, answer = numpy_pools.copy_blocks, transfer.TransferWorker._answer
 
-    def copying(pools: Pools, direction: Direction, sources: IntArray, targets: IntArray) -> int:
+    def copying(pools: NumpyPools, direction: Direction, sources: IntArray, targets: IntArray) -> int:
         nonlocal copies
         copies += 1
         if copies == FATAL_COPY and moment == "before the copy":
@@ -65,7 +65,7 @@ def main(moment: str, arguments: list[str]) -> int:
     elif moment == "successors cannot start" and incarnation > 1 and rank == 1:
         return 3
     elif rank == 1 and (incarnation == 1 or moment == "every copy raises"):
-        transfer.copy_blocks = copying
+        numpy_pools.copy_blocks = copying
         transfer.TransferWorker._answer = answering  # type: ignore[method-assign]
     return transfer.main(arguments)
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -305,10 +305,10 @@ def test_a_worker_that_cannot_start_names_the_cuda_error(standin: Standin, failu
 def test_a_handle_that_is_none(standin: Standin) -> None:
     def publish(pools: Sequence[CudaPools]) -> None:
         allocate(pools)
-        published = Published.read(pools[0]._memory)
+        published = Published.read(pools[0]._memory.device_object)
         assert published is not None and published.owner_alive()
         table = bytes(pools[0]._memory.device).replace(published.handles[0], b"x" * 64)
-        pools[0]._write(bytes(pools[0]._memory.header[64:96]), table)
+        pools[0]._write(bytes(pools[0]._memory.device_object[64:96]), table)
 
     with pytest.raises(WorkerFailed, match=r"rank 0 did not start: CudaError: cuIpcOpen.*CUDA_ERROR_INVALID_HANDLE"):
         CacheManager.create(f"cuda-{os.getpid()}", CONFIG, publish=publish)
@@ -366,17 +366,16 @@ def test_tensors_that_do_not_fit_are_not_published(standin: Standin) -> None:
         ):
             with pytest.raises(error, match=text):
                 pool.publish(tensors)
-            assert Published.read(pool._memory) is None
+            assert Published.read(pool._memory.device_object) is None
             tried.append(text)
         with pytest.raises(CudaError, match="has published no device tensors"):
             pool.tensor(0, "key")
-        id = pool._memory.header[16:32].tobytes()
         pool.publish([good, driver.allocate(size)])
-        assert pool.tensor(0, "key") == good and pool._memory.header[16:32].tobytes() == id
+        assert pool.tensor(0, "key") == good
         with pytest.raises(KeyError, match="no tensor 'value' in layer 0"):
             pool.tensor(0, "value")
-        pool.publish([good, driver.allocate(size)])
-        assert pool._memory.header[16:32].tobytes() != id, "other memory has another name"
+        with pytest.raises(ValueError, match=f"process {os.getpid()} has published the device tensors of rank 0"):
+            pool.publish([good, driver.allocate(size)])
 
     config = changed(ranks=1, device_blocks=16, host_blocks=4, block_bytes=4096, tensors=layout.tensors)
     CacheManager.create(f"cuda-{os.getpid()}", config, publish=publish).close()
@@ -399,20 +398,74 @@ sys.stdin.read()
 """
 
 
-def test_the_tensors_may_belong_to_another_process(standin: Standin) -> None:
+def map_published(manager: CacheManager) -> None:
+    """Look at device tensors that another process owns."""
+    driver = Driver()
+    driver.use(driver.retain(0))
+    for pool in manager.pools:
+        published = Published.read(pool._memory.device_object)
+        assert published is not None and published.owner[0] != os.getpid()
+        pool._tensors = [tensor_at(driver.open(handle), pool.layout, 64) for handle in published.handles]
+
+
+def serve_some(manager: CacheManager) -> int:
+    engine = PatternEngine(manager.pools)
+    return sum(serve(manager, engine, str(i), prompt(i % 2, 15)) for i in range(8))
+
+
+@pytest.fixture
+def runner() -> Iterator[str]:
+    """A process that owns the device tensors of a ledger; the fixture is the ledger's name."""
     name = f"cuda-{os.getpid()}"
-    runner = subprocess.Popen([sys.executable, "-c", _RUNNER, name], stdin=subprocess.PIPE)
-    try:
-        with CacheManager.create(name, CONFIG) as manager:
-            driver = Driver()
-            driver.use(driver.retain(0))
-            for pool in manager.pools:
-                published = Published.read(pool._memory)
-                assert published is not None and published.owner[0] == runner.pid
-                pool._tensors = [tensor_at(driver.open(handle), pool.layout, 64) for handle in published.handles]
-            engine = PatternEngine(manager.pools)
-            for i in range(8):
-                serve(manager, engine, str(i), prompt(i % 2, 15))
-            assert manager.stats()["swapped_in_blocks"] > 20
-    finally:
-        runner.communicate(b"")
+    process = subprocess.Popen([sys.executable, "-c", _RUNNER, name], stdin=subprocess.PIPE)
+    yield name
+    process.communicate(b"")
+
+
+def test_the_tensors_may_belong_to_another_process(standin: Standin, runner: str) -> None:
+    with CacheManager.create(runner, CONFIG) as manager:
+        map_published(manager)
+        assert serve_some(manager) > 40
+        assert manager.stats()["swapped_in_blocks"] > 20
+
+
+_ENGINE = """
+import os, signal, sys
+from kvledger import CacheManager
+from tests.test_cuda import CONFIG, allocate, map_published, serve_some
+name, owner = sys.argv[1:]
+manager = CacheManager.create(name, CONFIG, publish=allocate if owner == "engine" else None)
+if owner == "runner":
+    map_published(manager)
+serve_some(manager)
+while manager.state.transfers:
+    manager.poll()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def run_engine_until_it_dies(name: str, owner: str) -> None:
+    done = subprocess.run([sys.executable, "-c", _ENGINE, name, owner], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_the_device_tier_outlives_an_engine_that_does_not_own_it(standin: Standin, runner: str) -> None:
+    run_engine_until_it_dies(runner, "runner")
+    with CacheManager.open(runner) as manager:
+        assert manager.config.layout == CONFIG.layout
+        map_published(manager)
+        engine = PatternEngine(manager.pools)
+        assert manager.peek(prompt(1, 15)) == (15, 0)
+        assert serve(manager, engine, "warm", prompt(1, 15)) == 15
+
+
+def test_the_device_tier_is_lost_with_the_process_that_owns_it(standin: Standin) -> None:
+    name = f"cuda-{os.getpid()}"
+    run_engine_until_it_dies(name, "engine")
+    with CacheManager.open(name, publish=allocate) as manager:
+        engine = PatternEngine(manager.pools)
+        device, host = manager.peek(prompt(0, 15))
+        assert device == 0 and host > 10, "what was on the host is still there"
+        for i in range(4):
+            serve(manager, engine, str(i), prompt(i % 2, 15))
+        assert replays(manager)
