@@ -31,7 +31,7 @@ from statemachine.encoding import state_digest
 from statemachine.errors import OutOfBlocks
 from statemachine.events import HostPolicy, ReleaseReason, Tier
 from statemachine.replay import Replay
-from workers import WorkerFailed, transfer
+from workers import WorkerFailed, numpy_pools, transfer
 
 LEDGER = "simulated"
 _BLOCK = 2
@@ -169,7 +169,7 @@ class Simulation:
         schedule.spawn("auditor", self._audit)
         with (
             installed(self._system),
-            mock.patch.object(transfer, "copy_blocks", self._copy(transfer.copy_blocks)),
+            mock.patch.object(numpy_pools, "copy_blocks", self._copy(numpy_pools.copy_blocks)),
             mock.patch.object(transfer, "_ACK_SEGMENT_BYTES", _SEGMENT_BYTES),
             mock.patch.object(writer, "_LEAST_SEGMENT", _SEGMENT_BYTES),
             mock.patch.object(reader, "SPINS", 2),
