@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,9 @@ def backups(run: Session) -> bool:
     return stats["backed_up_blocks"] > 50 and stats["swapped_in_blocks"] > 0
 
 
+THROUGH = replace(SWAPPING, host_policy=HostPolicy.WRITE_THROUGH)
+
+
 @pytest.mark.parametrize(
     ("mode", "exercised"),
     [
@@ -82,8 +86,13 @@ def backups(run: Session) -> bool:
         (Mode(device_blocks=40), evictions_and_preemptions),
         (Mode(ranks=2), hits_without_eviction),
         (SWAPPING, swaps),
-        (Mode(**{**vars(SWAPPING), "ranks": 4}), swaps),
-        (Mode(**{**vars(SWAPPING), "host_policy": HostPolicy.WRITE_THROUGH}), backups),
+        (replace(SWAPPING, ranks=4), swaps),
+        (THROUGH, backups),
+        (Mode(drop_in=True, caching=False), many_small_chunks),
+        (Mode(drop_in=True), hits_without_eviction),
+        (Mode(drop_in=True, device_blocks=40), evictions_and_preemptions),
+        (replace(SWAPPING, drop_in=True), swaps),
+        (replace(THROUGH, drop_in=True), backups),
     ],
 )
 def test_the_tokens_are_the_same_in_every_mode(
@@ -93,18 +102,18 @@ def test_the_tokens_are_the_same_in_every_mode(
         found = serve(run, WORK)
         assert exercised(run), run.manager.stats()
         assert run.engine.smallest_gap > 1e-6
-        assert not run.manager.state.requests
+        assert run.manager.available_blocks() == mode.device_blocks
     assert difference(found, expected) < 1e-9
 
 
-@pytest.mark.parametrize("policy", [HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH])
+@pytest.mark.parametrize("mode", [SWAPPING, THROUGH, replace(SWAPPING, drop_in=True)])
 def test_workers_killed_in_between(
-    model: Model, expected: list[Completion], policy: HostPolicy, monkeypatch: pytest.MonkeyPatch
+    model: Model, expected: list[Completion], mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Engine.step
     steps = 0
 
-    with session(model, Mode(**{**vars(SWAPPING), "host_policy": policy}), NAME) as run:
+    with session(model, mode, NAME) as run:
 
         def step(self: Engine) -> int:
             nonlocal steps

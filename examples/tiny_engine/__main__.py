@@ -33,6 +33,7 @@ def main(
     generate: Annotated[int, typer.Option(min=1, help="New tokens per request")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and prompts")] = 0,
     caching: Annotated[bool, typer.Option(help="Publish and match blocks")] = True,
+    drop_in: Annotated[bool, typer.Option(help="FastDeploy's PrefixCacheManager API instead of CacheManager")] = False,
     ranks: Annotated[int, typer.Option(help="Tensor-parallel ranks (1, 2, 4), one transfer worker each")] = 2,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block")] = 8,
     device_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the device pool; few: eviction")] = 48,
@@ -55,6 +56,7 @@ def main(
         raise _bad(f"--ranks must be one of {MODEL_RANKS}, not {ranks}: the model's key heads are split evenly")
     policy = HostPolicy[host_policy.name] if host_blocks else HostPolicy.OFF
     mode = Mode(
+        drop_in=drop_in,
         caching=caching,
         device_blocks=device_blocks,
         host_blocks=host_blocks if policy else 0,

@@ -6,14 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
 from examples.tiny_engine.attention import kv_tensors
 from examples.tiny_engine.blocks import LedgerBlocks
+from examples.tiny_engine.dropin import DropInBlocks
 from examples.tiny_engine.engine import Completion, Engine
-from examples.tiny_engine.model import Model
+from examples.tiny_engine.model import Model, ModelConfig
 from kvledger import CacheConfig, CacheManager, HostPolicy
+from kvledger.fastdeploy import PrefixCacheManager
 
 MODEL_RANKS = (1, 2, 4)
 """How many ranks the model's key heads can be split over."""
@@ -23,6 +26,8 @@ MODEL_RANKS = (1, 2, 4)
 class Mode:
     """What must make no difference to the tokens."""
 
+    drop_in: bool = False
+    """FastDeploy's ``PrefixCacheManager`` API instead of ``CacheManager``."""
     caching: bool = True
     device_blocks: int = 256
     host_blocks: int = 0
@@ -39,7 +44,7 @@ class Session:
     """A running engine and what it runs on."""
 
     manager: CacheManager
-    blocks: LedgerBlocks
+    blocks: LedgerBlocks | DropInBlocks
     engine: Engine
 
 
@@ -50,7 +55,14 @@ def session(model: Model, mode: Mode, name: str | None = None) -> Iterator[Sessi
     Raises:
         kvledger.ConfigError, ipc.LedgerError, workers.WorkerFailed
     """
-    config = model.config
+    opened = _drop_in if mode.drop_in else _ledger
+    with opened(model.config, mode, name or f"tiny-{os.getpid()}") as (manager, blocks):
+        engine = Engine(model, blocks, manager.pools, running=mode.running, budget=mode.budget, chunk=mode.chunk)
+        yield Session(manager, blocks, engine)
+
+
+@contextmanager
+def _ledger(config: ModelConfig, mode: Mode, name: str) -> Iterator[tuple[CacheManager, LedgerBlocks]]:
     cache = CacheConfig(
         block_size=mode.block_size,
         device_blocks=mode.device_blocks,
@@ -61,10 +73,26 @@ def session(model: Model, mode: Mode, name: str | None = None) -> Iterator[Sessi
         tensors=kv_tensors(config.kv_heads // mode.ranks, mode.block_size, config.head_dim),
         backend="paddle",
     )
-    with CacheManager.create(name or f"tiny-{os.getpid()}", cache) as manager:
-        blocks = LedgerBlocks(manager, caching=mode.caching)
-        engine = Engine(model, blocks, manager.pools, running=mode.running, budget=mode.budget, chunk=mode.chunk)
-        yield Session(manager, blocks, engine)
+    with CacheManager.create(name, cache) as manager:
+        yield manager, LedgerBlocks(manager, caching=mode.caching)
+
+
+@contextmanager
+def _drop_in(config: ModelConfig, mode: Mode, name: str) -> Iterator[tuple[CacheManager, DropInBlocks]]:
+    """As FastDeploy's engine starts it."""
+    cache = SimpleNamespace(
+        total_block_num=mode.device_blocks,
+        prefill_kvcache_block_num=mode.device_blocks,
+        num_cpu_blocks=mode.host_blocks,
+        block_size=mode.block_size,
+        write_policy="write_through" if mode.host_policy == HostPolicy.WRITE_THROUGH else "write_back",
+        model_cfg=SimpleNamespace(num_hidden_layers=config.layers),
+        kv_tensors=kv_tensors(config.kv_heads // mode.ranks, mode.block_size, config.head_dim),
+        kv_backend="paddle",
+    )
+    with PrefixCacheManager(SimpleNamespace(cache_config=cache), mode.ranks) as manager:
+        manager.launch_cache_manager(cache, mode.ranks, list(range(mode.ranks)), "127.0.0.1", name, "", True)
+        yield manager.manager, DropInBlocks(manager, caching=mode.caching)
 
 
 @dataclass(frozen=True)
