@@ -19,10 +19,17 @@ import os
 import time
 from typing import NamedTuple
 
-import posix_ipc
-
-from ipc.errors import LedgerExists, LedgerNotFound, LogCorrupt, TooManyReaders, WriterAlive
-from ipc.names import check_name, control_name, unlink
+from ipc.errors import (
+    LedgerExists,
+    LedgerNotFound,
+    LogCorrupt,
+    NotPrivate,
+    SharedMemoryFull,
+    TooManyReaders,
+    WriterAlive,
+)
+from ipc.memory import open_new, open_private
+from ipc.names import SHM, check_name, control_name, unlink
 from ipc.processes import alive, own_identity
 from ipc.segment import MAGIC, VERSION
 
@@ -69,15 +76,17 @@ class Control:
             LedgerExists: with who writes it, or what to do about a dead one.
         """
         try:
-            memory = posix_ipc.SharedMemory(control_name(check_name(ledger)), posix_ipc.O_CREX, mode=0o600)
-        except posix_ipc.ExistentialError:
+            memory = open_new(control_name(check_name(ledger)))
+        except LedgerExists:
             raise LedgerExists(_who_is_there(ledger)) from None
         try:
             os.posix_fallocate(memory.fd, 0, _BYTES)
             control = cls(ledger, memory.fd)
-        except BaseException:
+        except BaseException as error:
             unlink(control_name(ledger))
             os.close(memory.fd)
+            if isinstance(error, OSError):
+                raise SharedMemoryFull(f"no room for {control_name(ledger)}: {error.strerror}") from error
             raise
         words = control.words
         words[1], words[_SCHEMA] = VERSION, schema_hash
@@ -90,11 +99,11 @@ class Control:
         """Map the control segment of a ledger.
 
         Raises:
-            LedgerNotFound, LogCorrupt
+            LedgerNotFound, LogCorrupt, NotPrivate
         """
         try:
-            memory = posix_ipc.SharedMemory(control_name(check_name(ledger)))
-        except posix_ipc.ExistentialError:
+            memory = open_private(control_name(check_name(ledger)), write=True)
+        except LedgerNotFound:
             raise LedgerNotFound(f"there is no ledger {ledger!r} on this machine") from None
         if not memory.size:
             os.close(memory.fd)
@@ -102,7 +111,11 @@ class Control:
         if memory.size < _BYTES:
             os.close(memory.fd)
             raise LogCorrupt(control_name(ledger), 0, "too short for a control segment")
-        control = cls(ledger, memory.fd)
+        try:
+            control = cls(ledger, memory.fd)
+        except OSError as error:
+            os.close(memory.fd)
+            raise SharedMemoryFull(f"{control_name(ledger)} cannot be mapped: {error.strerror}") from error
         if not control.words[0]:
             control.close()
             raise LedgerNotFound(_BEING_CREATED.format(ledger))
@@ -145,6 +158,13 @@ class Control:
     def writer_alive(self) -> bool:
         """Whether the writer runs."""
         return alive(*self.writer)
+
+    def exists(self) -> bool:
+        """Whether this segment is still the one of that name: the ledger was neither removed nor created anew."""
+        try:
+            return os.path.samestat(os.stat(SHM / control_name(self.ledger)[1:]), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
 
     @property
     def current(self) -> tuple[int, int]:
@@ -218,8 +238,8 @@ class Control:
 def _who_is_there(ledger: str) -> str:
     try:
         control = Control.open(ledger)
-    except (LedgerNotFound, LogCorrupt):
-        return f"/dev/shm holds an object named {ledger}.control that is no ledger of this version: choose another name"
+    except (LedgerNotFound, LogCorrupt, NotPrivate):
+        return f"/dev/shm has a {ledger}.control that is no ledger of this version and this user: choose another name"
     try:
         pid, started = control.writer
         if alive(pid, started):

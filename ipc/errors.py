@@ -15,6 +15,10 @@ class LedgerExists(LedgerError):
     """There is a ledger of that name already: open it, choose another name, or remove it."""
 
 
+class NotPrivate(LedgerError):
+    """A shared-memory object is owned by another user, or others may read or write it: nothing in it can be trusted."""
+
+
 class WriterAlive(LedgerError):
     """Another process is writing this ledger."""
 
@@ -25,6 +29,10 @@ class LedgerNotFound(LedgerError):
 
 class SharedMemoryFull(LedgerError):
     """``/dev/shm`` has no room for a segment; nothing was created."""
+
+
+class TooManyFiles(LedgerError):
+    """This process, or the machine, has no file descriptor left; nothing was created."""
 
 
 class TransactionTooLarge(LedgerError):

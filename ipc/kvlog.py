@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -37,8 +38,9 @@ _CHUNK = struct.Struct("<IIIIQI")
 _CHUNK_BYTES = _CHUNK.size + 4
 _RECORDS, _SNAPSHOT = 1, 2
 _CHUNK_RAW_BYTES = 256 << 10
-_LARGEST_RATIO = 4096
-"""A frame that claims to unpack to more than this many times its size is not one of ours."""
+_LARGEST_RATIO = 256
+_LARGE_BYTES = 96 << 20
+"""A frame that claims to unpack to more than both of these (times its size, and bytes) is not one of ours."""
 
 
 def _program() -> str:
@@ -71,9 +73,11 @@ class KvlogWriter:
     def __init__(self, path: Path, *, schema_hash: int, base_sequence: int = 1, snapshot: bytes = b"") -> None:
         try:
             self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+            os.fchmod(self._file.fileno(), 0o600)  # whatever the umask is
         except OSError as error:
             raise LedgerError(f"cannot record to {path}: {error.strerror}") from error
         self.path = path
+        self.base_sequence = base_sequence
         self.next_sequence = base_sequence
         self._crc = 0
         self._compressor = zstandard.ZstdCompressor(level=3)
@@ -141,6 +145,15 @@ class KvlogWriter:
         self.close()
 
 
+def _open_file(path: str, flags: int) -> int:
+    """A pipe or a device is refused instead of waited for."""
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("not a file")
+    return handle
+
+
 class KvlogReader:
     """Reads a ``.kvlog`` file. A damaged or cut file is read up to its last whole transaction; see :attr:`damage`.
 
@@ -154,7 +167,7 @@ class KvlogReader:
         self.damage: LogCorrupt | None = None
         """Why reading ended early, once it has."""
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=_open_file) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise LedgerError(f"cannot read {path}: {error}") from error
@@ -222,7 +235,7 @@ class KvlogReader:
             crc32c(header) != int.from_bytes(self._buffer[body - 4 : body], "little")
             or len(stored) != stored_bytes
             or (first, seed) != (sequence, chain)
-            or raw_bytes > _LARGEST_RATIO * stored_bytes
+            or raw_bytes > max(_LARGE_BYTES, _LARGEST_RATIO * stored_bytes)
             or crc32c(stored) != crc
         ):
             return None

@@ -6,10 +6,11 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 
 import posix_ipc
 
-from ipc.errors import LedgerNotFound, SharedMemoryFull
+from ipc.errors import LedgerError, LedgerExists, LedgerNotFound, NotPrivate, SharedMemoryFull, TooManyFiles
 from ipc.names import SHM, unlink
 
 _MADV_POPULATE_WRITE = 23
@@ -26,14 +27,62 @@ def populate(map: mmap.mmap) -> None:
     del first
 
 
+def open_new(name: str) -> posix_ipc.SharedMemory:
+    """A new empty object that only this user may read and write, whatever the umask is.
+
+    Raises:
+        LedgerExists: the name is taken.
+        TooManyFiles
+    """
+    try:
+        memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+    except posix_ipc.ExistentialError:
+        raise LedgerExists(f"shared memory {name} exists already: choose another name for the ledger") from None
+    except OSError as error:
+        raise _refused(name, error) from error
+    os.fchmod(memory.fd, 0o600)
+    return memory
+
+
+def open_private(name: str, *, write: bool) -> posix_ipc.SharedMemory:
+    """An object that exists, if this user owns it and nobody else may touch it.
+
+    Raises:
+        LedgerNotFound, NotPrivate, TooManyFiles
+    """
+    try:
+        memory = posix_ipc.SharedMemory(name, read_only=not write)
+    except posix_ipc.ExistentialError:
+        raise LedgerNotFound(f"there is no shared memory {name}: the ledger does not exist or was closed") from None
+    except posix_ipc.PermissionsError:
+        raise NotPrivate(f"shared memory {name} belongs to another user: run this as that user") from None
+    except OSError as error:
+        raise _refused(name, error) from error
+    status = os.fstat(memory.fd)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        memory.close_fd()
+        raise NotPrivate(
+            f"shared memory {name} belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}, not to "
+            f"user {os.geteuid()} alone: run this as its owner, and if others could write it, remove it and start anew"
+        )
+    return memory
+
+
+def _refused(name: str, error: OSError) -> LedgerError:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return TooManyFiles(f"{name} cannot be opened, too many files are open: raise the limit (ulimit -n)")
+    return LedgerError(f"shared memory {name} cannot be opened: {error.strerror}")
+
+
 def create(name: str, size: int) -> mmap.mmap:
     """Create an object of ``size`` zero bytes, mode 0600, and map it for writing.
 
     Raises:
         SharedMemoryFull: with what is there and what is wanted.
-        posix_ipc.ExistentialError: the name is taken.
+        LedgerExists: the name is taken.
+        TooManyFiles
     """
-    memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+    memory = open_new(name)
     try:
         free = os.statvfs(SHM)
         if size > free.f_bavail * free.f_frsize:  # do not fill the machine's memory only to find that out
@@ -43,8 +92,12 @@ def create(name: str, size: int) -> mmap.mmap:
         return mmap.mmap(memory.fd, size)
     except OSError as error:
         unlink(name)
-        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-            raise
+        if error.errno == errno.EFBIG:
+            raise SharedMemoryFull(f"{name} needs {size:,} bytes, a file may not be so large (ulimit -f)") from error
+        if error.errno == errno.ENOMEM:
+            raise SharedMemoryFull(f"{name} needs {size:,} bytes, this process may not map them (ulimit -v)") from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise _refused(name, error) from error
         free = os.statvfs(SHM)
         raise SharedMemoryFull(
             f"{name} needs {size:,} bytes, {SHM} has {free.f_bavail * free.f_frsize:,} free: "
@@ -58,15 +111,14 @@ def attach(name: str, *, write: bool) -> mmap.mmap:
     """Map an object that exists, read-only unless ``write``.
 
     Raises:
-        LedgerNotFound
+        LedgerNotFound, NotPrivate, TooManyFiles
     """
-    try:
-        memory = posix_ipc.SharedMemory(name, read_only=not write)
-    except posix_ipc.ExistentialError:
-        raise LedgerNotFound(f"there is no shared memory {name}: the ledger does not exist or was closed") from None
+    memory = open_private(name, write=write)
     try:
         if not memory.size:  # its creator has not reserved the space yet
             raise LedgerNotFound(f"shared memory {name} is only being created")
         return mmap.mmap(memory.fd, memory.size, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ)
+    except OSError as error:
+        raise _refused(name, error) from error
     finally:
         memory.close_fd()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import posix_ipc
 
-from ipc.errors import InvalidName
+from ipc.errors import InvalidName, TooManyFiles
 
 SHM = Path("/dev/shm")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,32}){0,3}")
@@ -27,7 +27,7 @@ def check_name(ledger: str) -> str:
         InvalidName: it could not be a file name, or has other characters than letters, digits, ``_``, ``-`` and
             the dots between parts.
     """
-    if not _NAME.fullmatch(ledger):
+    if not isinstance(ledger, str) or not _NAME.fullmatch(ledger):
         raise InvalidName(f"{ledger!r} is no ledger name: use up to 64 letters, digits, '_' and '-'")
     return ledger
 
@@ -51,7 +51,7 @@ def segments_of(ledger: str) -> list[tuple[int, int]]:
     """``(epoch, index)`` of the log segments that exist, oldest first."""
     prefix = check_name(ledger) + "."
     found = []
-    for name in os.listdir(SHM):
+    for name in _listing():
         if name.startswith(prefix) and (match := _SEGMENT.fullmatch(name[len(prefix) :])):
             found.append((int(match[1]), int(match[2])))
     return sorted(found)
@@ -60,7 +60,14 @@ def segments_of(ledger: str) -> list[tuple[int, int]]:
 def objects_of(ledger: str) -> list[str]:
     """File names in ``/dev/shm`` of everything that belongs to a ledger, semaphores included."""
     prefix = check_name(ledger) + "."
-    return sorted(name for name in os.listdir(SHM) if name.removeprefix("sem.").startswith(prefix))
+    return sorted(name for name in _listing() if name.removeprefix("sem.").startswith(prefix))
+
+
+def _listing() -> list[str]:
+    try:
+        return os.listdir(SHM)
+    except OSError as error:
+        raise TooManyFiles(f"{SHM} cannot be read: {error.strerror}") from error
 
 
 def unlink(name: str) -> None:

@@ -17,7 +17,7 @@ def start_time(pid: int) -> int:
 
 def alive(pid: int, started: int) -> bool:
     """Whether that very process still runs (a zombie does not)."""
-    return pid != 0 and start_time(pid) == started
+    return pid != 0 and started != 0 and start_time(pid) == started
 
 
 def own_identity() -> tuple[int, int]:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 
 import posix_ipc
 
 from ipc.control import CURRENT, CURSOR, PARKED, Control
-from ipc.errors import LedgerNotFound, LogCorrupt, Overrun
+from ipc.errors import LedgerError, LedgerNotFound, LogCorrupt, Overrun
 from ipc.fence import make_fence
-from ipc.names import bell_name, segments_of
+from ipc.names import SHM, bell_name, segments_of
 from ipc.record import Position, Record
 from ipc.segment import HEADER_BYTES, NEXT, TAIL, MappedSegment, locate, next_segment
 
 SPINS = 200
 _NAP_S = 0.002
+
+
+def _new_bell(name: str) -> posix_ipc.Semaphore:
+    """A reader's doorbell, mode 0600 whatever the umask is; one of that name belonged to a dead reader."""
+    try:
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_semaphore(name)
+        bell = posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600)
+    except (posix_ipc.Error, OSError) as error:
+        raise LedgerError(f"the doorbell {name} cannot be made: {error}") from error
+    os.chmod(SHM / f"sem.{name[1:]}", 0o600)
+    return bell
 
 
 class LogReader:
@@ -50,10 +63,7 @@ class LogReader:
         try:
             if worker:
                 self._line = self._control.claim(name, mask=kind_mask, worker=True, cursor=from_sequence)
-                bell = bell_name(ledger, self._line)
-                with contextlib.suppress(posix_ipc.ExistentialError):
-                    posix_ipc.unlink_semaphore(bell)  # of a dead reader with this line
-                self._bell = posix_ipc.Semaphore(bell, posix_ipc.O_CREX, mode=0o600)
+                self._bell = _new_bell(bell_name(ledger, self._line))
             self._seek(from_sequence)
         except BaseException:
             self.close()
@@ -157,6 +167,8 @@ class LogReader:
             self._control.words[Control.line(self._line) + CURSOR] = self.cursor
 
     def _enter_next(self, segment: MappedSegment, index: int) -> None:
+        if index <= segment.header.number:
+            raise LogCorrupt(segment.name, 8 * NEXT, f"segment {index} cannot follow segment {segment.header.number}")
         try:
             self._enter(MappedSegment(self.ledger, segment.header.epoch, index))
         except LedgerNotFound:
@@ -198,6 +210,16 @@ class LogReader:
     def writer_alive(self) -> bool:
         """Whether the process that writes this log runs."""
         return self._control.writer_alive()
+
+    def exists(self) -> bool:
+        """Whether the ledger is still there under its name."""
+        return self._control.exists()
+
+    @property
+    def segment_bytes(self) -> int:
+        """Size of the segment that is being read."""
+        assert self._segment is not None
+        return self._segment.header.capacity
 
     def close(self) -> None:
         """Stop reading; the reader's line and doorbell go."""

@@ -95,6 +95,8 @@ class MappedSegment:
         self._map = memory.attach(self.name, write=False)
         self.buffer = memoryview(self._map)
         try:
+            if len(self.buffer) < HEADER_BYTES or len(self.buffer) % 8:
+                raise LogCorrupt(self.name, 0, "too short for a log segment")
             self.header = read_header(self.buffer, self.name)
         except LogCorrupt:
             self.close()

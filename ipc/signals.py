@@ -16,9 +16,9 @@ _TEXT_BYTES = 3584
 class Signals:
     """``words[i]`` may be read by anybody and written by one process. Raises: see :mod:`ipc.memory`."""
 
-    def __init__(self, name: str, *, create: bool = False) -> None:
+    def __init__(self, name: str, *, create: bool = False, read_only: bool = False) -> None:
         self.name = name
-        self._map = memory.create(name, 4096) if create else memory.attach(name, write=True)
+        self._map = memory.create(name, 4096) if create else memory.attach(name, write=not read_only)
         self._buffer = memoryview(self._map)
         self.words = self._buffer.cast("Q")
         self._release, self._acquire = make_fence()

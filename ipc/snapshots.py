@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from crc32c import crc32c
 
 from ipc import memory
 from ipc.errors import LedgerNotFound, LogCorrupt
 from ipc.names import SHM, objects_of, unlink
+from ipc.processes import start_time
 
 MAGIC = int.from_bytes(b"kvlsnap1", "little")
 _HEADER = struct.Struct("<QQQI")
@@ -55,18 +58,28 @@ def read(ledger: str, sequence: int) -> bytes:
         LedgerNotFound: there is none (any more).
         LogCorrupt: it is damaged.
     """
+    with _checked(ledger, sequence) as body:
+        return bytes(body)
+
+
+@contextmanager
+def _checked(ledger: str, sequence: int) -> Iterator[memoryview]:
     name = snapshot_name(ledger, sequence)
     map = memory.attach(name, write=False)
-    data = bytes(map)
-    map.close()
-    header = data[: _HEADER.size]
-    if len(data) < _HEADER_BYTES or crc32c(header) != int.from_bytes(data[_HEADER.size : _HEADER_BYTES], "little"):
-        raise LogCorrupt(name, 0, "this is not a snapshot, or its header is damaged")
-    magic, number, size, crc = _HEADER.unpack(header)
-    body = data[_HEADER_BYTES:]
-    if magic != MAGIC or number != sequence or len(body) != size or crc32c(body) != crc:
-        raise LogCorrupt(name, _HEADER_BYTES, "the snapshot is damaged")
-    return body
+    view = memoryview(map)
+    body = view[_HEADER_BYTES:]
+    try:
+        header = bytes(view[: _HEADER.size])
+        if len(view) < _HEADER_BYTES or crc32c(header) != int.from_bytes(view[_HEADER.size : _HEADER_BYTES], "little"):
+            raise LogCorrupt(name, 0, "this is not a snapshot, or its header is damaged")
+        magic, number, size, crc = _HEADER.unpack(header)
+        if magic != MAGIC or number != sequence or len(body) != size or crc32c(body) != crc:
+            raise LogCorrupt(name, _HEADER_BYTES, "the snapshot is damaged")
+        yield body
+    finally:
+        body.release()
+        view.release()
+        map.close()
 
 
 def newest(ledger: str, *, at_or_before: int | None = None) -> tuple[int, bytes] | None:
@@ -78,6 +91,26 @@ def newest(ledger: str, *, at_or_before: int | None = None) -> tuple[int, bytes]
             except (LedgerNotFound, LogCorrupt):
                 continue
     return None
+
+
+def newest_sequence(ledger: str) -> int:
+    """The event after which the newest intact snapshot was taken; 0: there is none. Copies nothing."""
+    for sequence in reversed(sequences(ledger)):
+        try:
+            with _checked(ledger, sequence):
+                return sequence
+        except (LedgerNotFound, LogCorrupt):
+            continue
+    return 0
+
+
+def remove_partial(ledger: str) -> None:
+    """Remove what writers that died half-way have left."""
+    prefix = f"{ledger}.snapshot."
+    for name in objects_of(ledger):
+        _, partial, pid = name.removeprefix(prefix).partition(".partial.")
+        if name.startswith(prefix) and partial and pid.isdecimal() and not start_time(int(pid)):
+            unlink(f"/{name}")
 
 
 def remove(ledger: str, sequence: int) -> None:

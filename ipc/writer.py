@@ -11,6 +11,7 @@ lock), and old ones are put away by it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import posix_ipc
 from crc32c import crc32c
 
-from ipc import segment
+from ipc import segment, snapshots
 from ipc.control import MASK, PARKED, Control
-from ipc.errors import LedgerError, TransactionTooLarge
+from ipc.errors import LedgerError, SharedMemoryFull, TransactionTooLarge
 from ipc.fence import make_fence
 from ipc.names import bell_name, control_name, remove_objects, segment_name, segments_of
 from ipc.names import unlink as remove
@@ -29,6 +30,9 @@ from ipc.record import CRC_OFFSET, LINE, LINE_BYTES, TXN_BEGIN, TXN_END
 from ipc.segment import HEADER_BYTES, NEXT, TAIL, Header
 
 _LEAST_SEGMENT = 64 << 10
+_RESERVED = 16
+"""This part of a segment (one sixteenth) is kept while there is no room for the next one."""
+_log = logging.getLogger(__name__)
 
 Encoded = tuple[int, int, bytes, bytes, bytes]
 """``(kind, subject, args, head, tail)``: the payload is head + tail, in two parts so that a large one is not copied."""
@@ -63,10 +67,17 @@ class LogWriter:
         self._index = 0
         self._crc = 0
         self._kept = kept or []
-        """``(epoch, index, base sequence)`` of the segments that exist."""
+        """``(epoch, index, base sequence)`` of the segments that exist. One thread appends, the other removes."""
+        self.on_rotation: Callable[[], None] | None = None
+        """Called in the writer's own thread after each rotation. If there is one, a segment must also be older than the
+        newest snapshot (:mod:`ipc.snapshots`) before it goes; seeing to snapshots is the callee's job."""
+        self.refused_segments = 0
+        """How often in a row the next segment could not be had; 0: it is ready, or being prepared."""
         self._release, self._acquire = make_fence()
         self._staged: tuple[list[tuple[int, int]], int, int, int, int] = [], HEADER_BYTES, 0, base_sequence, 0
         self._hold: Callable[[], int] | None = None
+        self._needed_from = base_sequence
+        """What :meth:`hold` said at the last rotation; it only grows."""
         self._bells: dict[int, posix_ipc.Semaphore] = {}
         self._listeners: list[tuple[int, int, int]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvledger-segment")
@@ -74,6 +85,8 @@ class LogWriter:
             segment.create(self.ledger, epoch, 0, segment_bytes)
         )
         self._offset = HEADER_BYTES
+        self._limit = segment_bytes - segment_bytes // _RESERVED
+        """Up to here no question is asked."""
         self._prepared = self._prepare()
 
     @classmethod
@@ -98,6 +111,8 @@ class LogWriter:
         """
         control = Control.create(ledger, schema_hash)
         try:
+            for sequence in snapshots.sequences(ledger):  # of another ledger of this name, long gone
+                snapshots.remove(ledger, sequence)
             return cls(
                 control,
                 config_hash=config_hash,
@@ -151,8 +166,11 @@ class LogWriter:
             kept=kept,
         )
 
-    def stage(self, records: Sequence[Encoded], step: int = 0) -> None:
+    def stage(self, records: Sequence[Encoded], step: int = 0, *, giving_back: bool = False) -> None:
         """Write one transaction's ``(kind, subject, args, head, tail)`` records where nobody reads yet.
+
+        While there is no room for the next segment, the end of this one is kept for transactions that give something
+        back.
 
         Raises:
             TransactionTooLarge, SharedMemoryFull: there is no room; nothing was written.
@@ -160,8 +178,8 @@ class LogWriter:
         total = 0
         for record in records:
             total += LINE_BYTES + (len(record[3]) + len(record[4]) + 63 & ~63)
-        if self._offset + total > self._segment_bytes or total > self.max_transaction_bytes:
-            self._make_room(total)
+        if self._offset + total > self._limit or total > self.max_transaction_bytes:
+            self._make_room(total, giving_back)
         buffer = self._buffer
         offset, crc, sequence = self._offset, self._crc, self.next_sequence
         now = time.time_ns()
@@ -211,13 +229,20 @@ class LogWriter:
         self.stage([(*record, b"") for record in records], step)
         self.publish()
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int, giving_back: bool) -> None:
         if size > self.max_transaction_bytes:
             raise TransactionTooLarge(
                 f"a transaction of {size:,} bytes does not fit: ledger {self.ledger!r} takes up to "
                 f"{self.max_transaction_bytes:,}; make segment_bytes larger"
             )
-        self._rotate()
+        fits = self._offset + size <= self._segment_bytes
+        if fits and giving_back:
+            return
+        prepared = self._next_segment()
+        if fits:
+            self._limit = self._segment_bytes  # the next one is there: nothing has to be kept
+        else:
+            self._rotate(prepared)
 
     def listen(self) -> None:
         """Look for workers that want to be woken. To be called when workers came or went."""
@@ -242,8 +267,8 @@ class LogWriter:
                 if bell is None:
                     try:
                         bell = self._bells[line] = posix_ipc.Semaphore(bell_name(self.ledger, line))
-                    except posix_ipc.ExistentialError:
-                        continue  # the worker left
+                    except (posix_ipc.Error, OSError):
+                        continue  # the worker left, or waits for its time-out
                 bell.release()
 
     def hold(self, oldest: Callable[[], int]) -> None:
@@ -251,7 +276,29 @@ class LogWriter:
         self._hold = oldest
 
     def _prepare(self) -> Future[mmap.mmap]:
-        return self._thread.submit(segment.create, self.ledger, self._epoch, self._index + 1, self._segment_bytes)
+        return self._thread.submit(self._reserve_segment, self._index + 1)
+
+    def _reserve_segment(self, index: int) -> mmap.mmap:
+        """The segment after the current one, in the writer's thread, one ahead of need.
+
+        Where there is no room, segments that nobody needs go, even below the limit.
+        """
+        try:
+            map = segment.create(self.ledger, self._epoch, index, self._segment_bytes)
+        except SharedMemoryFull as error:
+            if self._retain_bytes is not None:
+                self._drop(0)
+            try:
+                map = segment.create(self.ledger, self._epoch, index, self._segment_bytes)
+            except SharedMemoryFull:
+                self.refused_segments += 1
+                if self.refused_segments == 1:
+                    _log.warning("ledger %s has no room for its next segment: %s", self.ledger, error)
+                    if self.on_rotation is not None:
+                        self.on_rotation()
+                raise
+        self.refused_segments = 0
+        return map
 
     def _begin_segment(self, map: mmap.mmap) -> tuple[mmap.mmap, memoryview[int], memoryview[int], memoryview[int]]:
         buffer = memoryview(map)
@@ -277,44 +324,73 @@ class LogWriter:
         self._control.current = self._epoch, self._index
         return map, buffer, buffer.cast("Q"), buffer.cast("I")
 
-    def _rotate(self) -> None:
+    def _next_segment(self) -> mmap.mmap:
         try:
-            prepared = self._prepared.result()
+            return self._prepared.result()
         except LedgerError:
-            self._prepared = self._prepare()  # room may come back; the next call tries again
-            raise
+            self._prepared = self._prepare()  # room may have come back since
+            return self._prepared.result()
+
+    def _rotate(self, prepared: mmap.mmap) -> None:
         self._index += 1
         old = self._map, self._buffer, self._words, self._words32
         self._map, self._buffer, self._words, self._words32 = self._begin_segment(prepared)
         self._offset = HEADER_BYTES
+        self._limit = self._segment_bytes - self._segment_bytes // _RESERVED
         self._release()
         self._acquire()
         old[2][NEXT] = self._index  # seals it; readers go on to the next one
         for view in old[:0:-1]:
             view.release()
+        self._needed_from = self.next_sequence if self._hold is None else self._hold()
         self._prepared = self._prepare()
-        self._thread.submit(_put_away, old[0], self._dropped())
+        self._thread.submit(self._tidy, old[0])
 
-    def _dropped(self) -> list[str]:
-        """Names of the segments that nobody needs any more."""
-        names: list[str] = []
-        if self._retain_bytes is None:
-            return names
-        passed = self.next_sequence if self._hold is None else self._hold()
+    def _tidy(self, map: mmap.mmap) -> None:
+        """After a rotation, in the writer's thread: unmapping and removing take milliseconds the engine has not."""
+        map.close()
+        if self.on_rotation is not None:
+            self.on_rotation()
+        if self._retain_bytes is not None:
+            self._drop(self._retain_bytes)
+
+    def _drop(self, limit: int) -> None:
+        """Remove the oldest segments that nobody needs any more while there are more than ``limit`` bytes of them."""
+        if len(self._kept) < 2 or self.log_bytes <= limit:
+            return
+        passed = self._needed_from
         for reader in self._control.readers():
             if reader.worker and reader.alive:
                 passed = min(passed, reader.cursor)
-        while len(self._kept) * self._segment_bytes > self._retain_bytes and len(self._kept) > 1:
-            if self._kept[1][2] > passed:
-                break
+        if self.on_rotation is not None:
+            passed = min(passed, snapshots.newest_sequence(self.ledger) + 1)
+        while self.log_bytes > limit and len(self._kept) > 1 and self._kept[1][2] <= passed:
             epoch, index, _ = self._kept.pop(0)
-            names.append(segment_name(self.ledger, epoch, index))
-        return names
+            remove(segment_name(self.ledger, epoch, index))
+
+    @property
+    def log_bytes(self) -> int:
+        """Size of the segments that exist, without the one that is prepared."""
+        return len(self._kept) * self._segment_bytes
+
+    def backlogs(self) -> dict[int, int]:
+        """By process id of each worker: how many bytes of sealed segments it has not read to their end."""
+        kept = self._kept.copy()
+        return {
+            reader.pid: sum(base > reader.cursor for _, _, base in kept) * self._segment_bytes
+            for reader in self._control.readers()
+            if reader.worker
+        }
+
+    @property
+    def rotations(self) -> int:
+        """How many segments have been sealed."""
+        return self._index
 
     def close(self, *, unlink: bool = False) -> None:
         """Give up the ledger; with ``unlink`` remove everything that belongs to it."""
         self._thread.shutdown(wait=True)
-        with contextlib.suppress(LedgerError):
+        if self._prepared.exception() is None:  # raising it here would tie it to what is being handled, and its memory
             self._prepared.result().close()
             if not unlink:
                 remove(segment_name(self.ledger, self._epoch, self._index + 1))
@@ -337,10 +413,3 @@ def segment_bytes_for(transaction_bytes: int) -> int:
 def next_epoch(control: Control) -> int:
     """The epoch of a writer that takes the ledger over. One that died while it began counts too."""
     return max([control.current[0], *(epoch for epoch, _ in segments_of(control.ledger))]) + 1
-
-
-def _put_away(map: mmap.mmap, names: list[str]) -> None:
-    """Unmap a sealed segment and remove those that are over: milliseconds that the engine does not have."""
-    map.close()
-    for name in names:
-        remove(name)

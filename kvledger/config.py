@@ -10,10 +10,22 @@ from workers.layout import BACKENDS, KVTensor, PoolLayout
 
 _LARGEST_ID = 2**31 - 1
 _OF_POOLS = ("layers", "block_bytes", "tensors", "backend")
+from statemachine.state import MOST_BLOCKS
+from workers.layout import PoolLayout
+
+_LARGEST = 2**31 - 1
+_MOST_RANKS = 64
+"""Each has a reader line in the log's control segment, and others need some too."""
+_LEAST_SEGMENT, _LARGEST_SEGMENT = 4096, 256 << 20
 
 
 class ConfigError(ValueError):
     """A setting is impossible, alone or beside another; the message says what to change."""
+
+
+def _expect_whole(name: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{name} must be a whole number from {least} to {most}, not {value!r:.80}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,27 +66,37 @@ class CacheConfig:
     """Size of one log segment in shared memory."""
     retain_bytes: int | None = 256 << 20
     """The log may keep this much before old segments go; ``None``: it keeps everything."""
+    worker_backlog_bytes: int = 128 << 20
+    """A transfer worker that keeps the log from giving back more than this is declared lost and replaced.
+
+    One that has nothing to copy looks at the log four times per second: leave room for what is logged meanwhile."""
     transfer_timeout_s: float = 30.0
     """A transfer that some rank has not acknowledged by then has failed."""
     ready_timeout_s: float = field(default=30.0)
     """Workers have this long to start."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("block_size", 1),
-            ("device_blocks", 1),
-            ("host_blocks", 0),
-            ("backup_after", 1),
-            ("watermark_blocks", 0),
-            ("ranks", 0),
-            ("layers", 1),
-            ("block_bytes", 8),
+        for name, least, most in (
+            ("block_size", 1, MOST_BLOCKS),
+            ("device_blocks", 1, MOST_BLOCKS),
+            ("host_blocks", 0, MOST_BLOCKS // 2),
+            ("backup_after", 1, _LARGEST),
+            ("watermark_blocks", 0, MOST_BLOCKS),
+            ("ranks", 0, _MOST_RANKS),
+            ("layers", 1, _LARGEST),
+            ("block_bytes", 8, _LARGEST),
+            ("segment_bytes", _LEAST_SEGMENT, _LARGEST_SEGMENT),
+            ("worker_backlog_bytes", 1, 2**63),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST_ID:
-                raise ConfigError(f"{name} must be a whole number from {least} to {_LARGEST_ID}, not {value!r}")
-        if self.host_staging_blocks is not None and not 0 <= self.host_staging_blocks <= _LARGEST_ID:
-            raise ConfigError(f"host_staging_blocks must be 0 or more, not {self.host_staging_blocks!r}")
+            _expect_whole(name, getattr(self, name), least, most)
+        if self.host_staging_blocks is not None:
+            _expect_whole("host_staging_blocks", self.host_staging_blocks, 0, MOST_BLOCKS // 2)
+        if self.retain_bytes is not None:
+            _expect_whole("retain_bytes", self.retain_bytes, 0, 2**63)
+        if self.segment_bytes % 4096:
+            raise ConfigError(f"segment_bytes must be a multiple of 4096, not {self.segment_bytes}")
+        if not isinstance(self.host_policy, HostPolicy):
+            raise ConfigError(f"host_policy must be one of HostPolicy, not {self.host_policy!r:.80}")
         if self.block_bytes % 8:
             raise ConfigError(f"block_bytes must be a multiple of 8, not {self.block_bytes}")
         if self.backend not in BACKENDS:
@@ -87,8 +109,9 @@ class CacheConfig:
                 "give the host tier blocks and a policy (exclusive, write-through), or neither"
             )
         for name in ("transfer_timeout_s", "ready_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be more than 0 seconds, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+                raise ConfigError(f"{name} must be more than 0 seconds, not {value!r:.80}")
 
     def _follow_tensors(self) -> None:
         try:

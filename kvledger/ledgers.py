@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ipc import Control, InvalidName, LedgerError, LogCorrupt, WriterAlive, segment, snapshots
+from ipc import Control, InvalidName, LedgerError, LogCorrupt, NotPrivate, WriterAlive, segment, snapshots
 from ipc.names import SHM, check_name, objects_of, remove_objects, segments_of, unlink
 from ipc.processes import alive
 from workers import pool_memory
@@ -117,6 +117,8 @@ def _look(name: str) -> Ledger | None:
         control = Control.open(name)
     except LogCorrupt:  # of another version of kvledger
         return None
+    except NotPrivate:
+        return Ledger(name, "other user", 0, size, age, status.st_uid, 0, [], objects)
     try:
         workers = _workers(name, control)
         state = "alive" if control.writer_alive() else "orphaned" if workers else "dead"

@@ -12,6 +12,7 @@ except :meth:`CacheManager.release`, which is applied at the owner's next call. 
 from __future__ import annotations
 
 import logging
+import struct
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,28 +22,36 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from ipc import Control, LogWriter, TransactionTooLarge, record_bytes
+from ipc import Control, LogWriter, SharedMemoryFull, TransactionTooLarge, record_bytes
 from ipc.writer import next_epoch, segment_bytes_for
 from kvledger import waiting
-from kvledger.config import CacheConfig
+from kvledger.config import CacheConfig, ConfigError
 from kvledger.ranks import BlockTable, Progress, Ranks, table_of
 from kvledger.rebuild import rebuild
+from kvledger.retention import Retention
 from statemachine import codec, commands
 from statemachine.apply import HANDLERS, genesis
-from statemachine.content import Item, Tokens, versioned, words_of
+from statemachine.content import Item, Tokens, namespace_key, versioned, words_of
 from statemachine.decide import available_blocks, can_allocate, decide, peek, request_named, victims_for
 from statemachine.encoding import state_digest
 from statemachine.errors import Busy, CommandRejected, InvalidCommand, OutOfBlocks
 from statemachine.events import (
     BlocksAllocated,
     BlocksEvicted,
+    BlocksTrimmed,
     Event,
     HostPolicy,
+    IntArray,
     Outcome,
     PoolResized,
+    QuarantineEnded,
     ReleaseReason,
     RequestMatched,
+    RequestReleased,
     Tier,
+    TransferFinished,
+    WorkerJoined,
+    WorkerLost,
 )
 from statemachine.state import State
 from workers.pools import Pools, create_pools, ids_of, reopen_pools
@@ -50,6 +59,8 @@ from workers.pools import Pools, create_pools, ids_of, reopen_pools
 _log = logging.getLogger(__name__)
 _EVICTED_BYTES = 16
 """What a block of a one-block run takes in the log when it is evicted: its id, its run's id and size."""
+_GIVING_BACK = {RequestReleased, BlocksTrimmed, TransferFinished, QuarantineEnded, WorkerLost, WorkerJoined}
+"""These must go on being logged as long as possible when there is no room for more log."""
 
 
 class ManagerClosed(RuntimeError):
@@ -62,6 +73,10 @@ class WrongThread(RuntimeError):
 
 class Paused(CommandRejected):
     """The manager is paused: nothing is matched or handed out before :meth:`CacheManager.resume`."""
+
+
+class CallTooLarge(InvalidCommand):
+    """What one call would log is more than a quarter of a log segment: split the call, or make segment_bytes larger."""
 
 
 class Admission(NamedTuple):
@@ -93,8 +108,10 @@ class CacheManager:
         self.config = config
         self.pools = pools
         """The pools, by rank. ``pools[rank].tensor(layer, name)`` is a device tensor for the engine's kernels."""
+        """The shared-memory pools, by rank; none any more once it is closed."""
         self._writer = writer
         self._state = state
+        self._retention = Retention(writer, config.retain_bytes)
         self._ranks: Ranks | None = None
         self._tails: dict[str, bytes] = {}
         """By live request: the words after its last full block."""
@@ -123,6 +140,8 @@ class CacheManager:
             ipc.SharedMemoryFull: the log or the pools do not fit.
             workers.WorkerFailed: a worker did not get ready, with its reason.
         """
+        if not isinstance(config, CacheConfig):
+            raise ConfigError(f"config is a CacheConfig, not {type(config).__name__}")
         writer = LogWriter.create(
             name,
             schema_hash=codec.SCHEMA_HASH,
@@ -266,6 +285,8 @@ class CacheManager:
         words, limit, whole = self._prompt(tokens, items, max_blocks)
         if blocks is None:
             blocks = -(-len(words) // self._state.block_bytes)
+        elif type(blocks) is not int:
+            raise _not_whole("blocks", blocks)
         watermark = self.config.watermark_blocks
         namespace = self._namespace(namespace)
         events = self._execute(commands.Admit(key, words, namespace, limit, blocks, whole, watermark))
@@ -273,6 +294,7 @@ class CacheManager:
 
     def peek(self, tokens: Tokens, *, items: Sequence[Item] = (), namespace: bytes = b"") -> tuple[int, int]:
         """How many leading blocks would match now, on the device and after those on the host. Changes nothing."""
+        _expect_namespace(namespace)
         words, _, whole = self._prompt(tokens, items, 0)
         return peek(self._state, words, versioned(self._weights, namespace), len(words), whole)
 
@@ -305,8 +327,10 @@ class CacheManager:
             OutOfBlocks: with how many of the requests, in order, would fit.
             UnknownRequest, InvalidCommand
         """
+        if type(counts) is not dict and not isinstance(counts, Mapping):
+            raise InvalidCommand(f"counts are a mapping from request to blocks, not {type(counts).__name__}")
         for key, count in counts.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            if type(count) is not int or count < 0:
                 raise InvalidCommand(f"request {key!r} cannot get {count!r} blocks: counts are whole numbers from 0")
         if self._paused:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
@@ -335,6 +359,10 @@ class CacheManager:
             UnknownRequest
         """
         self._expect_owner()
+        if type(blocks) is not int or blocks < 0:
+            raise _not_whole("blocks", blocks)
+        if isinstance(candidates, str) or not isinstance(candidates, Sequence):
+            raise InvalidCommand(f"candidates are a sequence of requests, not {type(candidates).__name__}")
         chosen = victims_for(self._state, blocks, candidates)
         for key in chosen:
             self.release(key, ReleaseReason.PREEMPTED)
@@ -370,8 +398,10 @@ class CacheManager:
             words, tail = words[:full], words[full:]
         if blocks is None:
             blocks = request.leaf.end + (len(request.words) + len(words)) // size
-        elif isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0:
-            raise InvalidCommand(f"{blocks!r} blocks cannot be cached")
+        elif type(blocks) is not int or blocks < 0:
+            raise _not_whole("blocks", blocks)
+        if computed is not None and (type(computed) is not int or computed < 0):
+            raise _not_whole("computed", computed)
         self._execute(commands.Cache(key, blocks, words, computed))
         if generated is not None:
             self._tails[key] = tail
@@ -383,15 +413,17 @@ class CacheManager:
 
     def trim(self, key: str, blocks: int) -> None:
         """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
+        if type(blocks) is not int:
+            raise _not_whole("blocks", blocks)
         self._execute(commands.Trim(key, blocks))
 
     def reassign(self, key: str, target: str, blocks: Sequence[int]) -> None:
         """Move private blocks of one request to the end of another's block table."""
-        self._execute(commands.Reassign(key, target, array("i", blocks)))
+        self._execute(commands.Reassign(key, target, _block_ids(blocks)))
 
     def give_back(self, key: str, blocks: Sequence[int]) -> None:
         """Free private blocks of a request, wherever they stand behind its cached blocks."""
-        self._execute(commands.GiveBack(key, array("i", blocks)))
+        self._execute(commands.GiveBack(key, _block_ids(blocks)))
 
     def release(self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED, *, final: bool = False) -> None:
         """End a request. What it cached stays until it is evicted.
@@ -399,6 +431,8 @@ class CacheManager:
         ``final=True`` says that nobody is expected to continue it: what only it used is evicted first. From a thread
         that does not own the manager the release is queued and applied at the owner's next call.
         """
+        if type(reason) is not ReleaseReason or type(final) is not bool:
+            raise InvalidCommand(f"reason is a ReleaseReason and final a bool, not {reason!r:.80} and {final!r:.80}")
         command = commands.Release(key, reason, final)
         if get_ident() != self._thread:
             request_named(self._state, key)
@@ -406,7 +440,14 @@ class CacheManager:
             return
         if self._state.policy == HostPolicy.WRITE_THROUGH:
             self._cover(key)
-        self._execute(command)
+        try:
+            self._execute(command)
+        except CallTooLarge:  # more private blocks than a transaction holds: give them back in steps
+            step = self._writer.max_transaction_bytes // 8
+            request = request_named(self._state, key)
+            while len(request.table) > request.leaf.end:
+                self._execute(commands.Trim(key, max(request.leaf.end, len(request.table) - step)))
+            self._execute(command)
         del self._tails[key]
 
     def _cover(self, key: str) -> None:
@@ -448,6 +489,7 @@ class CacheManager:
         Raises:
             TimeoutError: it was not ready in time (default: twice the deadline of a transfer).
         """
+        _expect_seconds("timeout", timeout)
         return waiting.wait(self, key, timeout)
 
     async def wait_async(self, key: str, timeout: float | None = None) -> Progress:
@@ -472,6 +514,9 @@ class CacheManager:
         Raises:
             Busy: requests or transfers use the cache, and ``force`` is not given.
         """
+        if not isinstance(force, bool):
+            raise InvalidCommand(f"force is a bool, not {force!r:.80}")
+        _expect_seconds("wait", wait)
         if wait:
             waiting.until(self, lambda: not (self._state.requests or self._state.transfers), wait)
         self._execute(commands.Clear(force))
@@ -502,6 +547,7 @@ class CacheManager:
         Raises:
             Busy: requests of the old version still run, and ``force`` is not given. It stays paused.
         """
+        namespace_key(weights=weights or "")  # refuses what is no text
         self._expect_owner()
         if weights is not None and weights != self._weights:
             if self._state.requests:
@@ -516,15 +562,22 @@ class CacheManager:
 
         Blocks that are swapped out for it are free once :meth:`poll` has seen the end of the copy.
         """
+        if type(blocks) is not int or blocks < 0:
+            raise _not_whole("blocks", blocks)
         self._execute(commands.MakeRoom(blocks))
 
     def evict(self, tier: Tier, blocks: int) -> int:
         """Drop up to so many unused cached blocks of one tier for good, in eviction order. Returns how many."""
+        _expect_tier(tier)
+        if type(blocks) is not int or blocks < 0:
+            raise _not_whole("blocks", blocks)
         events = self._execute(commands.Evict(tier, blocks))
         return sum(len(event.blocks) for event in events if isinstance(event, BlocksEvicted))
 
     def forget(self, node: int) -> None:
         """Drop one unused run that nothing continues, and those above it that lead nowhere else then."""
+        if type(node) is not int:
+            raise _not_whole("a run's number", node)
         self._execute(commands.Forget(node))
 
     def resize(self, tier: Tier, blocks: int) -> None:
@@ -536,6 +589,9 @@ class CacheManager:
             Busy: somebody uses a block that would go.
             InvalidCommand
         """
+        _expect_tier(tier)
+        if type(blocks) is not int:
+            raise _not_whole("blocks", blocks)
         if self.pools:
             most = self.config.device_blocks if tier == Tier.DEVICE else self.config.host_blocks
             if blocks > most:
@@ -549,6 +605,8 @@ class CacheManager:
 
     def can_allocate(self, blocks: int) -> bool:
         """Whether an allocation of so many blocks would succeed now; counts what can be evicted, and evicts nothing."""
+        if type(blocks) is not int or blocks < 0:
+            raise _not_whole("blocks", blocks)
         return can_allocate(self._state, blocks)
 
     def block_table(self, key: str) -> BlockTable:
@@ -556,7 +614,7 @@ class CacheManager:
         return table_of(request_named(self._state, key))
 
     def stats(self) -> dict[str, int]:
-        """Totals since the ledger was created, and present levels (blocks, requests, transfers)."""
+        """Totals since the ledger was created, and present levels (blocks, requests, transfers, the log)."""
         state = self._state
         return {
             **state.counters.as_dict(),
@@ -569,6 +627,7 @@ class CacheManager:
             "live_transfers": len(state.transfers),
             "runs": len(state.nodes),
             "events": self._writer.next_sequence - 1,
+            **self._retention.stats(),
         }
 
     def digest(self) -> bytes:
@@ -596,6 +655,8 @@ class CacheManager:
 
     def step(self, number: int) -> None:
         """Number of the scheduler step, written beside every event from now on (for people)."""
+        if type(number) is not int:
+            raise _not_whole("a step", number)
         self._step = number & 0xFFFFFFFF
 
     def adopt_thread(self) -> None:
@@ -617,7 +678,9 @@ class CacheManager:
         if self._closed == "closed":
             return
         self._closed = "closed"
+        self.pools = []  # their memory goes as soon as nobody else holds them
         try:
+            self._retention.stop()
             if self._ranks is not None:
                 self._ranks.stop()
         finally:
@@ -652,9 +715,17 @@ class CacheManager:
     def _publish(self, events: list[Event], apply_them: bool = True) -> None:
         encoders = codec.ENCODERS
         try:
-            self._writer.stage([encoders[type(event)](event) for event in events], self._step)
+            records = [encoders[type(event)](event) for event in events]
+        except (AttributeError, TypeError, UnicodeEncodeError, struct.error) as error:
+            raise InvalidCommand(f"a name or number of this call cannot be written into the log: {error}") from error
+        try:
+            self._writer.stage(records, self._step)
         except TransactionTooLarge as error:
-            raise InvalidCommand(str(error)) from error
+            raise CallTooLarge(str(error)) from error
+        except SharedMemoryFull:
+            if type(events[0]) not in _GIVING_BACK:
+                raise
+            self._writer.stage(records, self._step, giving_back=True)
         if apply_them:
             state = self._state
             try:
@@ -680,6 +751,7 @@ class CacheManager:
 
     def _namespace(self, namespace: bytes) -> bytes:
         """The namespace of a new request, if one may begin."""
+        _expect_namespace(namespace)
         if self._paused:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
         return versioned(self._weights, namespace) if self._weights else namespace
@@ -691,8 +763,8 @@ class CacheManager:
         words = words_of(tokens, items=items)
         if max_blocks is None:
             max_blocks = max(len(words) // 4 - 1, 0) // self.config.block_size
-        elif isinstance(max_blocks, bool) or not isinstance(max_blocks, int) or max_blocks < 0:
-            raise InvalidCommand(f"max_blocks must be a whole number from 0, not {max_blocks!r}")
+        elif type(max_blocks) is not int or max_blocks < 0:
+            raise _not_whole("max_blocks", max_blocks)
         if not items or self.config.chunked_multimodal:
             return words, max_blocks, ()
         return words, max_blocks, tuple((item.offset, item.offset + item.length) for item in items)
@@ -705,3 +777,29 @@ class CacheManager:
             self._back_up(matched.key)
         request = self._state.requests[matched.request]
         return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits)
+
+
+def _not_whole(name: str, value: object) -> InvalidCommand:
+    return InvalidCommand(f"{name} must be a whole number from 0, not {value!r:.80}")
+
+
+def _expect_namespace(namespace: object) -> None:
+    if type(namespace) is not bytes:
+        raise InvalidCommand(f"a namespace is bytes, from namespace_key(), not {type(namespace).__name__}")
+
+
+def _expect_seconds(name: str, value: object) -> None:
+    if value is not None and not (isinstance(value, int | float) and value < 1e9):
+        raise InvalidCommand(f"{name} is a number of seconds, not {value!r:.80}")
+
+
+def _expect_tier(tier: object) -> None:
+    if not isinstance(tier, Tier):
+        raise InvalidCommand(f"tier is a Tier, not {tier!r:.80}")
+
+
+def _block_ids(blocks: Sequence[int]) -> IntArray:
+    try:
+        return array("i", blocks)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidCommand(f"blocks are block ids: {error}") from error

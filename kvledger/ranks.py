@@ -75,6 +75,7 @@ class Ranks:
         """By transfer and rank, for transfers that some rank still works on."""
         self._orders: dict[int, _Order] = {}
         """By transfer in flight."""
+        self._rotations = 0
         self._restarts: dict[int, float] = {}
         """Ranks without a worker: when to start it."""
         self._failures: dict[int, int] = {}
@@ -153,7 +154,13 @@ class Ranks:
         for answer in self.supervisor.acknowledgements():
             if isinstance(answer, EpochSeen):
                 self._heard(answer)
-            elif answer.transfer in transfers:
+                continue
+            transfer = transfers.get(answer.transfer)
+            if transfer is None:
+                continue
+            if (answer.status == Status.OK) != (answer.valid == len(transfer.targets)):
+                self.supervisor.kill(answer.rank, f"it answered {answer.valid} of {len(transfer.targets)} blocks")
+            else:
                 self._answers.setdefault(answer.transfer, {})[answer.rank] = answer
                 if answer.status == Status.FAILED:
                     self._failed(answer.rank, answer.error)
@@ -194,8 +201,20 @@ class Ranks:
                 if transfer.quarantined and self._orders[id].sequence < self._epoch_began:
                     self._no_more(id, answer.rank, "done before this epoch")
 
+    def _give_up_laggards(self) -> None:
+        """A worker that does not read holds the whole log; that can only get worse at a rotation."""
+        if self._writer.rotations == self._rotations:
+            return
+        self._rotations = self._writer.rotations
+        most = self._config.worker_backlog_bytes
+        ranks = self.supervisor.ready_pids()
+        for pid, size in self._writer.backlogs().items():
+            if size > most and pid in ranks:
+                self.supervisor.kill(ranks[pid], f"it held {size:,} bytes of the log (worker_backlog_bytes {most:,})")
+
     def _watch_workers(self) -> None:
         """Log who came and who went, and start a dead rank's worker again."""
+        self._give_up_laggards()
         for change in self.supervisor.changes():
             rank = change.rank
             if change.ready:

@@ -87,6 +87,7 @@ class Recording:
                     handle, name = tempfile.mkstemp(prefix=index.name)
                     index = Path(name)
                     stack.callback(os.unlink, name)
+                os.fchmod(handle, 0o600)  # whatever the umask is
                 with os.fdopen(handle, "w+b") as file:
                     try:
                         self._build(file, identity, progress)
@@ -134,7 +135,7 @@ class Recording:
         reader = self._reader
         size = self.path.stat().st_size
         mentioned = Mentioned()
-        before = restore(reader.snapshot) if reader.snapshot else None
+        before = restore(reader.snapshot, expect_sound=False) if reader.snapshot else None
         replay = Replay(before, compare=False, watch=mentioned.add)
         places = [reader.place]
         compressor = zstandard.ZstdCompressor(level=1)
@@ -219,7 +220,7 @@ class Recording:
 
     def base(self) -> State | None:
         """The state that the first event meets; ``None`` where it is the first of its ledger."""
-        return restore(self._reader.snapshot) if self._reader.snapshot else None
+        return restore(self._reader.snapshot, expect_sound=False) if self._reader.snapshot else None
 
     def at(self, sequence: int) -> State:
         """The state after event ``sequence``: the nearest snapshot before it, and what follows.
@@ -240,7 +241,7 @@ class Recording:
             data = zstandard.ZstdDecompressor().decompress(self._archive.read(str(place.sequence)))
         else:
             data = self._reader.snapshot
-        replay = Replay(restore(data) if data else None, compare=False)
+        replay = Replay(restore(data, expect_sound=False) if data else None, compare=False)
         self._reader.go_to(place)
         left = sequence - place.sequence + 1
         while left:

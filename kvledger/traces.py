@@ -85,7 +85,7 @@ def load(path: Path) -> Trace:
             requests.append(read(entry, len(requests), timestamp, parents))
         except (TraceError, InvalidTokens) as error:
             raise TraceError(f"{path}, line {number}: {error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError(f"{path}, line {number}: not JSON: {error}") from None
     if not requests:
         raise TraceError(f"{path}: there is no request in it")
@@ -154,13 +154,13 @@ def _image(image: dict[str, Any]) -> Item:
 
 def _number(entry: dict[str, Any], name: str) -> float:
     value = entry.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise TraceError(f"{name} must be a number from 0, not {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e18:
+        raise TraceError(f"{name} must be a number from 0, not {value!r:.80}")
     return float(value)
 
 
 def _whole(entry: dict[str, Any], name: str) -> int:
     value = entry.get(name)
-    if type(value) is not int or value < 0:
-        raise TraceError(f"{name} must be a whole number from 0, not {value!r}")
+    if type(value) is not int or not 0 <= value <= _LARGEST_ID:
+        raise TraceError(f"{name} must be a whole number from 0 to {_LARGEST_ID}, not {value!r:.80}")
     return value

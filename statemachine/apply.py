@@ -23,6 +23,7 @@ from statemachine.events import (
     DigestTaken,
     EpochStarted,
     Event,
+    HostPolicy,
     LedgerOpened,
     PoolResized,
     QuarantineEnded,
@@ -36,7 +37,7 @@ from statemachine.events import (
     WorkerLost,
 )
 from statemachine.expect import violated
-from statemachine.state import State
+from statemachine.state import MOST_BLOCKS, State
 
 
 def genesis(event: Event) -> State:
@@ -47,7 +48,16 @@ def genesis(event: Event) -> State:
     """
     if not isinstance(event, LedgerOpened):
         raise InvariantViolation(f"a ledger begins with LedgerOpened, not with {type(event).__name__}")
+    expect_possible(event)
     return State(event)
+
+
+def expect_possible(event: LedgerOpened) -> None:
+    """Refuse sizes and policies that no ledger can have. Raises :class:`InvariantViolation`."""
+    if not 0 < event.block_size <= MOST_BLOCKS or event.host_policy > HostPolicy.WRITE_THROUGH:
+        violated(event, "the block size or the host policy is impossible")
+    if max(event.device_blocks, event.host_blocks + event.host_staging_blocks) > MOST_BLOCKS:
+        violated(event, f"a pool has {MOST_BLOCKS} blocks at most")
 
 
 def apply(state: State, event: Event) -> None:

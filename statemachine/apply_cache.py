@@ -17,9 +17,9 @@ from statemachine.events import (
     Tier,
     TierLost,
 )
-from statemachine.expect import expect_blocks, expect_cut, node_of, request_of, violated
+from statemachine.expect import expect_blocks, expect_cut, node_of, request_of, tier_of, violated
 from statemachine.ownership import owner
-from statemachine.state import Node, Request, State
+from statemachine.state import MOST_BLOCKS, Node, Request, State
 
 
 def blocks_cached(state: State, event: BlocksCached) -> None:
@@ -254,9 +254,11 @@ def cache_cleared(state: State, event: CacheCleared) -> None:
 
 def pool_resized(state: State, event: PoolResized) -> None:
     """The highest block ids come or go."""
-    tier = Tier(event.tier)
+    tier = tier_of(event, event.tier)
     pool = state.pool(tier)
     capacity = event.blocks + (state.opened.host_staging_blocks if tier == Tier.HOST else 0)
+    if capacity > MOST_BLOCKS:
+        violated(event, f"a pool has {MOST_BLOCKS} blocks at most")
     kept = array("i", [block for block in pool.free if block < capacity])
     if len(pool.free) - len(kept) != max(pool.capacity - capacity, 0):
         free = set(pool.free)
@@ -270,7 +272,7 @@ def pool_resized(state: State, event: PoolResized) -> None:
 
 def tier_lost(state: State, event: TierLost) -> None:
     """All copies on the tier are gone; runs that have no other copy go, with all below them."""
-    tier = Tier(event.tier)
+    tier = tier_of(event, event.tier)
     if state.transfers or (tier == Tier.DEVICE and state.requests):
         violated(event, "transfers (and for the device, requests) have to end first")
     if tier == Tier.DEVICE and not event.pools:

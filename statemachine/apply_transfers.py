@@ -25,7 +25,10 @@ from statemachine.state import Node, Part, Request, State, Transfer
 
 def transfer_started(state: State, event: TransferStarted) -> None:
     """A copy is ordered."""
-    direction = Direction(event.direction)
+    try:
+        direction = Direction(event.direction)
+    except ValueError as error:
+        violated(event, str(error))
     if event.transfer != state.next_transfer:
         violated(event, f"transfer {event.transfer} is not the next new one")
     if not event.nodes or len(event.nodes) != len(event.counts):
@@ -147,7 +150,10 @@ def transfer_finished(state: State, event: TransferFinished) -> None:
     transfer = state.transfers.get(event.transfer)
     if transfer is None or transfer.quarantined:
         violated(event, f"transfer {event.transfer} is not in flight")
-    outcome = Outcome(event.outcome)
+    try:
+        outcome = Outcome(event.outcome)
+    except ValueError as error:
+        violated(event, str(error))
     total = len(transfer.targets)
     if event.valid > total or (outcome == Outcome.DONE) != (event.valid == total):
         violated(event, f"{event.valid} of {total} valid blocks do not go with {outcome.name}")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from statemachine.errors import CommandRejected
+from statemachine.errors import CommandRejected, InvalidCommand
 
 Tokens: TypeAlias = "npt.NDArray[Any] | Sequence[int] | memoryview | bytearray | Any"
 """Token ids: a NumPy array of any integer type, a buffer of integers, or any sequence of ints."""
@@ -50,7 +50,11 @@ def words_of(tokens: Tokens, *, items: Sequence[Item] = ()) -> memoryview:
         InvalidTokens: a token is negative, beyond int32 or no integer; items overlap or reach outside the prompt.
     """
     array = tokens if _is_plain(tokens) else _token_array(tokens)
-    if items:
+    try:
+        some = bool(items)
+    except Exception as error:  # as above
+        raise InvalidTokens(f"items are a sequence of Item: {error}") from error
+    if some:
         array = array.copy()
         _overwrite(array, items)
     return array.data.cast("B")
@@ -70,7 +74,7 @@ def _is_plain(tokens: Tokens) -> TypeGuard[npt.NDArray[np.int32]]:
 def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
     try:
         array = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens)
-    except (ValueError, TypeError, OverflowError) as error:
+    except Exception as error:  # an object may raise anything while it is being converted
         raise InvalidTokens(f"a prompt must be a flat sequence of token ids: {error}") from error
     if array.ndim != 1:
         raise InvalidTokens(f"a prompt has one dimension, this one has {array.ndim}")
@@ -86,8 +90,14 @@ def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(array, _WORD)
 
 
+def _is_item(item: object) -> bool:
+    return isinstance(item, Item) and isinstance(item.hash, bytes) and type(item.offset) is type(item.length) is int
+
+
 def _overwrite(array: npt.NDArray[np.int32], items: Sequence[Item]) -> None:
     end = 0
+    if not isinstance(items, Sequence) or not all(map(_is_item, items)):
+        raise InvalidTokens("items are a sequence of Item(hash: bytes, offset: int, length: int)")
     for item in sorted(items, key=lambda item: item.offset):
         if len(item.hash) < _HASH_BYTES:
             raise InvalidTokens(f"the hash of an item has {len(item.hash)} bytes, {_HASH_BYTES} or more are needed")
@@ -102,10 +112,17 @@ def _overwrite(array: npt.NDArray[np.int32], items: Sequence[Item]) -> None:
 
 
 def namespace_key(*, lora: str = "", salt: str = "", weights: str = "") -> bytes:
-    """The namespace of an adapter, a cache salt and a weight version; empty if there is none of them."""
+    """The namespace of an adapter, a cache salt and a weight version; empty if there is none of them.
+
+    Raises:
+        InvalidCommand: they are no texts.
+    """
     if not (lora or salt or weights):
         return b""
-    parts = [part.encode() for part in (lora, salt, weights)]
+    try:
+        parts = [part.encode() for part in (lora, salt, weights)]
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise InvalidCommand(f"lora, salt and weights are texts: {error}") from error
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
 

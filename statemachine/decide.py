@@ -83,7 +83,10 @@ def peek(
 
 def request_named(state: State, key: str) -> Request:
     """The live request of that name."""
-    id = state.keys.get(key)
+    try:
+        id = state.keys.get(key)
+    except TypeError:
+        raise InvalidCommand(f"the name of a request is a text, not {type(key).__name__}") from None
     if id is None:
         raise UnknownRequest(f"no live request {key!r}: it was never admitted, or it was released")
     return state.requests[id]
@@ -191,6 +194,8 @@ def _match(state: State, command: Match) -> list[Event]:
 
 
 def _path(state: State, command: Match | Admit) -> tree.Path:
+    if not isinstance(command.key, str):
+        raise InvalidCommand(f"the name of a request is a text, not {type(command.key).__name__}")
     if command.key in state.keys:
         raise DuplicateRequest(f"request {command.key!r} is live already: release it first, or choose another name")
     if command.whole:

@@ -35,7 +35,7 @@ from statemachine.events import (
 )
 from statemachine.ownership import owner
 from statemachine.room import Victim, device_supply, evicted
-from statemachine.state import Node, State
+from statemachine.state import MOST_BLOCKS, Node, State
 
 
 def droppable(state: State, tier: Tier, limit: int) -> list[Victim]:
@@ -111,8 +111,8 @@ def _resize(state: State, command: Resize) -> list[Event]:
     pool = state.pool(command.tier)
     device = command.tier == Tier.DEVICE
     capacity = command.blocks + (0 if device else state.opened.host_staging_blocks)
-    if command.blocks < (1 if device else 0):
-        raise InvalidCommand(f"a {command.tier.name} pool of {command.blocks} blocks is of no use")
+    if not (1 if device else 0) <= command.blocks <= MOST_BLOCKS:
+        raise InvalidCommand(f"a {command.tier.name} pool of {command.blocks} blocks is of no use, or too large")
     events: list[Event] = []
     surplus = max(pool.capacity - capacity, 0)
     taken = set(range(capacity, pool.capacity)) - set(pool.free) if surplus else set()

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import xxhash
 
 from statemachine import codec
+from statemachine.apply import expect_possible
+from statemachine.check import check
 from statemachine.events import Direction, HostPolicy, IntArray, LedgerOpened
 from statemachine.order import Order
 from statemachine.state import NO_CHILDREN, Node, Part, Request, State, Transfer
@@ -46,18 +48,27 @@ def snapshot(state: State) -> bytes:
     return data + xxhash.xxh3_128_digest(data)
 
 
-def restore(data: bytes) -> State:
-    """The state of a snapshot.
+def restore(data: bytes, *, expect_sound: bool = True) -> State:
+    """The state of a snapshot. Without ``expect_sound`` also one that breaks invariants, for those who look into it.
 
     Raises:
-        SnapshotError: the bytes are damaged, cut off, or of another version.
+        SnapshotError: the bytes are damaged, cut off, of another version, or not the canonical encoding of a sound
+            state. A digest proves that nothing happened to the bytes, not that they were ever a state: so this also
+            encodes the state again and checks its invariants (together four times as long as reading it).
     """
-    if len(data) < 16 or xxhash.xxh3_128_digest(data[:-16]) != data[-16:]:
+    body = data[:-16]
+    if len(data) < 16 or xxhash.xxh3_128_digest(body) != data[-16:]:
         raise SnapshotError("the snapshot is damaged or cut off: its digest does not match")
     try:
-        return _Reader(data[:-16]).state()
-    except (struct.error, ValueError, KeyError, IndexError, TypeError) as error:
+        state = _Reader(body).state()
+        if encode_state(state) != body:
+            raise ValueError("the bytes are not the canonical ones of their state")
+        broken = check(state) if expect_sound else []
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, OverflowError, AssertionError) as error:
         raise SnapshotError(f"not a snapshot of this version: {error}") from error
+    if broken:
+        raise SnapshotError(f"the snapshot is of a broken state: {'; '.join(broken[:5])}")
+    return state
 
 
 def _scalars(state: State) -> tuple[int, ...]:
@@ -204,7 +215,9 @@ class _Reader:
             raise ValueError("wrong magic")
         opened = codec.decode(codec.KIND_OF[LedgerOpened], 0, self._blob(), self._blob())
         assert isinstance(opened, LedgerOpened)
-        state = State(opened)
+        expect_possible(opened)
+        state = State(opened._replace(device_blocks=0, host_blocks=0, host_staging_blocks=0))
+        state.opened = opened
         scalars = _SCALARS.unpack(self._take(_SCALARS.size))
         (
             state.device.capacity,
@@ -223,6 +236,9 @@ class _Reader:
         ) = scalars
         state.policy = HostPolicy(policy)
         state.pools = self._blob().decode()
+        # Every block of a pool stands somewhere in the encoding, so nobody can claim pools larger than it.
+        if 4 * max(state.device.capacity, state.host.capacity) > len(self._data):
+            raise ValueError("there are fewer block ids than blocks")
         for _ in range(workers):
             rank, incarnation = self._unpack("<II")
             state.workers[rank] = incarnation
@@ -239,6 +255,9 @@ class _Reader:
         self._transfers(state, roots)
         if self._at != len(self._data):
             raise ValueError("bytes left over")
+        newest = max(state.nodes, default=0), max(state.requests, default=0), max(state.transfers, default=0)
+        if any(used >= new for used, new in zip(newest, (state.next_node, state.next_request, state.next_transfer))):
+            raise ValueError("an id is in use that is yet to be given")
         return state
 
     def _roots(self, state: State, retired: int) -> list[Node]:
@@ -273,6 +292,8 @@ class _Reader:
             links.append((node, parent, root))
         for node, parent, root in links:
             above = node.parent = state.nodes[parent] if parent else roots[root]
+            if node.start != above.end or not node.size:  # so that no run can be its own ancestor
+                raise ValueError(f"run {node.id} does not begin where its parent ends")
             if above.children is NO_CHILDREN:
                 above.children = {}
             above.children[node.words[: state.block_bytes]] = node
@@ -291,6 +312,8 @@ class _Reader:
             request.table = self._array("i")
             request.duplicates = list(_pairs(self._array("I")))
             request.joined = list(_pairs(self._array("I")))
+            if any(not 0 <= start < stop <= len(request.table) for start, stop in request.duplicates):
+                raise ValueError(f"request {number} has duplicates outside its block table")
             request.waits = dict(_pairs(self._array("Q")))
             request.computed = computed
             state.requests[number] = request

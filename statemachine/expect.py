@@ -41,6 +41,14 @@ def request_of(state: State, event: Event, id: int) -> Request:
     return request
 
 
+def tier_of(event: Event, number: int) -> Tier:
+    """The tier of that number."""
+    try:
+        return Tier(number)
+    except ValueError as error:
+        violated(event, str(error))
+
+
 def expect_cut(state: State, event: Event, node: Node, cut: int, upper: int) -> None:
     """A cut lies inside its run, and its upper part gets the next id."""
     if upper and (upper != state.next_node or not 0 < cut < node.size):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 ALL = 2**32 - 1
 """More blocks than any request has."""
+MOST_BLOCKS = 1 << 26
+"""Blocks that a pool may have: a damaged or hostile log cannot make anybody build a larger free list."""
 
 NO_CHILDREN: dict[bytes, Node] = {}
 """Shared by all leaves (a dictionary of its own would cost each 64 bytes); never written."""

@@ -34,7 +34,8 @@ from kvledger import (
 from kvledger.pattern import PatternEngine, chain
 from statemachine.content import words_of
 from statemachine.encoding import state_digest
-from statemachine.replay import replay
+from statemachine.events import WorkerLost
+from statemachine.replay import event_of, replay
 from workers import WorkerFailed, pools
 
 CONFIG = CacheConfig(
@@ -139,6 +140,34 @@ def test_what_times_out_while_a_rank_has_no_worker_is_not_quarantined_for_ever()
         assert not manager.state.transfers and manager.state.workers[1] == 2
         manager.release("b")
         assert manager.available_blocks() == 16 and replays(manager)
+
+
+def test_a_worker_that_does_not_read_is_replaced_before_the_log_is_full() -> None:
+    config = CacheConfig(
+        **{**vars(CONFIG), "segment_bytes": 64 << 10, "retain_bytes": None, "worker_backlog_bytes": 1 << 20}
+    )
+    with CacheManager.create(f"m{os.getpid()}", config) as manager:
+        engine = PatternEngine(manager.pools)
+        assert manager._ranks is not None
+        pid = manager._ranks.supervisor.pid(1)
+        os.kill(pid, signal.SIGSTOP)
+        served = 0
+        deadline = time.monotonic() + 60
+        while manager.state.workers[1] == 1 and time.monotonic() < deadline:
+            serve(manager, engine, str(served), np.arange(32, dtype=np.int32))  # nothing to copy: no time-out
+            served += 1
+            manager.poll()
+        assert manager.state.workers[1] == 2 and not start_time(pid)
+        assert manager.stats()["log_bytes"] > 1 << 20
+        reader = LogReader(manager.name)
+        events = []
+        while records := reader.poll():
+            events += map(event_of, records)
+        reasons = [event.reason for event in events if isinstance(event, WorkerLost)]
+        reader.close()
+        assert len(reasons) == 1 and "worker_backlog_bytes" in reasons[0]
+        serve(manager, engine, "out", np.arange(64, dtype=np.int32) + 500)  # swaps out with both ranks
+        assert replays(manager)
 
 
 _ENGINE = """

@@ -132,7 +132,7 @@ def test_a_failed_run_is_recorded_to_its_end_and_a_refused_one_not_at_all(
     record = tmp_path / "run.kvlog"
     options = RunOptions(**{**vars(TIGHT), "record": record})
     with pytest.raises(SharedMemoryFull):
-        Run(sample.generate(20), RunOptions(**{**vars(options), "device_blocks": 2**31 - 1})).execute()
+        Run(sample.generate(20), RunOptions(**{**vars(options), "device_blocks": 2**26})).execute()
     assert not record.exists()
     verify = PatternEngine.verify
 

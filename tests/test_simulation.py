@@ -21,7 +21,7 @@ from kvledger.testing.weak_memory import Order
 from statemachine.commands import FinishTransfer
 from statemachine.events import HostPolicy, Outcome
 
-SEEDS = 60
+SEEDS = 120
 
 
 def deliver(seed: int, order: Order) -> None:

@@ -36,7 +36,9 @@ class Acknowledgement(NamedTuple):
 
     @classmethod
     def of(cls, record: Record) -> Acknowledgement:
-        """From a record of a worker's log."""
+        """From a record of a worker's log. Raises ``ValueError`` for anything else."""
+        if record.kind != KIND:
+            raise ValueError(f"kind {record.kind} is no acknowledgement")
         rank, status, valid = _ARGS.unpack_from(record.args)
         return cls(rank, record.subject, valid, Status(status), record.payload.decode())
 

@@ -112,6 +112,8 @@ class PoolLayout(NamedTuple):
             if backend not in BACKENDS:
                 raise ValueError(backend)
         except (TypeError, AttributeError, KeyError, ValueError) as error:
+            return cls(**{name: int(value) for name, value in json.loads(text).items()})
+        except (TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a pool layout: {text!r}") from error
         return layout
 

@@ -72,9 +72,10 @@ class _Worker:
     ) -> Self:
         """Start the process."""
         signals = Signals(signals_name(ledger, rank, incarnation), create=True)
-        stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         arguments = [str(rank), str(incarnation), str(epoch), str(from_sequence), layout.text()]
+        stderr: IO[bytes] | None = None
         try:
+            stderr = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
             # exec, never fork: an inherited descriptor would keep the engine's lock
             process = subprocess.Popen(
                 [sys.executable, *_PROGRAM, ledger, *arguments],
@@ -84,7 +85,8 @@ class _Worker:
             )
         except OSError as error:
             signals.close(remove=True)
-            stderr.close()
+            if stderr is not None:
+                stderr.close()
             raise WorkerFailed(f"the worker of rank {rank} cannot be started: {error}") from error
         return cls(ledger, rank, incarnation, signals, process, stderr)
 
@@ -237,6 +239,13 @@ class Supervisor:
         """Whether there is no worker, not even one that starts: nobody copies anything."""
         return not self._workers
 
+    def ready_pids(self) -> dict[int, int]:
+        """Process id → rank, of the workers that are ready."""
+        workers = self._workers.items()
+        return {
+            worker.process.pid: rank for rank, worker in workers if worker.reader is not None and not worker.condemned
+        }
+
     def changes(self) -> list[Change]:
         """Who became ready and who is gone since the last look; looks 50 times per second at most."""
         now = time.monotonic()
@@ -290,8 +299,15 @@ class Supervisor:
         """The workers' answers since the last call."""
         answers: list[Acknowledgement | EpochSeen] = []
         for worker in self._workers.values():
-            if worker.reader is not None:
-                answers += [answer_of(record) for record in worker.reader.poll()]
+            if worker.reader is not None and not worker.condemned:
+                try:
+                    for record in worker.reader.poll():
+                        answer = answer_of(record)
+                        if answer.rank != worker.rank:
+                            raise ValueError(f"it answers for rank {answer.rank}")
+                        answers.append(answer)
+                except (ValueError, LedgerError) as error:  # whatever it writes, it harms itself alone
+                    worker.condemn(f"its log is no good: {error}")
         return answers
 
     def stop(self) -> None:

@@ -2,10 +2,13 @@
 
 import typer
 
+from kvledger.cli.audit import audit
 from kvledger.cli.check import bisect, check, leaks_command
 from kvledger.cli.explain import explain_command
 from kvledger.cli.export import export
 from kvledger.cli.log import log
+from kvledger.cli.record import record
+from kvledger.cli.redact import redact
 from kvledger.cli.replay import diff, replay, shrink_command
 from kvledger.cli.run import run
 from kvledger.cli.segments import segments
@@ -30,6 +33,9 @@ app = typer.Typer(
 app.command()(run)
 app.command()(segments)
 app.command()(simulate)
+app.command()(audit)
+app.command()(record)
+app.command()(redact)
 for command in (log, show, check, bisect, diff, replay, what_if, export, top, view):
     app.command(rich_help_panel="Debugger")(command)
 app.command("explain", rich_help_panel="Debugger")(explain_command)

@@ -88,7 +88,7 @@ def check_log(
 
 def _in_full(source: Source, sound: bytes, start: int, stop: int) -> Violation:
     """The first violation of a stretch that is known to have one."""
-    state: State | None = restore(sound) if sound else None
+    state: State | None = restore(sound, expect_sound=False) if sound else None
     recent: deque[Entry] = deque(maxlen=AROUND + 1)
     for entry in source.entries(start, stop):
         recent.append(entry)

@@ -435,7 +435,7 @@ class LedgerSource(Source):
             except SnapshotError:
                 pass  # of another version: replay from further back
         if base:
-            return base, restore(zstandard.ZstdDecompressor().decompress(self._checkpoints[base]))
+            return base, restore(zstandard.ZstdDecompressor().decompress(self._checkpoints[base]), expect_sound=False)
         first = self.first
         if first > 1:
             usable = self._usable(first)

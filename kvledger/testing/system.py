@@ -180,11 +180,17 @@ def _os(system: System) -> _Module:
         system.schedule.current().buffer.fence()
         system.names[str(target).rpartition("/")[2]] = system.names.pop(str(source).rpartition("/")[2])
 
-    def fstat(descriptor: int) -> SimpleNamespace:
-        shared = system.behind(descriptor)
+    def status(shared: SharedObject) -> SimpleNamespace:
+        mode = 0o100000 | shared.mode
         return SimpleNamespace(
-            st_uid=shared.owner, st_mode=0o100000 | shared.mode, st_size=shared.size, st_nlink=1, st_ino=id(shared)
+            st_uid=shared.owner, st_mode=mode, st_size=shared.size, st_nlink=1, st_dev=0, st_ino=id(shared)
         )
+
+    def stat(path: object) -> SimpleNamespace:
+        shared = system.names.get(str(path).rpartition("/")[2])
+        if shared is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return status(shared)
 
     def pidfd_open(pid: int, flags: int = 0) -> int:
         process = system.schedule.processes.get(pid)
@@ -201,7 +207,10 @@ def _os(system: System) -> _Module:
         statvfs=statvfs,
         listdir=listdir,
         rename=rename,
-        fstat=fstat,
+        stat=stat,
+        fstat=lambda descriptor: status(system.behind(descriptor)),
+        chmod=lambda path, mode: None,
+        fchmod=lambda descriptor, mode: None,
         pidfd_open=pidfd_open,
         kill=kill,
         close=system.forget,

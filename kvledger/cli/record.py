@@ -1,0 +1,59 @@
+"""``kvledger record``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvledger.cli.exits import BAD_INPUT
+from kvledger.cli.stopping import until_signal
+
+
+def record(
+    name: Annotated[str, typer.Argument(help="Name of a ledger on this machine")],
+    file: Annotated[Path, typer.Argument(help="FILE.kvlog to write; it must not exist", metavar="FILE.kvlog")],
+    rotate_mb: Annotated[
+        float | None, typer.Option(min=0.001, help="Begin FILE.0001.kvlog and so on when a file has this size")
+    ] = None,
+    rotate_minutes: Annotated[float | None, typer.Option(min=0.001, help="... or this age")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Record what is there now, then stop")] = False,
+) -> None:
+    """Record a ledger's log, compressed, into self-contained files.
+
+    Runs until the ledger ends, or Ctrl-C. The files hold users' prompts: mode 0600; kvledger redact takes them out.
+    """
+    from ipc import LedgerError
+    from workers.recorder import Recorder
+
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    recorder: Recorder | None = None
+    try:
+        recorder = Recorder(
+            name,
+            file,
+            rotate_bytes=None if rotate_mb is None else int(rotate_mb * 1e6),
+            rotate_s=None if rotate_minutes is None else rotate_minutes * 60,
+        )
+        try:
+            with until_signal() as stopped, errors.status("") as status:
+                while not stopped():
+                    if not recorder.step(0 if once else 0.25) and (once or recorder.follower.ended()):
+                        break
+                    status.update(f"event {recorder.follower.sequence:,} in {recorder.files[-1].name}")
+        finally:
+            recorder.close()
+    except (LedgerError, OSError) as error:
+        errors.print(f"[bold red]error[/] {error}")
+        if recorder is not None:
+            errors.print(f"{recorder.files[-1]} can be read up to the last whole transaction in it")
+        raise typer.Exit(BAD_INPUT) from error
+    for skipped in recorder.skipped:
+        errors.print(f"events {skipped.first} to {skipped.last} were gone before they could be recorded")
+    if recorder.follower.missed_from:
+        errors.print(f"the ledger was removed before its events from {recorder.follower.missed_from} on could be read")
+    if recorder.broken:
+        errors.print(f"this ledger cannot be replayed to its end: {recorder.broken}")
+    print(f"{recorder.events:,} events in {', '.join(map(str, recorder.files))}")

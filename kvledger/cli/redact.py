@@ -1,0 +1,44 @@
+"""``kvledger redact``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvledger.cli.exits import BAD_INPUT
+
+
+def redact(
+    source: Annotated[Path, typer.Argument(help="The recording", metavar="IN.kvlog")],
+    target: Annotated[Path, typer.Argument(help="File to write; it must not exist", metavar="OUT.kvlog")],
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="Key of the pseudonyms, made if there is no such file; default: a key that nobody keeps"),
+    ] = None,
+) -> None:
+    """Rewrite a recording without prompts, request names and namespaces; all structure stays, so it can be handed on.
+
+    With the same key file, equal prompts in several recordings stay equal. Keep the key to yourself: it tests guesses.
+    """
+    import secrets
+
+    from ipc import LedgerError
+    from kvledger.redaction import KEY_BYTES, read_key
+    from kvledger.redaction import redact as write
+
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        key = secrets.token_bytes(KEY_BYTES) if key_file is None else read_key(key_file)
+        with errors.status(f"redacting {source.name}"):
+            done = write(source, target, key)
+    except LedgerError as error:
+        errors.print(f"[bold red]error[/] {error}")
+        raise typer.Exit(BAD_INPUT) from error
+    if done.damage:
+        errors.print(f"the recording ends early: {done.damage}")
+    if done.broken:
+        errors.print(f"from its first broken event on, equal prompts are not recognised any more: {done.broken}")
+    print(f"{done.events:,} events in {target}")
