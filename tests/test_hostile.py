@@ -675,7 +675,7 @@ def test_any_acknowledgement(kind: int, subject: int, args: bytes, payload: byte
 @pytest.mark.parametrize(
     "record",
     [
-        (KIND + 1, 1, bytes(12), b""),
+        (KIND + 7, 1, bytes(12), b""),
         (KIND, 1, struct.pack("<III", 0, 99, 0), b""),
         (KIND, 1, struct.pack("<III", 5, 0, 4), b""),
         (KIND, 1, struct.pack("<III", 0, 0, 2**31), b""),

@@ -21,7 +21,7 @@ from kvledger.testing.weak_memory import Order
 from statemachine.commands import FinishTransfer
 from statemachine.events import HostPolicy, Outcome
 
-SEEDS = 120
+SEEDS = 60
 
 
 def deliver(seed: int, order: Order) -> None:
