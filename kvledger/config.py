@@ -6,17 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from statemachine.events import HostPolicy, LedgerOpened
-from workers.layout import BACKENDS, KVTensor, PoolLayout
-
-_LARGEST_ID = 2**31 - 1
-_OF_POOLS = ("layers", "block_bytes", "tensors", "backend")
 from statemachine.state import MOST_BLOCKS
-from workers.layout import PoolLayout
+from workers.layout import BACKENDS, KVTensor, PoolLayout
 
 _LARGEST = 2**31 - 1
 _MOST_RANKS = 64
 """Each has a reader line in the log's control segment, and others need some too."""
 _LEAST_SEGMENT, _LARGEST_SEGMENT = 4096, 256 << 20
+_OF_POOLS = ("layers", "block_bytes", "tensors", "backend")
 
 
 class ConfigError(ValueError):

@@ -111,9 +111,7 @@ class PoolLayout(NamedTuple):
                 tensor.check()
             if backend not in BACKENDS:
                 raise ValueError(backend)
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
-            return cls(**{name: int(value) for name, value in json.loads(text).items()})
-        except (TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (TypeError, AttributeError, KeyError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a pool layout: {text!r}") from error
         return layout
 
