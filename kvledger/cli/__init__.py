@@ -10,6 +10,7 @@ from kvledger.cli.log import log
 from kvledger.cli.record import record
 from kvledger.cli.redact import redact
 from kvledger.cli.replay import diff, replay, shrink_command
+from kvledger.cli.metrics import metrics
 from kvledger.cli.run import run
 from kvledger.cli.segments import segments
 from kvledger.cli.show import show
@@ -41,6 +42,7 @@ for command in (log, show, check, bisect, diff, replay, what_if, export, top, vi
 app.command("explain", rich_help_panel="Debugger")(explain_command)
 app.command("leaks", rich_help_panel="Debugger")(leaks_command)
 app.command("shrink", rich_help_panel="Debugger")(shrink_command)
+app.command()(metrics)
 
 
 def main() -> None:
