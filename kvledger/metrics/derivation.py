@@ -37,7 +37,7 @@ from statemachine.events import (
 )
 from statemachine.ownership import transfer_blocks
 from statemachine.replay import Record, event_of
-from statemachine.state import Node, State
+from statemachine.state import Node, State, Transfer
 from workers.layout import PoolLayout
 
 if TYPE_CHECKING:
@@ -223,10 +223,13 @@ class Derivation:
             held = state.path(transfer.leaf)
             for id in transfer.waiters:  # one that failed takes the end of their paths from them
                 held += state.path(state.requests[id].leaf)
+        cut = _run_to_cut(transfer, event.valid) if transfer is not None and event.upper else None
+        since = None if cut is None else now if cut.pins else self._released.get(cut.id)
         yield
         assert transfer is not None  # or the event would not fit
-        self._inherit(state, event.upper)
         self._let_go(state, held, now)
+        if since is not None and event.upper in state.nodes:
+            self._released[event.upper] = since  # the part that is left of it
         direction, outcome = transfer.direction, Outcome(event.outcome)
         label = value_of(direction)
         self._count("kvledger_transfers_total", label, value_of(outcome))
@@ -338,6 +341,15 @@ _OBSERVERS: dict[type[Event], _Observer] = {
     WorkerJoined: Derivation._worker_joined,
     WorkerLost: Derivation._worker_lost,
 }
+
+
+def _run_to_cut(transfer: Transfer, valid: int) -> Node | None:
+    """The run in which the blocks of a transfer that arrived end."""
+    for part in transfer.parts:
+        if valid < part.size:
+            return part.node
+        valid -= part.size
+    return None
 
 
 def _owners(state: State, tier: Tier) -> dict[str, int]:
