@@ -26,6 +26,7 @@ from ipc import Control, LogWriter, SharedMemoryFull, TransactionTooLarge, recor
 from ipc.writer import next_epoch, segment_bytes_for
 from kvledger import waiting
 from kvledger.config import CacheConfig, ConfigError
+from kvledger.notices import notice
 from kvledger.ranks import BlockTable, Progress, Ranks, table_of
 from kvledger.rebuild import rebuild
 from kvledger.retention import Retention
@@ -158,7 +159,7 @@ class CacheManager:
                 publish(pools)
             manager._publish([opened], apply_them=False)
             if layout is not None:
-                manager._ranks = Ranks(name, config, writer, manager._state, manager._execute)
+                manager._ranks = Ranks(name, config, writer, manager._state, manager._execute_for_ranks)
                 manager._ranks.start()
         except BaseException:
             if manager is not None:
@@ -710,6 +711,11 @@ class CacheManager:
             self._publish(events)
             if self._state.transfers:
                 self._follow(events)
+        return events
+
+    def _execute_for_ranks(self, command: commands.Command) -> list[Event]:
+        events = self._execute(command)
+        notice(self.name, events)
         return events
 
     def _publish(self, events: list[Event], apply_them: bool = True) -> None:

@@ -18,6 +18,7 @@ from kvledger.cli.simulate import simulate
 from kvledger.cli.top import top
 from kvledger.cli.view import view
 from kvledger.cli.what_if import what_if
+from kvledger.cli.spans import spans
 
 __all__ = ["app", "main"]
 
@@ -43,6 +44,7 @@ app.command("explain", rich_help_panel="Debugger")(explain_command)
 app.command("leaks", rich_help_panel="Debugger")(leaks_command)
 app.command("shrink", rich_help_panel="Debugger")(shrink_command)
 app.command()(metrics)
+app.command()(spans)
 
 
 def main() -> None:
