@@ -120,6 +120,21 @@ def test_requests_that_wait_for_real_copies(tmp_path: Path) -> None:
         assert hits == summary.stats[f"{name}_hit_blocks"]
 
 
+def test_growth_that_waits_for_blocks_that_are_still_copied_out() -> None:
+    host = {"host_blocks": 32, "host_policy": HostPolicy.EXCLUSIVE, "ranks": 1, "block_bytes": 64}
+    with CacheManager.create(f"growth-{os.getpid()}", CacheConfig(block_size=4, device_blocks=12, **host)) as manager:  # type: ignore[arg-type]
+        manager.admit("old", PROMPT)
+        manager.cache("old")
+        manager.release("old")
+        manager.admit("new", PROMPT[:8] + 100)
+        manager.cache("new")
+        manager.allocate({"new": 5})
+        manager.wait("new")
+        manager.release("new")
+        spans = spans_of(log_of(manager))
+    assert phases(spans, roots(spans)["new"]) == ["computing", "caching", "waiting", "caching"]
+
+
 @pytest.mark.parametrize("policy", HostPolicy)
 def test_any_traffic_gives_one_span_per_request_that_ended(policy: HostPolicy) -> None:
     records = [record for transaction in traffic(policy, 1) for record in transaction]

@@ -218,11 +218,7 @@ class Derivation:
 
     def _transfer_finished(self, state: State, event: TransferFinished, now: int) -> Iterator[None]:
         transfer = state.transfers.get(event.transfer)
-        held: list[Node] = []
-        if transfer is not None and transfer.leaf is not None:
-            held = state.path(transfer.leaf)
-            for id in transfer.waiters:  # one that failed takes the end of their paths from them
-                held += state.path(state.requests[id].leaf)
+        held = state.path(transfer.leaf) if transfer is not None and transfer.leaf is not None else []
         cut = _run_to_cut(transfer, event.valid) if transfer is not None and event.upper else None
         since = None if cut is None else now if cut.pins else self._released.get(cut.id)
         yield
