@@ -222,10 +222,14 @@ class CacheManager:
         manager = cls(name, config, writer, state, pools)
         try:
             manager._publish(events)
+<<<<<<< HEAD
             if publish is not None and "device" in lost:
                 publish(pools)
+=======
+            notice(name, events)
+>>>>>>> c000ee8 (The exporter outlives an engine and follows its successor; recovered ledgers give notices)
             if layout is not None:
-                manager._ranks = Ranks(name, config, writer, state, manager._execute)
+                manager._ranks = Ranks(name, config, writer, state, manager._execute_for_ranks)
                 manager._ranks.adopt(
                     rebuilt.started, {Tier[tier.upper()]: reason for tier, reason in lost.items()}, ids_of(pools)
                 )

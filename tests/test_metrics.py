@@ -264,7 +264,12 @@ def test_what_random_traffic_does_not_do() -> None:
     state = genesis(opened)
     sequence = 5
     commands: list[Any] = [Admit("a", memoryview(bytes(16)), b"", 9, 4), Cache("a", 4, b""), FinishTransfer(1, 0, 4)]
-    for command in [*commands, Release("a", ReleaseReason.ABORTED, False), LoseTier(Tier.HOST, "gone"), Clear(False)]:
+    for command in [
+        *commands,
+        Release("a", ReleaseReason.ABORTED, False),
+        LoseTier(Tier.HOST, "gone", ""),
+        Clear(False),
+    ]:
         for event in decide(state, command):
             apply(state, event)
             sequence += 1
@@ -448,6 +453,43 @@ def test_the_exporter_follows_a_living_ledger_until_it_is_removed() -> None:
         if promtool := shutil.which("promtool"):
             checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True)
             assert checked.returncode == 0 and not checked.stderr, checked.stderr
+    assert exporter.end() == 0
+
+
+DYING = """
+import os, signal, sys
+import numpy as np
+from kvledger import CacheConfig, CacheManager
+manager = CacheManager.create(sys.argv[1], CacheConfig(block_size=4, device_blocks=32))
+manager.admit("a", np.arange(40, dtype=np.int32))
+manager.cache("a")
+manager.release("a")
+manager.admit("b", np.arange(40, dtype=np.int32))
+print("ready", flush=True)
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_exporter_outlives_the_engine_and_goes_on_with_its_successor() -> None:
+    name = f"restarted-{os.getpid()}"
+    engine = subprocess.Popen(
+        [sys.executable, "-c", DYING, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert engine.stdin is not None and engine.stdout is not None and engine.stdout.readline() == "ready\n"
+    exporter = Served(name)
+    exporter.until(
+        lambda found: found.get("kvledger_live_requests") == {(): 1} and found["kvledger_writer_up"][()] == 1
+    )
+    engine.communicate("go\n")
+    exporter.until(lambda found: found["kvledger_writer_up"][()] == 0)
+    with CacheManager.open(name) as manager:
+        serve(manager, 0)
+        found = scraped(exporter.until(lambda found: found["kvledger_requests_total"] == {(): 3}))
+        assert found["kvledger_epoch"] == {(): 2} and found["kvledger_writer_up"] == {(): 1}
+        assert found["kvledger_released_requests_total"][("engine_restarted",)] == 1
+        assert found["kvledger_hit_blocks_total"][("device",)] == 18  # the cache is warm
+        assert found["kvledger_contradiction_event"] == {(): 0}
     assert exporter.end() == 0
 
 

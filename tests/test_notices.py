@@ -72,7 +72,7 @@ def test_a_transfer_that_times_out(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_rest(caplog: pytest.LogCaptureFixture) -> None:
     notice("x", [TransferFinished(1, 0, 4, 0)])
     assert not caplog.records
-    notice("x", [TierLost(1, "its memory is gone"), EpochStarted(2, 99)])
+    notice("x", [TierLost(1, "its memory is gone", ""), EpochStarted(2, 99)])
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
     assert caplog.records[0].getMessage() == 'tier_lost ledger=x tier=host reason="its memory is gone"'
 
