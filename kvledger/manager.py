@@ -222,12 +222,9 @@ class CacheManager:
         manager = cls(name, config, writer, state, pools)
         try:
             manager._publish(events)
-<<<<<<< HEAD
+            notice(name, events)
             if publish is not None and "device" in lost:
                 publish(pools)
-=======
-            notice(name, events)
->>>>>>> c000ee8 (The exporter outlives an engine and follows its successor; recovered ledgers give notices)
             if layout is not None:
                 manager._ranks = Ranks(name, config, writer, state, manager._execute_for_ranks)
                 manager._ranks.adopt(
