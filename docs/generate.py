@@ -1,5 +1,7 @@
 """Writes what the documents say about events from the code: docs/events.md and the generated part of architecture.md.
 
+Run, it writes the pages of ``reference.py`` too.
+
 The transition diagrams are observed, not drawn: seeded random traffic drives the real state machine through all three
 host policies, and every move of a block from one kind of owner to another is noted with the event that made it.
 """
@@ -161,5 +163,7 @@ def pages() -> Iterator[tuple[Path, str]]:
 
 
 if __name__ == "__main__":
-    for path, text in pages():
+    import reference  # lies beside this file
+
+    for path, text in (*pages(), *reference.pages()):
         path.write_text(text)

@@ -52,7 +52,7 @@ def test_the_steps_of_integrating_run_in_order() -> None:
 def test_the_reference_is_up_to_date() -> None:
     generator = runpy.run_path(str(ROOT / "docs" / "reference.py"))
     for path, text in generator["pages"]():
-        assert path.read_text() == text, f"{path.name}: run python docs/reference.py"
+        assert path.read_text() == text, f"{path.name}: run python docs/generate.py"
 
 
 def test_every_public_name_is_explained() -> None:
