@@ -33,7 +33,7 @@ from kvledger.metrics.table import BY_NAME, label_sets
 from kvledger.run import Run, RunOptions
 from statemachine import codec
 from statemachine.apply import apply, genesis
-from statemachine.commands import Admit, Cache, Clear, FinishTransfer, LoseTier, Release
+from statemachine.commands import Admit, Backup, Cache, Clear, FinishTransfer, LoseTier, Release
 from statemachine.decide import decide
 from statemachine.encoding import snapshot, state_digest
 from statemachine.errors import CommandRejected
@@ -47,6 +47,7 @@ from statemachine.events import (
     Outcome,
     QuarantineEnded,
     ReleaseReason,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
@@ -57,10 +58,11 @@ from statemachine.events import (
 from statemachine.ownership import owners
 from statemachine.replay import event_of
 from statemachine.state import Node, State
+from workers import PoolLayout
 
 ROOT = Path(__file__).parents[1]
 GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-LAYOUT = '{"ranks":2,"layers":3,"block_bytes":64,"device_blocks":12,"host_blocks":12}'
+LAYOUT = PoolLayout(ranks=2, layers=3, block_bytes=64, device_blocks=12, host_blocks=12).text()
 
 
 def record_of(sequence: int, event: Event, time_ns: int) -> Record:
@@ -124,7 +126,7 @@ class Recount:
         apply(state, event)
         held = self._pins(state)
         self._residency(before, self._copies(state), now, isinstance(event, BlocksCached))
-        if isinstance(event, RequestMatched):
+        if isinstance(event, RequestMatched | RequestExtended):
             for block, pins in held.items():
                 if pins and not held_before.get(block) and block in self._unused:
                     self.gaps.append((now - self._unused[block]) / 1e9)
@@ -263,9 +265,11 @@ def test_what_random_traffic_does_not_do() -> None:
     assert values("kvledger_workers") == {(): 2}
     state = genesis(opened)
     sequence = 5
-    commands: list[Any] = [Admit("a", memoryview(bytes(16)), b"", 9, 4), Cache("a", 4, b""), FinishTransfer(1, 0, 4)]
     for command in [
-        *commands,
+        Admit("a", memoryview(bytes(16)), b"", 9, 4),
+        Cache("a", 4, b""),
+        Backup(1),
+        FinishTransfer(1, Outcome.DONE, 4),
         Release("a", ReleaseReason.ABORTED, False),
         LoseTier(Tier.HOST, "gone", ""),
         Clear(False),

@@ -7,18 +7,18 @@ from kvledger.cli.check import bisect, check, leaks_command
 from kvledger.cli.explain import explain_command
 from kvledger.cli.export import export
 from kvledger.cli.log import log
+from kvledger.cli.metrics import metrics
 from kvledger.cli.record import record
 from kvledger.cli.redact import redact
 from kvledger.cli.replay import diff, replay, shrink_command
-from kvledger.cli.metrics import metrics
 from kvledger.cli.run import run
 from kvledger.cli.segments import segments
 from kvledger.cli.show import show
 from kvledger.cli.simulate import simulate
+from kvledger.cli.spans import spans
 from kvledger.cli.top import top
 from kvledger.cli.view import view
 from kvledger.cli.what_if import what_if
-from kvledger.cli.spans import spans
 
 __all__ = ["app", "main"]
 
@@ -38,13 +38,13 @@ app.command()(simulate)
 app.command()(audit)
 app.command()(record)
 app.command()(redact)
+app.command()(metrics)
+app.command()(spans)
 for command in (log, show, check, bisect, diff, replay, what_if, export, top, view):
     app.command(rich_help_panel="Debugger")(command)
 app.command("explain", rich_help_panel="Debugger")(explain_command)
 app.command("leaks", rich_help_panel="Debugger")(leaks_command)
 app.command("shrink", rich_help_panel="Debugger")(shrink_command)
-app.command()(metrics)
-app.command()(spans)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from statemachine.events import (
     IntArray,
     Outcome,
     ReleaseReason,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
@@ -147,23 +148,22 @@ class Derivation:
     # nothing: the event may turn out not to fit.
 
     def _request_matched(self, state: State, event: RequestMatched, now: int) -> Iterator[None]:
-        unused: list[tuple[int, int]] = []
-        node = state.nodes.get(event.leaf)
-        size = event.cut
-        while node is not None and node.parent is not None:
-            since = self._released.get(node.id)
-            if since is not None and not node.pins:
-                unused.append((since, size or node.size))
-            node, size = node.parent, 0
+        unused = self._unused(state, event)
         yield
-        for since, blocks in unused:
-            self.histograms["kvledger_reuse_gap_seconds", ()].observe(max(now - since, 0) / 1e9, blocks)
+        self._use(unused, now)
         self._matched[event.request] = now
         found = event.device_blocks + event.host_blocks
         self._count("kvledger_requests_total")
         self._count("kvledger_queried_blocks_total", by=found + len(event.words) // state.block_bytes)
         self._count("kvledger_hit_blocks_total", "device", by=event.device_blocks)
         self._count("kvledger_hit_blocks_total", "host", by=event.host_blocks)
+
+    def _request_extended(self, state: State, event: RequestExtended, now: int) -> Iterator[None]:
+        unused = self._unused(state, event)
+        before = state.counters.device_hit_blocks
+        yield
+        self._use(unused, now)
+        self._count("kvledger_hit_blocks_total", "device", by=state.counters.device_hit_blocks - before)
 
     def _blocks_allocated(self, state: State, event: BlocksAllocated, now: int) -> Iterator[None]:
         yield
@@ -273,6 +273,22 @@ class Derivation:
             if block < known:
                 arrived[block] = 0
 
+    def _unused(self, state: State, event: RequestMatched | RequestExtended) -> list[tuple[int, int]]:
+        """``(since when, blocks)`` of the runs on the path to ``event.leaf`` that nobody uses, where it is known."""
+        unused = []
+        node = state.nodes.get(event.leaf)
+        size = event.cut
+        while node is not None and node.parent is not None:
+            since = self._released.get(node.id)
+            if since is not None and not node.pins:
+                unused.append((since, size or node.size))
+            node, size = node.parent, 0
+        return unused
+
+    def _use(self, unused: list[tuple[int, int]], now: int) -> None:
+        for since, blocks in unused:
+            self.histograms["kvledger_reuse_gap_seconds", ()].observe(max(now - since, 0) / 1e9, blocks)
+
     def _let_go(self, state: State, path: list[Node], now: int) -> None:
         """Those of these runs that nobody uses any more can be matched from now on."""
         for node in path:
@@ -325,6 +341,7 @@ _SWAP_BYTES = "kvledger_swap_bytes_total"
 _Observer = Callable[[Derivation, State, Any, int], Iterator[None]]
 _OBSERVERS: dict[type[Event], _Observer] = {
     RequestMatched: Derivation._request_matched,
+    RequestExtended: Derivation._request_extended,
     BlocksAllocated: Derivation._blocks_allocated,
     AllocationRefused: Derivation._allocation_refused,
     BlocksCached: Derivation._blocks_cached,
@@ -366,8 +383,9 @@ def _owners(state: State, tier: Tier) -> dict[str, int]:
 
 
 def _block_bytes(state: State) -> int:
-    """Bytes of one block over all layers and ranks; 0: the ledger has no pools."""
-    if not state.opened.layout:
+    """Bytes of one block over all layers and ranks; 0: the ledger has no pools (or this version cannot read which)."""
+    try:
+        layout = PoolLayout.parse(state.opened.layout)
+    except ValueError:
         return 0
-    layout = PoolLayout.parse(state.opened.layout)
     return layout.ranks * layout.layers * layout.block_bytes
