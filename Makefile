@@ -11,11 +11,11 @@ test: check
 	$(VENV)/bin/python -m pytest
 
 # A thousand kills of engines and workers under load, some minutes; SEED=n draws others.
-chaos: $(VENV)/installed
+chaos: $(VENV)/tested
 	$(VENV)/bin/python -m tests.chaos --kills 1000 --seed $(or $(SEED),0)
 
 # Style, types and the direction of imports.
-check: $(VENV)/installed
+check: $(VENV)/tested
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -26,11 +26,15 @@ SOAK_SECONDS ?= 14400
 soak: $(VENV)/installed
 	$(VENV)/bin/kvledger simulate --seconds $(SOAK_SECONDS) --seed $$(date +%s)
 
+$(VENV)/tested: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvledger needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --editable .
 	touch $@
 
 clean:

@@ -108,8 +108,10 @@ class CacheManager:
         self.name = name
         self.config = config
         self.pools = pools
-        """The pools, by rank; none any more once it is closed. ``pools[rank].tensor(layer, name)`` is a device tensor for
-        the engine's kernels."""
+        """The pools, by rank; none any more once it is closed.
+
+        ``pools[rank].tensor(layer, name)`` is a device tensor for the engine's kernels.
+        """
         self._writer = writer
         self._state = state
         self._retention = Retention(writer, config.retain_bytes)
