@@ -215,10 +215,10 @@ def test_w1_a_copy_that_fails_is_told_and_nobody_waits_for_ever() -> None:
     """There, the engine was blocked for ever while the worker lived."""
     program = """
 import sys
-from workers import transfer
+from workers import numpy_pools, transfer
 def broken(pools, direction, sources, targets):
     raise RuntimeError("the device is gone")
-transfer.copy_blocks = broken
+numpy_pools.copy_blocks = broken
 sys.exit(transfer.main(sys.argv[1:]))
 """
     real = subprocess.Popen
