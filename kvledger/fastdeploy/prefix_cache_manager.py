@@ -41,8 +41,8 @@ class PrefixCacheManager(DevicePool):
         config: FastDeploy's configuration; of ``cache_config`` it reads ``total_block_num`` (or
             ``prefill_kvcache_block_num`` with the old scheduler), ``num_cpu_blocks``, ``block_size`` (default 64),
             ``bytes_per_layer_per_block``, ``model_cfg.num_hidden_layers``, ``enable_hierarchical_cache``,
-            ``write_policy`` (``write_back``, ``write_through``, ``write_through_selective``) and
-            ``disable_chunked_mm_input``.
+            ``write_policy`` (``write_back``, ``write_through``, ``write_through_selective``),
+            ``disable_chunked_mm_input``, and of kvledger's own ``kv_tensors`` and ``kv_backend`` (``docs/pools.md``).
         tensor_parallel_size, splitwise_role, local_data_parallel_id: as in the original.
         attention_backend: class with ``get_kv_cache_shape``, see :meth:`_get_kv_cache_shape`.
 
