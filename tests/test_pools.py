@@ -56,6 +56,9 @@ def test_sizes_follow_from_the_tensors() -> None:
     ("tensors", "text"),
     [
         ((KVTensor("", (8,), "uint8"),), "needs a name"),
+        ((KVTensor(7, (8,), "int8"),), "needs a name, not 7"),  # type: ignore[arg-type]
+        ((KVTensor("key", (8,), ["int8"]),), "key: dtype must be"),  # type: ignore[arg-type]
+        ((KVTensor("key", 8, "int8"),), "key: the shape"),  # type: ignore[arg-type]
         ((KVTensor("key", (8,), "int4"),), "key: dtype must be one of bfloat16, .*, not 'int4'"),
         ((KVTensor("key", (), "uint8"),), "key: the shape"),
         ((KVTensor("key", (8, 0), "uint8"),), "key: the shape"),
@@ -74,6 +77,9 @@ def test_contradictions_are_refused() -> None:
         CacheConfig(device_blocks=8, tensors=LAYOUTS["bf16"], block_bytes=64)
     with pytest.raises(ConfigError, match="backend must be one of numpy, paddle, paddle-gpu, cuda, not 'torch'"):
         CacheConfig(device_blocks=8, backend="torch")
+    for tensors in ([KVTensor("key", (8,), "int8")], True, ("key",)):
+        with pytest.raises(ConfigError, match="tensors must be a tuple of KVTensor"):
+            config(tensors)  # type: ignore[arg-type]
     good = config(LAYOUTS["bf16"]).layout.text()
     broken = [good.replace(*change) for change in (("bfloat16", "int4"), ("numpy", "torch"), ("2", '"'))]
     for bad in ("", "[]", "{}", *broken):

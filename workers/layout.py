@@ -44,12 +44,16 @@ class KVTensor(NamedTuple):
 
     def check(self) -> None:
         """Raises ``ValueError``, saying what is wrong with it."""
-        if not self.name:
-            raise ValueError("a KV tensor needs a name")
-        if self.dtype not in ITEM_BYTES:
-            raise ValueError(f"{self.name}: dtype must be one of {', '.join(ITEM_BYTES)}, not {self.dtype!r}")
-        if not self.shape or not all(type(size) is int and size > 0 for size in self.shape):
-            raise ValueError(f"{self.name}: the shape of a block is whole numbers from 1, not {self.shape!r}")
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a KV tensor needs a name, not {self.name!r:.80}")
+        if not isinstance(self.dtype, str) or self.dtype not in ITEM_BYTES:
+            raise ValueError(f"{self.name}: dtype must be one of {', '.join(ITEM_BYTES)}, not {self.dtype!r:.80}")
+        if (
+            not isinstance(self.shape, tuple)
+            or not self.shape
+            or not all(type(size) is int and size > 0 for size in self.shape)
+        ):
+            raise ValueError(f"{self.name}: the shape of a block is whole numbers from 1, not {self.shape!r:.80}")
         if self.block_bytes % ALIGNMENT:
             raise ValueError(f"{self.name}: {self.block_bytes} bytes per block are not a multiple of {ALIGNMENT}")
 
