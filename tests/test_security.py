@@ -35,7 +35,7 @@ from kvledger.run import Run, RunOptions
 from kvledger.sample import generate
 from workers import auditor
 from workers.auditor import Auditor
-from workers.pools import Pools
+from workers.pools import create_pools, open_pools
 
 ROOT = Path(__file__).parent.parent
 NOBODY = 65534
@@ -84,7 +84,7 @@ def objects(name: str) -> dict[str, tuple[str, Callable[[], object]]]:
         "segment": (f"{name}.1.0", lambda: MappedSegment(name, 1, 0)),
         "reader": (f"{name}.1.0", lambda: LogReader(name)),
         "signals": (f"{name}.auditor", lambda: auditor.progress(name)),
-        "pool": (f"{name}.pool.device.0", lambda: Pools(name, 0, config.layout)),
+        "pool": (f"{name}.pool.device.0", lambda: open_pools(name, 0, config.layout)),
         "snapshot": (f"{name}.snapshot.7", lambda: snapshots.read(name, 7)),
     }
 
@@ -97,7 +97,7 @@ def test_nobody_attaches_what_others_can_touch(name: str, what: str, change: str
     writer = LogWriter.create(name, schema_hash=1, segment_bytes=64 << 10)
     Signals(f"/{name}.auditor", create=True).close()
     snapshots.write(name, 7, b"state")
-    Pools(name, 0, CacheConfig(device_blocks=4, ranks=1).layout, create=True)
+    create_pools(name, CacheConfig(device_blocks=4, ranks=1).layout)
     file, attach = objects(name)[what]
     attach()
     if change == "owner":
