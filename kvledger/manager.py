@@ -365,8 +365,10 @@ class CacheManager:
         self._expect_owner()
         if type(blocks) is not int or blocks < 0:
             raise _not_whole("blocks", blocks)
-        if isinstance(candidates, str) or not isinstance(candidates, Sequence):
+        if isinstance(candidates, str | bytes) or not isinstance(candidates, Sequence):
             raise InvalidCommand(f"candidates are a sequence of requests, not {type(candidates).__name__}")
+        for key in candidates:
+            request_named(self._state, key)
         chosen = victims_for(self._state, blocks, candidates)
         for key in chosen:
             self.release(key, ReleaseReason.PREEMPTED)
@@ -427,6 +429,7 @@ class CacheManager:
 
     def give_back(self, key: str, blocks: Sequence[int]) -> None:
         """Free private blocks of a request, wherever they stand behind its cached blocks."""
+        request_named(self._state, key)
         self._execute(commands.GiveBack(key, _block_ids(blocks)))
 
     def release(self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED, *, final: bool = False) -> None:
@@ -518,8 +521,7 @@ class CacheManager:
         Raises:
             Busy: requests or transfers use the cache, and ``force`` is not given.
         """
-        if not isinstance(force, bool):
-            raise InvalidCommand(f"force is a bool, not {force!r:.80}")
+        _expect_bool("force", force)
         _expect_seconds("wait", wait)
         if wait:
             waiting.until(self, lambda: not (self._state.requests or self._state.transfers), wait)
@@ -551,7 +553,8 @@ class CacheManager:
         Raises:
             Busy: requests of the old version still run, and ``force`` is not given. It stays paused.
         """
-        namespace_key(weights=weights or "")  # refuses what is no text
+        _expect_bool("force", force)
+        namespace_key(weights="" if weights is None else weights)  # refuses what is no text
         self._expect_owner()
         if weights is not None and weights != self._weights:
             if self._state.requests:
@@ -800,6 +803,11 @@ def _expect_namespace(namespace: object) -> None:
 def _expect_seconds(name: str, value: object) -> None:
     if value is not None and not (isinstance(value, int | float) and value < 1e9):
         raise InvalidCommand(f"{name} is a number of seconds, not {value!r:.80}")
+
+
+def _expect_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidCommand(f"{name} is a bool, not {value!r:.80}")
 
 
 def _expect_tier(tier: object) -> None:

@@ -117,7 +117,7 @@ def namespace_key(*, lora: str = "", salt: str = "", weights: str = "") -> bytes
     Raises:
         InvalidCommand: they are no texts.
     """
-    if not (lora or salt or weights):
+    if type(lora) is type(salt) is type(weights) is str and not (lora or salt or weights):
         return b""
     try:
         parts = [part.encode() for part in (lora, salt, weights)]
