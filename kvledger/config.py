@@ -96,7 +96,7 @@ class CacheConfig:
             raise ConfigError(f"host_policy must be one of HostPolicy, not {self.host_policy!r:.80}")
         if self.block_bytes % 8:
             raise ConfigError(f"block_bytes must be a multiple of 8, not {self.block_bytes}")
-        if self.backend not in BACKENDS:
+        if not isinstance(self.backend, str) or self.backend not in BACKENDS:
             raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, not {self.backend!r:.80}")
         if not isinstance(self.tensors, tuple) or not all(isinstance(tensor, KVTensor) for tensor in self.tensors):
             raise ConfigError(f"tensors must be a tuple of KVTensor, not {self.tensors!r:.80}")
