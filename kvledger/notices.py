@@ -1,4 +1,4 @@
-"""What an operator should hear of, as log messages: workers lost and replaced, copies that failed, tiers lost.
+"""What an operator should hear of, as log messages: lost workers and tiers, copies that failed, a log over its limit.
 
 Logger ``kvledger.notices``, quiet unless the program configures :mod:`logging`. Each message is an event's name and
 ``key=value`` pairs; the same pairs are attributes of the log record (``extra``), so that a JSON formatter has them as
@@ -30,21 +30,22 @@ def notice(ledger: str, events: Iterable[Event]) -> None:
     for event in events:
         match event:
             case WorkerLost(rank, incarnation, reason):
-                _tell(logging.WARNING, "worker_lost", ledger=ledger, rank=rank, incarnation=incarnation, reason=reason)
+                tell(logging.WARNING, "worker_lost", ledger=ledger, rank=rank, incarnation=incarnation, reason=reason)
             case WorkerJoined(rank, incarnation, pid):
                 level = logging.WARNING if incarnation > 1 else logging.INFO
                 name = "worker_replaced" if incarnation > 1 else "worker_joined"
-                _tell(level, name, ledger=ledger, rank=rank, incarnation=incarnation, pid=pid)
+                tell(level, name, ledger=ledger, rank=rank, incarnation=incarnation, pid=pid)
             case TransferFinished(transfer, outcome, valid) if outcome != Outcome.DONE:
                 name = f"transfer_{Outcome(outcome).name.lower()}"
-                _tell(logging.WARNING, name, ledger=ledger, transfer=transfer, valid_blocks=valid)
+                tell(logging.WARNING, name, ledger=ledger, transfer=transfer, valid_blocks=valid)
             case TierLost(tier, reason):
-                _tell(logging.ERROR, "tier_lost", ledger=ledger, tier=Tier(tier).name.lower(), reason=reason)
+                tell(logging.ERROR, "tier_lost", ledger=ledger, tier=Tier(tier).name.lower(), reason=reason)
             case EpochStarted(epoch, last_sequence):
-                _tell(logging.WARNING, "epoch_started", ledger=ledger, epoch=epoch, last_sequence=last_sequence)
+                tell(logging.WARNING, "epoch_started", ledger=ledger, epoch=epoch, last_sequence=last_sequence)
 
 
-def _tell(level: int, name: str, **fields: object) -> None:
+def tell(level: int, name: str, **fields: object) -> None:
+    """Log a notice with its fields."""
     if _log.isEnabledFor(level):
         texts = {key: str(value) for key, value in fields.items()}
         pairs = " ".join(f"{key}={json.dumps(text) if ' ' in text else text}" for key, text in texts.items())

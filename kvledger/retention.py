@@ -16,11 +16,14 @@ import threading
 import time
 
 from ipc import LogWriter
+from kvledger.notices import tell
 from workers import auditor
 
 _BACK_OFF_S = 1.0
 _LONGEST_BACK_OFF_S = 60.0
 _STOP_S = 5.0
+_FAR_OVER = 1.25
+"""Some segments above the limit are nothing to speak of: snapshots take a moment."""
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +38,8 @@ class Retention:
         self._next_start = 0.0
         self._failures = 0
         self._verdict = ""
+        self._over = False
+        """The log is far over its limit, and that was said."""
         self._stopped = False
         self._lock = threading.RLock()
         writer.on_rotation = self._rotated
@@ -42,7 +47,10 @@ class Retention:
     def _rotated(self) -> None:
         """In the log writer's thread: start the auditor where it is needed, and again where it died."""
         with self._lock:
-            if self._limit is None or self._stopped or self._verdict:
+            if self._limit is None or self._stopped:
+                return
+            self._look_at_size(self._limit)
+            if self._verdict:
                 return
             if self._process is None:
                 found = auditor.progress(self._ledger)
@@ -52,6 +60,13 @@ class Retention:
                     self._start()
             elif self._process.poll() is not None:
                 self._died(self._process.returncode)
+
+    def _look_at_size(self, limit: int) -> None:
+        size = self._writer.log_bytes
+        over = size > _FAR_OVER * limit
+        if over and not self._over:
+            tell(logging.WARNING, "log_over_limit", ledger=self._ledger, log_bytes=size, log_limit_bytes=limit)
+        self._over = over
 
     def _died(self, code: int) -> None:
         found = auditor.progress(self._ledger)

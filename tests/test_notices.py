@@ -14,6 +14,7 @@ import pytest
 
 from kvledger import CacheConfig, CacheManager, HostPolicy
 from kvledger.notices import notice
+from kvledger.retention import Retention
 from statemachine.events import EpochStarted, TierLost, TransferFinished
 
 PROMPT = np.arange(40, dtype=np.int32)
@@ -75,6 +76,22 @@ def test_the_rest(caplog: pytest.LogCaptureFixture) -> None:
     notice("x", [TierLost(1, "its memory is gone", ""), EpochStarted(2, 99)])
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
     assert caplog.records[0].getMessage() == 'tier_lost ledger=x tier=host reason="its memory is gone"'
+
+
+def test_a_log_that_no_snapshot_covers_is_said_to_be_over_its_limit_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Retention, "_start", lambda self: None)  # no auditor can be started: nothing may go
+    config = CacheConfig(block_size=4, device_blocks=64, segment_bytes=64 << 10, retain_bytes=128 << 10)
+    with CacheManager.create(f"notices-{os.getpid()}", config) as manager:
+        for number in range(2000):
+            manager.admit(str(number), PROMPT + number % 9)
+            manager.cache(str(number))
+            manager.release(str(number))
+        until(manager, caplog, "log_over_limit")
+        assert manager.stats()["log_bytes"] > 2 * config.retain_bytes  # type: ignore[operator]
+    (said,) = [record for record in caplog.records if vars(record)["notice"] == "log_over_limit"]
+    assert vars(said)["log_limit_bytes"] == 128 << 10 < vars(said)["log_bytes"]
 
 
 def test_quiet_by_default() -> None:

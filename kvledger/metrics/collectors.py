@@ -59,8 +59,9 @@ def _manager_samples(manager: CacheManager) -> Iterator[Sample]:
         yield Sample(f"kvledger_{name}_total", (), stats[name])
     yield Sample("kvledger_runs", (), stats["runs"])
     yield Sample("kvledger_live_requests", (), stats["live_requests"])
-    if manager.config.retain_bytes is not None:
-        yield Sample("kvledger_log_limit_bytes", (), manager.config.retain_bytes)
+    yield Sample("kvledger_log_bytes", (), stats["log_bytes"])
+    if stats["log_limit_bytes"]:
+        yield Sample("kvledger_log_limit_bytes", (), stats["log_limit_bytes"])
 
 
 class PictureCollector(Collector):

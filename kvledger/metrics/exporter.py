@@ -19,6 +19,7 @@ from kvledger.metrics.collectors import Histograms
 from kvledger.metrics.derivation import Derivation, Sample
 from statemachine.codec import CodecError
 from statemachine.errors import InvariantViolation
+from workers import auditor
 from workers.follow import Follower
 
 _log = logging.getLogger(__name__)
@@ -123,6 +124,11 @@ class Exporter:
             if reader.worker and reader.alive and rank.isdecimal():
                 lag = max(self.derivation.sequence + 1 - reader.cursor, 0)
                 yield Sample("kvledger_worker_lag_events", (rank,), lag)
+        audit = auditor.progress(self.ledger)
+        if audit is not None:
+            yield Sample("kvledger_auditor_up", (), audit.alive)
+            yield Sample("kvledger_auditor_lag_events", (), max(self.derivation.sequence - audit.audited, 0))
+            yield Sample("kvledger_audit_broken_event", (), audit.verdict.event if audit.verdict is not None else 0)
 
     def close(self) -> None:
         """Stop following."""

@@ -167,7 +167,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvledger_events_total", _C, "Events in the log, by kind.", {"event": EVENTS}),
     Metric("kvledger_epoch", _G, "Number of the engine process that writes the ledger; grows with each restart."),
     Metric("kvledger_writer_up", _G, "1 while the process that writes the ledger runs."),
-    Metric("kvledger_log_bytes", _G, "Size of the log's segments in shared memory."),
+    Metric("kvledger_log_bytes", _G, "Size of the log's segments in shared memory.", engine=True),
     Metric(
         "kvledger_log_limit_bytes",
         _G,
@@ -184,6 +184,9 @@ METRICS: tuple[Metric, ...] = (
         _G,
         "The first event that contradicts the state before it; 0: there is none. The exporter reads no further.",
     ),
+    Metric("kvledger_auditor_up", _G, "1 while the process that audits the ledger runs. Absent: it never had one."),
+    Metric("kvledger_auditor_lag_events", _G, "Events that it has not audited. Absent as above."),
+    Metric("kvledger_audit_broken_event", _G, "The first event that broke something, it says; 0: all is well."),
 )
 """All metrics, in the order in which they are exported."""
 
