@@ -1,7 +1,7 @@
 """The one writer of a log.
 
 A transaction is ``stage``d and then ``publish``ed. Staging makes room (or refuses) and writes the bodies, which nobody
-reads yet; publishing is a fence, then each record's CRC (its commit word), then the tail hint. A reader that sees the
+reads yet; publishing is each record's CRC (its commit word), then a fence, then the tail hint. A reader that sees the
 hint move checks the CRC chain anyway. What is staged and never published is overwritten by the next transaction.
 
 The next segment is prepared ahead of time by a thread (reserving 16 MiB takes 4 ms and does not hold the interpreter
@@ -214,11 +214,11 @@ class LogWriter:
     def publish(self) -> None:
         """Let everybody see what was staged."""
         commits, offset, crc, sequence, mask = self._staged
-        self._release()
-        self._acquire()
         words32 = self._words32
         for word, value in commits:
             words32[word] = value
+        self._release()  # who sees the hint sees all that it covers, commit words included
+        self._acquire()
         self._words[TAIL] = offset
         self._offset, self._crc, self.next_sequence = offset, crc, sequence
         if self._listeners:

@@ -13,6 +13,7 @@ import fcntl
 import io
 import mmap
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -321,6 +322,7 @@ def _replacements(system: System) -> dict[Any, Any]:
             pidfd_send_signal=lambda descriptor, number: schedule.kill(system.behind(descriptor)),
         ),
         select: _Module(select, poll=lambda: _Poll(system)),
+        secrets: _Module(secrets, token_bytes=schedule.rng.randbytes),
         threading: _Module(threading, Lock=lambda: lock_of_a_fence),
     }
 
