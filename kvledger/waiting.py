@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -54,6 +53,8 @@ def wait(manager: CacheManager, key: str, timeout: float | None) -> list[Progres
 
 async def wait_async(manager: CacheManager, key: str, timeout: float | None) -> Progress:
     """See :meth:`CacheManager.wait_async`."""
+    import asyncio  # a third of the package's import time; who has an event loop has it already
+
     deadline = time.monotonic() + _limit(manager, timeout)
     request = request_named(manager.state, key)
     promised = request.leaf.end
