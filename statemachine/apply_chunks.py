@@ -37,6 +37,8 @@ def request_extended(state: State, event: RequestExtended) -> None:
     chain.reverse()
     end = leaf.start + event.cut if event.upper else leaf.end
     length = (end - path.end) * state.block_bytes
+    if event.device_blocks != end - path.end:
+        violated(event, f"run {leaf.id} is {end - path.end} blocks below the path, not {event.device_blocks}")
     if chain and request.words[:length] != tree.content_of(chain)[:length]:
         violated(event, "the words of the request and of the runs differ")
     expected = own_copies(request, end)[::-1]
@@ -60,7 +62,7 @@ def request_extended(state: State, event: RequestExtended) -> None:
     request.leaf = leaf
     request.words = request.words[length:]
     state.device.free.extend(event.blocks)
-    state.counters.device_hit_blocks += end - path.end
+    state.counters.device_hit_blocks += event.device_blocks
 
 
 def blocks_computed(state: State, event: BlocksComputed) -> None:

@@ -162,7 +162,7 @@ def _admit(state: State, command: Admit) -> list[Event]:
         supply = device_supply(state, wanted, kept, host, state.next_node + (1 if cut else 0))
     if supply is None:
         leaf = path.leaf.id if path.leaf is not None else 0
-        refused = AllocationRefused(0, wanted, min(available, wanted - 1), leaf, path.cut, command.key)
+        refused = AllocationRefused(0, wanted, max(min(available, wanted - 1), 0), leaf, path.cut, command.key)
         raise out_of_blocks(state, refused)
     events: list[Event] = [_matched(state, command, path), *supply.events]
     if host:

@@ -41,10 +41,11 @@ def _extend(state: State, command: Extend) -> list[Event]:
         node = child
     if not offset and not request.duplicates:
         return []
-    end = request.leaf.end + offset // block_bytes
+    found = offset // block_bytes
     upper = state.next_node if cut else 0
     leaf = node.id if offset else 0
-    return [RequestExtended(request.id, leaf, cut, upper, own_copies(request, end)[::-1])]
+    own = own_copies(request, request.leaf.end + found)[::-1]
+    return [RequestExtended(request.id, leaf, cut, upper, found, own)]
 
 
 def mark_computed(request: Request, command: Cache) -> list[Event]:

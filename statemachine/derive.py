@@ -1,9 +1,9 @@
 """From the events of a log back to the commands they came from.
 
 An event carries what was decided; the wish behind it follows from the event and the state it met. What a command held
-beyond that never mattered: how far a prompt went on after its last full block, whether a hint had an effect, how the
-shares of a refused allocation were split. So deciding a derived command in the state before it gives the same events,
-as long as ``decide`` is the same. That is what :func:`redecide` compares.
+beyond that never mattered: how far a prompt went on after its last full block, where a match must not end (a smaller
+limit says the same), whether a hint had an effect, how the shares of a refused allocation were split. So deciding a
+derived command in the state before it gives the same events, as long as ``decide`` is the same. That is what :func:`redecide` compares.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from statemachine import tree
 from statemachine.commands import (
     Admit,
     Allocate,
+    Backup,
     Cache,
     Clear,
     Command,
     EndQuarantine,
     Evict,
+    Extend,
     FinishTransfer,
+    Forget,
+    GiveBack,
     JoinWorker,
     LoseTier,
     LoseWorker,
+    MakeRoom,
     Match,
     Reassign,
     Release,
@@ -32,18 +37,21 @@ from statemachine.commands import (
     TakeDigest,
     Trim,
 )
-from statemachine.decide import decide
+from statemachine.decide import available_blocks, decide
+from statemachine.decide_upkeep import droppable
 from statemachine.errors import CommandRejected, OutOfBlocks
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksComputed,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
     DigestScope,
     DigestTaken,
+    Direction,
     EpochStarted,
     Event,
     EvictReason,
@@ -51,15 +59,17 @@ from statemachine.events import (
     PoolResized,
     QuarantineEnded,
     ReleaseReason,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
     TierLost,
     TransferFinished,
+    TransferStarted,
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.state import Node, State
+from statemachine.state import ALL, Node, State
 
 
 class NoCommand(ValueError):
@@ -152,12 +162,18 @@ def _refused(state: State, event: AllocationRefused, events: Sequence[Event]) ->
     words = path_words(leaf, event.cut, state.block_bytes)
     namespace = tree.root_of(leaf).words if leaf is not None else b""
     device, node = 0, leaf
+    available = available_blocks(state)
     while node is not None and node.parent is not None:
         if node.device is not None:
-            device += event.cut if event.cut and node is leaf else node.size
+            count = event.cut if event.cut and node is leaf else node.size
+            device += count
+            available -= 0 if node.pins else count
         node = node.parent
     limit = len(words) // state.block_bytes
-    return Admit(event.key, memoryview(words), namespace, limit, event.wanted + device)
+    blocks = event.wanted + device
+    # Whether too little was there or too little would have stayed: what was not available to it had to stay.
+    watermark = max(available - min(event.available, event.wanted - 1), 0) if state.requests else 0
+    return Admit(event.key, memoryview(words), namespace, limit, blocks, watermark=watermark)
 
 
 def _allocated(state: State, event: BlocksAllocated, events: Sequence[Event]) -> Command:
@@ -166,12 +182,28 @@ def _allocated(state: State, event: BlocksAllocated, events: Sequence[Event]) ->
 
 def _cached(state: State, event: BlocksCached, events: Sequence[Event]) -> Command:
     request = state.requests[event.request]
-    return Cache(request.key, request.leaf.end + event.duplicates + len(event.blocks), event.words)
+    first = events[0]
+    computed = first.blocks if isinstance(first, BlocksComputed) else request.computed
+    blocks = request.leaf.end + event.duplicates + len(event.blocks)
+    return Cache(request.key, blocks, event.words, None if computed == ALL else computed)
+
+
+def _computed(state: State, event: BlocksComputed, events: Sequence[Event]) -> Command:
+    request = state.requests[event.request]
+    return Cache(request.key, request.leaf.end, b"", event.blocks)
+
+
+def _extended(state: State, event: RequestExtended, events: Sequence[Event]) -> Command:
+    request = state.requests[event.request]
+    return Extend(request.key, request.leaf.end + event.device_blocks)
 
 
 def _trimmed(state: State, event: BlocksTrimmed, events: Sequence[Event]) -> Command:
     request = state.requests[event.request]
-    return Trim(request.key, len(request.table) - len(event.blocks))
+    left = len(request.table) - len(event.blocks)
+    if event.blocks != request.table[left:][::-1]:
+        return GiveBack(request.key, event.blocks)
+    return Trim(request.key, left)
 
 
 def _reassigned(state: State, event: BlocksReassigned, events: Sequence[Event]) -> Command:
@@ -183,9 +215,36 @@ def _released(state: State, event: RequestReleased, events: Sequence[Event]) -> 
 
 
 def _evicted(state: State, event: BlocksEvicted, events: Sequence[Event]) -> Command:
+    tier = Tier(event.tier)
+    if event.reason == EvictReason.CAPACITY and tier == Tier.DEVICE:
+        return _made_room(events)
     if event.reason != EvictReason.CLEARED:
-        raise NoCommand(f"blocks are evicted for {EvictReason(event.reason).name}, and nothing follows")
-    return Evict(Tier(event.tier), len(event.blocks))
+        raise NoCommand(f"{tier.name} blocks are evicted for {EvictReason(event.reason).name}, and nothing follows")
+    if len(events) == 1:
+        victims = droppable(state, tier, len(event.blocks))
+        if [victim.node.id for victim in victims] == list(event.nodes):
+            return Evict(tier, len(event.blocks))
+    nodes = [state.nodes[id] for each in events if isinstance(each, BlocksEvicted) for id in each.nodes]
+    return Forget(max(nodes, key=lambda node: node.start).id)
+
+
+def _made_room(events: Sequence[Event]) -> Command:
+    """What an allocation would have begun with, alone."""
+    blocks = 0
+    for event in events:
+        if isinstance(event, BlocksEvicted) and event.tier == Tier.DEVICE:
+            blocks += len(event.blocks)
+        elif isinstance(event, TransferStarted):
+            blocks += len(event.sources)
+    return MakeRoom(blocks)
+
+
+def _started(state: State, event: TransferStarted, events: Sequence[Event]) -> Command:
+    if event.direction == Direction.SWAP_OUT:
+        return _made_room(events)
+    if event.direction == Direction.BACKUP:
+        return Backup(event.nodes[-1])
+    raise NoCommand("a swap-in starts, and no request begins with it")
 
 
 _DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
@@ -193,10 +252,13 @@ _DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     AllocationRefused: _refused,
     BlocksAllocated: _allocated,
     BlocksCached: _cached,
+    BlocksComputed: _computed,
+    RequestExtended: _extended,
     BlocksTrimmed: _trimmed,
     BlocksReassigned: _reassigned,
     RequestReleased: _released,
     BlocksEvicted: _evicted,
+    TransferStarted: _started,
     TransferFinished: lambda _, event, __: FinishTransfer(event.transfer, Outcome(event.outcome), event.valid),
     QuarantineEnded: lambda _, event, __: EndQuarantine(event.transfer),
     CacheCleared: lambda _, event, __: Clear(True),

@@ -188,13 +188,15 @@ class BlocksCached(NamedTuple):
 class RequestExtended(NamedTuple):
     """Between two chunks: a request's path goes on along what others have cached meanwhile, down to run ``leaf``.
 
-    Its block table uses the runs' blocks from here on; its own copies of the path are given back (``blocks``).
+    Its block table uses the blocks of these runs from here on, ``device_blocks`` more than before; its own copies of
+    the path are given back (``blocks``). ``leaf == 0``: nothing more was cached, only copies are given back.
     """
 
     request: U64
     leaf: U64
     cut: U32
     upper: U64
+    device_blocks: U32
     blocks: Blocks
 
 

@@ -14,32 +14,41 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from typing import assert_never
 
 from statemachine.check import check
 from statemachine.events import (
+    AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksComputed,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    DigestTaken,
     Direction,
+    EpochStarted,
     Event,
     HostPolicy,
     IntArray,
+    LedgerOpened,
     Outcome,
     PoolResized,
     QuarantineEnded,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
     TierLost,
     TransferFinished,
     TransferStarted,
+    WorkerJoined,
+    WorkerLost,
 )
 from statemachine.order import Order
 from statemachine.ownership import transfer_blocks
-from statemachine.state import Node, Request, State, Transfer
+from statemachine.state import ALL, Node, Request, State, Transfer
 
 _SWEEPING = (CacheCleared, PoolResized, TierLost)
 _GAP = 1 << 64
@@ -105,6 +114,8 @@ class IncrementalCheck:
         self._transfers: dict[int, tuple[Node | None, tuple[IntArray, IntArray], tuple[int, ...], Transfer]] = {}
         self._evictable = self._resident = self._mark = 0
         self._shared_changed = False
+        self._expecting: set[Node] | None = None
+        """The runs that a live request may have cached ahead, once an event has made that a question."""
         self._owned = {tier: _Owned(state.pool(tier).capacity, state.pool(tier).free) for tier in Tier}
         self._left: dict[Tier, list[int]] = {tier: [] for tier in Tier}
         self._entered: dict[Tier, list[int]] = {tier: [] for tier in Tier}
@@ -143,6 +154,7 @@ class IncrementalCheck:
         if self._shared_changed:
             requests, transfers = set(self._requests), set(self._transfers)
         told = [*self._conservation(), *self._totals()]
+        self._expecting = None
         seen = set(nodes)
         for node in live:
             assert node.parent is not None
@@ -176,6 +188,15 @@ class IncrementalCheck:
             case BlocksAllocated():
                 requests.update(event.requests)
                 transfers.update(event.after)
+            case RequestExtended():
+                requests.add(event.request)
+                self._path(nodes, state.requests[event.request].leaf)
+                if event.upper:
+                    self._named(nodes, gone, event.leaf)
+                    transfers.update(self._in_transfer(event.leaf))
+            case BlocksComputed():
+                requests.add(event.request)
+                self._path(nodes, state.requests[event.request].leaf)
             case BlocksCached():
                 requests.add(event.request)
                 self._path(nodes, state.requests[event.request].leaf)
@@ -222,6 +243,12 @@ class IncrementalCheck:
                 nodes.update(dict.fromkeys(part.node for part in transfer.parts if part.node is not None))
             case QuarantineEnded():
                 transfers.add(event.transfer)
+            case AllocationRefused() | WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken():
+                pass
+            case LedgerOpened() | CacheCleared() | PoolResized() | TierLost():
+                raise LookupError(f"{type(event).__name__} touches everything")
+            case _:
+                assert_never(event)
         for node in gone:
             nodes.pop(node, None)
         return list(nodes), gone, requests, transfers
@@ -433,6 +460,7 @@ class IncrementalCheck:
         yield from self._residency(node, parent, below)
         yield from self._orders(node)
         yield from self._flight(node)
+        yield from self._ahead(node)
 
     def _links(self, node: Node, parent: Node) -> Iterator[str]:
         state = self._state
@@ -488,6 +516,18 @@ class IncrementalCheck:
         elif state.transfers.get(transfer.id) is not transfer or not any(p.node is node for p in transfer.parts):
             yield f"in flight: {node!r} does not belong to transfer {transfer.id}"
 
+    def _ahead(self, node: Node) -> Iterator[str]:
+        if not node.ahead:
+            return
+        if self._expecting is None:
+            state = self._state
+            requests = [request for request in state.requests.values() if request.computed != ALL]
+            self._expecting = {run for request in requests for run in state.path(request.leaf)}
+        if node not in self._expecting:
+            yield f"ahead: {node!r} is not computed yet, and no live request is about to"
+        if not node.device_ready:
+            yield f"ahead: {node!r} is about to be computed, but has no place on the device"
+
     def _request(self, id: int) -> Iterator[str]:
         state = self._state
         request = state.requests.get(id)
@@ -522,6 +562,7 @@ class IncrementalCheck:
                         yield f"block tables: position {position} of {request.key!r} is block {block}, not {wanted}"
             if node.end > reach and node.device is not None:
                 yield f"block tables: {request.key!r} has no place for the blocks of {node!r}"
+            yield from self._ahead(node)
             waits = any(start <= node.start for start in request.waits.values())
             if node.start < reach and not node.device_ready and not waits:
                 yield f"block tables: {request.key!r} uses {node!r}, whose copy is not valid, without waiting"

@@ -9,16 +9,26 @@ from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksComputed,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
+    CacheCleared,
+    DigestTaken,
     Direction,
+    EpochStarted,
     Event,
+    LedgerOpened,
+    PoolResized,
     QuarantineEnded,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
+    TierLost,
     TransferFinished,
     TransferStarted,
+    WorkerJoined,
+    WorkerLost,
 )
 
 _NONE: tuple[int, ...] = ()
@@ -39,8 +49,7 @@ _NOTHING = Mentions()
 
 def mentions(event: Event) -> Mentions:
     """The ids in an event; 0 where the event names no run or request."""
-    find = _FINDERS.get(type(event))
-    return _NOTHING if find is None else find(event)
+    return FINDERS[type(event)](event)
 
 
 def _evicted(event: BlocksEvicted) -> Mentions:
@@ -56,7 +65,16 @@ def _started(event: TransferStarted) -> Mentions:
     return Mentions(device, host, (event.request,), nodes, (event.transfer, *event.after))
 
 
-_FINDERS: dict[type[Any], Callable[[Any], Mentions]] = {
+def _extended(event: RequestExtended) -> Mentions:
+    return Mentions(event.blocks, _NONE, (event.request,), (event.leaf, event.upper))
+
+
+def _nothing(event: Event) -> Mentions:
+    return _NOTHING
+
+
+FINDERS: dict[type[Any], Callable[[Any], Mentions]] = {
+    LedgerOpened: _nothing,
     RequestMatched: lambda event: Mentions(_NONE, _NONE, (event.request,), (event.leaf, event.upper)),
     BlocksAllocated: lambda event: Mentions(event.blocks, _NONE, event.requests, _NONE, event.after),
     AllocationRefused: lambda event: Mentions(_NONE, _NONE, (event.request,), (event.leaf,)),
@@ -68,4 +86,13 @@ _FINDERS: dict[type[Any], Callable[[Any], Mentions]] = {
     TransferStarted: _started,
     TransferFinished: lambda event: Mentions(_NONE, _NONE, _NONE, (event.upper,), (event.transfer,)),
     QuarantineEnded: lambda event: Mentions(transfers=(event.transfer,)),
+    CacheCleared: _nothing,
+    PoolResized: _nothing,
+    TierLost: _nothing,
+    WorkerJoined: _nothing,
+    WorkerLost: _nothing,
+    EpochStarted: _nothing,
+    DigestTaken: _nothing,
+    RequestExtended: _extended,
+    BlocksComputed: lambda event: Mentions(requests=(event.request,)),
 }

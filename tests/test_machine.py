@@ -150,6 +150,29 @@ class Machine(RuleBasedStateMachine):
             self.content[key] = (namespace, generation), prompt
             self.compare_tables(key)
 
+    @precondition(lambda self: self.oracle is None)
+    @rule(
+        prompt=PROMPTS, namespace=NAMESPACES, first=st.integers(0, 6), length=st.integers(0, 4), kept=st.integers(0, 9)
+    )
+    def admit_carefully(self, prompt: list[int], namespace: bytes, first: int, length: int, kept: int) -> None:
+        """A request with an item that must not be cut; some blocks have to stay for those that run."""
+        self.names += 1
+        key = f"r{self.names:05}"
+        generation = self.state.generation
+        available = len(self.state.device.free) + self.state.evictable
+        whole = ((first, first + length),)
+        done = self.do(Admit(key, words(prompt), namespace, 99, len(prompt), whole, kept))
+        if isinstance(done, list):
+            self.content[key] = (namespace, generation), prompt
+            assert isinstance(done[0], RequestMatched)
+            found = done[0].device_blocks + done[0].host_blocks
+            assert not first < found < first + length
+            left = len(self.state.device.free) + self.state.evictable
+            left += sum(len(transfer.held) for transfer in self.state.transfers.values())
+            assert len(self.state.requests) == 1 or left >= kept
+        else:
+            assert available < len(prompt) + kept or self.state.transfers
+
     @rule(prompt=PROMPTS, namespace=NAMESPACES)
     def match(self, prompt: list[int], namespace: bytes) -> None:
         if self.oracle is not None:
