@@ -3,7 +3,8 @@
 An event carries what was decided; the wish behind it follows from the event and the state it met. What a command held
 beyond that never mattered: how far a prompt went on after its last full block, where a match must not end (a smaller
 limit says the same), whether a hint had an effect, how the shares of a refused allocation were split. So deciding a
-derived command in the state before it gives the same events, as long as ``decide`` is the same. That is what :func:`redecide` compares.
+derived command in the state before it gives the same events, as long as ``decide`` is the same. That is what
+:func:`redecide` compares.
 """
 
 from __future__ import annotations

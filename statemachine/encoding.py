@@ -19,7 +19,8 @@ from statemachine.events import Direction, HostPolicy, IntArray, LedgerOpened
 from statemachine.order import Order
 from statemachine.state import NO_CHILDREN, Node, Part, Request, State, Transfer
 
-MAGIC = b"kvlstate2"
+MAGIC = b"kvlstate3"
+"""Names the encoding: a change of it changes every digest, and takes the next number."""
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _SCALARS = struct.Struct("<13Q")

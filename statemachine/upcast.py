@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from statemachine import codec
-from statemachine.events import U8, U32, U64, AllocationRefused, Event, Text, TierLost
+from statemachine.encoding import MAGIC
+from statemachine.events import U8, U32, U64, AllocationRefused, Event, LedgerOpened, Text, TierLost
 
 
 class UnknownSchema(ValueError):
@@ -54,26 +55,45 @@ def _lost_1(old: _TierLost1) -> TierLost:
     return TierLost(old.tier, old.reason, "unnamed")
 
 
+class _LedgerOpened2(NamedTuple):
+    """Until back-ups could wait for the second use: they began as soon as a block was cached."""
+
+    block_size: U32
+    device_blocks: U32
+    host_blocks: U32
+    host_staging_blocks: U32
+    host_policy: U8
+    ranks: U32
+    layout: Text
+    pools: Text
+
+
+def _opened_2(old: _LedgerOpened2) -> LedgerOpened:
+    return LedgerOpened(*old, backup_after=1)
+
+
 class Earlier(NamedTuple):
     """An earlier event table."""
 
     changed: dict[int, _Changed]
     """By kind: what has changed since."""
-    digests: bool
-    """Whether digests of a whole state meant then what they mean today (:data:`statemachine.encoding.MAGIC`)."""
+    encoding: bytes
+    """What a digest of the state was made of then (:data:`statemachine.encoding.MAGIC`)."""
 
 
+_OPENED = _changed(1, _LedgerOpened2, _opened_2)
 EARLIER: dict[int, Earlier] = {
     0xC788335C0420067F: Earlier(
-        _changed(4, _AllocationRefused1, _refused_1) | _changed(15, _TierLost1, _lost_1), digests=False
+        _OPENED | _changed(4, _AllocationRefused1, _refused_1) | _changed(15, _TierLost1, _lost_1), b"kvlstate1"
     ),
+    0x1B740F085A93AF3E: Earlier(_OPENED, b"kvlstate2"),
 }
 """By hash of the table."""
 
 
 def digests_comparable(schema_hash: int) -> bool:
     """Whether the digests in a log with that table can be compared with those of a replay."""
-    return schema_hash == codec.SCHEMA_HASH or EARLIER[schema_hash].digests
+    return schema_hash == codec.SCHEMA_HASH or EARLIER[schema_hash].encoding == MAGIC
 
 
 def upcaster(schema_hash: int) -> Callable[[list[Any]], list[Any]]:

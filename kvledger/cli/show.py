@@ -160,7 +160,8 @@ def _run(run: Node) -> str:
         if blocks is not None:
             copies.append(f"{name} {ids(blocks, 4)}" + ("" if ready else " (arriving)"))
     pins = f", {count(run.pins, 'pin')}" if run.pins else ""
-    return f"run {run.id}: {count(run.size, 'block')}{pins}, {'; '.join(copies)}"
+    ahead = ", not computed yet" if run.ahead else ""
+    return f"run {run.id}: {count(run.size, 'block')}{pins}{ahead}, {'; '.join(copies)}"
 
 
 def _order(title: str, order: Order, tier: Tier, rows: int | None) -> str:
@@ -192,6 +193,8 @@ def _node(state: State, node: Node) -> Iterator[str]:
         yield f"above runs {ids(sorted(child.id for child in node.children.values()))}"
     names = [repr(request.key) for request in holders(state, node)]
     yield f"held by {', '.join(names)}" if names else "held by no request"
+    if state.opened.backup_after > 1 and node.host is None:
+        yield f"used {count(node.hits, 'time')} of the {state.opened.backup_after} after which it is backed up"
     if node.transfer is not None:
         yield f"in transfer {node.transfer.id}"
     yield f"its last block stands for {content(state, node, node.size - 1)}"

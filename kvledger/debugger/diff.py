@@ -137,13 +137,14 @@ def _request(one: Request, other: Request) -> list[str]:
         told.append(
             f"its path ends in run {one.leaf.id} ({one.leaf.end} blocks) and {other.leaf.id} ({other.leaf.end})"
         )
-    told += _simple(one, other, ("id", "namespace", "words", "duplicates", "waits"))
+    told += _simple(one, other, ("id", "namespace", "words", "matched", "duplicates", "joined", "waits", "computed"))
     return told
 
 
 def _node(one: Node, other: Node) -> list[str]:
     above = [0 if node.parent is None else node.parent.id for node in (one, other)]
-    told = _simple(one, other, ("start", "size", "pins", "device", "device_ready", "host", "host_ready", "words"))
+    names = ("start", "size", "pins", "device", "device_ready", "host", "host_ready", "words", "ahead", "hits")
+    told = _simple(one, other, names)
     return told if above[0] == above[1] else [f"below run {above[0]} and {above[1]}", *told]
 
 

@@ -25,6 +25,7 @@ from statemachine.events import (
     EvictReason,
     PoolResized,
     QuarantineEnded,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
@@ -125,6 +126,8 @@ def explain_request(source: Source, text: str, at: int, most: int = MOST_FACTS) 
         now = [
             f"{name} is live: {count(len(request.table), 'block')}, the first {cached} are cached, {own} are its own",
         ]
+        if request.computed < cached:
+            now.append(f"the first {request.computed} are computed, the others are cached ahead of their step")
         for id, position in request.waits.items():
             now.append(f"it waits for transfer {id}: nothing from position {position} on may be used before that ends")
     del state
@@ -250,7 +253,7 @@ class _BlockStory(_Story):
     def before(self, state: State, event: Event) -> None:
         self.owners = owners_of(state, self.tier, self.block) if self._involved(event) else []
         self.holder = ""
-        if isinstance(event, RequestReleased) and event.request in state.requests:
+        if isinstance(event, RequestReleased | RequestExtended) and event.request in state.requests:
             request = state.requests[event.request]
             self.holder = request.key if self._holds(state, event.request) else ""
 
@@ -269,6 +272,8 @@ class _BlockStory(_Story):
             self.transfers.add(event.transfer)
         if isinstance(event, RequestMatched) and self._holds(state, event.request):
             return f"request {event.key!r} (number {event.request}) finds it in its prompt and holds it"
+        if isinstance(event, RequestExtended) and not self.holder and self._holds(state, event.request):
+            return f"request {state.requests[event.request].key!r} finds it between two chunks and holds it"
         if isinstance(event, RequestReleased) and self.holder and not self._named(event):
             return f"request {self.holder!r} ends and lets go of it"
         if not self._involved(event):
@@ -295,6 +300,10 @@ class _BlockStory(_Story):
             return f"request {name[event.request]!r} publishes it as {short(owners[0])}: {held}"
         if isinstance(event, BlocksReassigned):
             return f"request {name[event.request]!r} hands it to request {name[event.target]!r}"
+        if isinstance(event, RequestExtended):
+            return (
+                f"request {name[event.request]!r} goes on with what others have cached and gives its copy back; {now}"
+            )
         if isinstance(event, BlocksTrimmed):
             return f"request {name[event.request]!r} gives it back; {now}"
         if isinstance(event, RequestReleased):

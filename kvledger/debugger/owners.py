@@ -108,6 +108,8 @@ def describe(state: State, tier: Tier, block: int, words: bool = True) -> list[s
     if not ready:
         assert node.transfer is not None
         lines.append(f"its content is still arriving with transfer {node.transfer.id}")
+    if node.ahead:
+        lines.append("it is cached ahead: the step that computes it is not over yet")
     lines.append(f"it stands for {content(state, node, owner.place, words)}")
     other = node.host if tier == Tier.DEVICE else node.device
     if other is not None:

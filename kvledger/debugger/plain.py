@@ -25,7 +25,7 @@ from statemachine.events import (
     TransferStarted,
 )
 from statemachine.order import Order
-from statemachine.state import Node, Request, State, Transfer
+from statemachine.state import ALL, Node, Request, State, Transfer
 
 _ENUMS: dict[tuple[type[Event], str], type[IntEnum]] = {
     (LedgerOpened, "host_policy"): HostPolicy,
@@ -80,6 +80,7 @@ def request_fields(request: Request) -> dict[str, Any]:
         "namespace": request.namespace.hex(),
         "block_table": request.table.tolist(),
         "cached_blocks": request.leaf.end,
+        "computed_blocks": min(request.computed, len(request.table)) if request.computed != ALL else None,
         "leaf": request.leaf.id,
         "private_blocks": request.private().tolist(),
         "waits": {str(transfer): position for transfer, position in request.waits.items()},
@@ -98,6 +99,8 @@ def node_fields(node: Node) -> dict[str, Any]:
         "device_ready": node.device_ready,
         "host": node.host.tolist() if node.host is not None else None,
         "host_ready": node.host_ready,
+        "ahead": node.ahead,
+        "uses": node.hits,
         "transfer": node.transfer.id if node.transfer is not None else 0,
         "children": sorted(child.id for child in node.children.values()),
     }

@@ -212,7 +212,7 @@ def _fewest(steps: list[Step], fails: Callable[[list[Step]], bool], progress: Pr
 def _shortest(steps: list[Step], fails: Callable[[list[Step]], bool]) -> list[Step]:
     """Cut prompts and numbers of blocks."""
     for index in range(len(steps)):
-        for field in ("blocks", "limit", "words"):
+        for field in ("blocks", "limit", "watermark", "words"):
             value = getattr(steps[index].command, field, None)
             if isinstance(value, int | memoryview | bytes):
                 shorten = partial(_with_length, steps, index, field, value)

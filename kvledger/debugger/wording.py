@@ -9,6 +9,7 @@ from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksComputed,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
@@ -25,6 +26,7 @@ from statemachine.events import (
     PoolResized,
     QuarantineEnded,
     ReleaseReason,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
@@ -92,7 +94,7 @@ class Wording:
             self.learn(event)
             return text
         self.learn(event)
-        return _WORDS[type(event)](self, event)
+        return WORDS[type(event)](self, event)
 
     def learn(self, event: Event) -> None:
         """An event that is not to be put into words."""
@@ -117,6 +119,8 @@ class Wording:
         if event.host_policy != HostPolicy.OFF:
             policy = HostPolicy(event.host_policy).name.lower().replace("_", "-")
             text += f", {event.host_blocks:,} on the host ({policy}, {event.host_staging_blocks:,} for staging)"
+        if event.backup_after > 1:
+            text += f", backed up at use {event.backup_after}"
         return text + (f", {count(event.ranks, 'rank')}" if event.ranks else ", no workers")
 
     def _matched(self, event: RequestMatched) -> str:
@@ -165,6 +169,20 @@ class Wording:
             parts.append(f"adds generated content of {self._blocks_of(event.words)}")
         return f"{name} " + (", ".join(parts) or "publishes nothing")
 
+    def _extended(self, event: RequestExtended) -> str:
+        parts = []
+        if event.leaf:
+            more = f"finds {count(event.device_blocks, 'more block')} on the device, down to run {event.leaf}"
+            if event.upper:
+                more += f", whose first {count(event.cut, 'block')} become run {event.upper}"
+            parts.append(more)
+        if event.blocks:
+            parts.append(f"gives back its own copies, device {_noun(event.blocks)}")
+        return f"{self.name(event.request)} {listed(parts)}"
+
+    def _computed(self, event: BlocksComputed) -> str:
+        return f"{self.name(event.request)} has computed its first {count(event.blocks, 'block')}"
+
     def _reassigned(self, event: BlocksReassigned) -> str:
         return f"{self.name(event.request)} hands device {_noun(event.blocks)} to {self.name(event.target)}"
 
@@ -194,7 +212,9 @@ class Wording:
         text += copies(event)
         if event.request:
             text += f", for {self.name(event.request)}"
-        if event.upper:
+        if event.upper and event.direction == Direction.BACKUP:
+            text += f"; what is copied of run {event.nodes[-1]} is run {event.upper}"
+        elif event.upper:
             text += f"; what stays of run {event.nodes[0]} is run {event.upper}"
         return text + _held(event)
 
@@ -244,7 +264,7 @@ def _held(event: BlocksAllocated | TransferStarted) -> str:
     return "; " + ", ".join(parts)
 
 
-_WORDS: dict[type[Any], Callable[[Wording, Any], str]] = {
+WORDS: dict[type[Any], Callable[[Wording, Any], str]] = {
     LedgerOpened: Wording._opened,
     RequestMatched: Wording._matched,
     BlocksAllocated: Wording._allocated,
@@ -264,7 +284,10 @@ _WORDS: dict[type[Any], Callable[[Wording, Any], str]] = {
     WorkerLost: Wording._lost,
     EpochStarted: Wording._epoch,
     DigestTaken: Wording._digest,
+    RequestExtended: Wording._extended,
+    BlocksComputed: Wording._computed,
 }
+"""Event → its line."""
 
 
 def block_name(tier: Tier, block: int) -> str:
