@@ -16,7 +16,7 @@ import hmac
 import os
 import secrets
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import numpy as np
 
@@ -28,12 +28,28 @@ from statemachine.encoding import SnapshotError, restore, snapshot, state_digest
 from statemachine.errors import InvariantViolation
 from statemachine.events import (
     AllocationRefused,
+    BlocksAllocated,
     BlocksCached,
+    BlocksComputed,
+    BlocksEvicted,
+    BlocksReassigned,
+    BlocksTrimmed,
+    CacheCleared,
     DigestScope,
     DigestTaken,
+    EpochStarted,
     Event,
     LedgerOpened,
+    PoolResized,
+    QuarantineEnded,
+    RequestExtended,
     RequestMatched,
+    RequestReleased,
+    TierLost,
+    TransferFinished,
+    TransferStarted,
+    WorkerJoined,
+    WorkerLost,
 )
 from statemachine.replay import event_of
 from statemachine.state import NO_CHILDREN, Node, State
@@ -184,12 +200,24 @@ class Redactor:
                     namespace=names.namespace(event.namespace),
                     words=names.follow(chain, event.words)[1],
                 )
-            case BlocksCached() if event.words:
+            case BlocksCached():
+                if not event.words:
+                    return event
                 chain = b"" if state is None else self._end_of(names, state, event.request)
                 return event._replace(words=names.follow(chain, event.words)[1])
             case AllocationRefused():
                 return event._replace(key=names.name(event.key))
-        return event
+            # What follows holds nothing of users; a new event has to be put on one side or the other.
+            case LedgerOpened() | BlocksAllocated() | BlocksReassigned() | BlocksTrimmed() | RequestReleased():
+                return event
+            case RequestExtended() | BlocksComputed() | BlocksEvicted() | CacheCleared() | PoolResized() | TierLost():
+                return event
+            case TransferStarted() | TransferFinished() | QuarantineEnded():
+                return event
+            case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken():
+                return event
+            case _:
+                assert_never(event)
 
     def _chain(self, names: Pseudonyms, state: State, leaf: Node, cut: int) -> bytes:
         """The chain after the first ``cut`` blocks of a run."""

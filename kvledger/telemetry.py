@@ -27,6 +27,7 @@ from statemachine.events import (
     BlocksTrimmed,
     Event,
     ReleaseReason,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     TransferFinished,
@@ -48,6 +49,7 @@ class _Live:
         """When its present phase began, in ns."""
         self.cached = 0
         self.allocated = 0
+        self.extended = 0
         self.refusals = 0
 
     def phase(self) -> str:
@@ -113,6 +115,9 @@ class RequestSpans:
             for id, count in zip(event.requests, event.counts, strict=True):
                 if id in self._live:
                     self._live[id].allocated += count
+        elif isinstance(event, RequestExtended):
+            if event.request in self._live:
+                self._live[event.request].extended += event.device_blocks
         elif isinstance(event, BlocksCached):
             self._cached(event, now)
         elif isinstance(event, RequestReleased):
@@ -197,6 +202,7 @@ class RequestSpans:
             {
                 "kvledger.cached_blocks": live.cached,
                 "kvledger.allocated_blocks": live.allocated,
+                "kvledger.extended_blocks": live.extended,
                 "kvledger.refusals": live.refusals,
                 "kvledger.release_reason": reason.name.lower(),
             }

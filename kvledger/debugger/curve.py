@@ -19,7 +19,8 @@ true number, and at the recorded capacity the estimate is exact, however few blo
 
 Approximations: requests that could not have run at a capacity (see above); requests longer than a capacity; the private
 copy of a block that was there but was left to compute. Hints are ignored, and there is no host tier: an exclusive one
-adds its size to the capacity.
+adds its size to the capacity. What a request found only between its chunks counts as found wherever its block is there
+by then; elsewhere it might have looked at other moments.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy.typing as npt
 from kvledger.debugger.prefixes import chain, root_seed
 from kvledger.debugger.ranked import Places, Ranked
 from kvledger.debugger.source import Source
-from kvledger.debugger.traffic import Begin, End, Forget, Grow, Moment, Publish, traffic
+from kvledger.debugger.traffic import Again, Begin, End, Forget, Grow, Moment, Publish, traffic
 from statemachine.events import Tier
 
 _HASHES = 1 << 64
@@ -59,11 +60,24 @@ class Curve:
 
 
 class _Live:
-    """A request in flight: the slots of its blocks, root first, and the number of the last one."""
+    """A request in flight: the slots of its blocks, root first, and the number of the last one.
 
-    def __init__(self, slots: Places, seed: int) -> None:
+    ``kinds`` and ``levels`` are how the blocks of its prompt were counted; ``known`` are those that were remembered.
+    """
+
+    def __init__(
+        self,
+        slots: Places,
+        seed: int,
+        kinds: npt.NDArray[np.int64],
+        levels: npt.NDArray[np.int64],
+        known: npt.NDArray[np.bool_],
+    ) -> None:
         self.slots = slots
         self.seed = seed
+        self.kinds = kinds
+        self.levels = levels
+        self.known = known
 
 
 class CurveBuilder:
@@ -114,6 +128,8 @@ class CurveBuilder:
                     allocated = True
                 case Grow():
                     allocated = True
+                case Again() if ask.request in self._live:
+                    self._again(ask)
                 case Publish() if ask.request in self._live:
                     self._publish(ask)
                 case End() if ask.request in self._live:
@@ -147,7 +163,21 @@ class CurveBuilder:
         self._references += np.bincount(kinds, minlength=_KINDS)
         np.add.at(self._levels_seen, (kinds[known], answers[known]), 1)
         self._pin(slots, levels)
-        self._live[ask.request] = _Live(slots, numbers[-1] if numbers else root_seed(ask.namespace))
+        seed = numbers[-1] if numbers else root_seed(ask.namespace)
+        self._live[ask.request] = _Live(slots, seed, kinds, answers, known)
+
+    def _again(self, ask: Again) -> None:
+        """What was not found when the request came is found now: these references count anew."""
+        live = self._live[ask.request]
+        stop = min(ask.start + ask.found, len(live.kinds))
+        part = slice(ask.start, stop)
+        kinds, known = live.kinds[part], live.known[part]
+        self._references -= np.bincount(kinds, minlength=_KINDS)
+        np.subtract.at(self._levels_seen, (kinds[known], live.levels[part][known]), 1)
+        levels = np.maximum.accumulate(self._levels(live.slots[:stop]))[part]
+        kinds[:], known[:], live.levels[part] = _IN_USE, True, levels
+        self._references[_IN_USE] += len(levels)
+        self._levels_seen[_IN_USE] += np.bincount(levels, minlength=self._never + 1)
 
     def _publish(self, ask: Publish) -> None:
         live = self._live[ask.request]

@@ -26,6 +26,7 @@ from statemachine.events import (
     Outcome,
     QuarantineEnded,
     ReleaseReason,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
@@ -138,8 +139,10 @@ class _Timeline:
         """By living request: the slice that is open inside its own."""
         self._counted: dict[int, float] = {}
         """By counter track."""
-        self._recent: deque[tuple[int, int]] = deque(maxlen=_RECENT)
+        self._recent: deque[list[int]] = deque(maxlen=_RECENT)
         """Of the last requests: blocks found, blocks asked for."""
+        self._hits: dict[int, list[int]] = {}
+        """The same by living request."""
         packets.start(time_ns)
         packets.track(_ROOT, 0, f"kvledger {name}")
         packets.track(_REQUESTS, _ROOT, "requests")
@@ -167,10 +170,17 @@ class _Timeline:
         match entry.event:
             case RequestMatched() as event:
                 asked = state.requests[event.request].leaf.end + len(event.words) // state.block_bytes
-                self._recent.append((event.device_blocks + event.host_blocks, asked))
+                self._hits[event.request] = [event.device_blocks + event.host_blocks, asked]
+                self._recent.append(self._hits[event.request])
                 values = {"device_hit_blocks": event.device_blocks, "host_hit_blocks": event.host_blocks}
                 self._open_request(event.request, event.key, time, asked_blocks=asked, step=entry.step, **values)
+            case RequestExtended() as event:
+                if event.request in self._hits:
+                    self._hits[event.request][0] += event.device_blocks
+                values = {"device_hit_blocks": event.device_blocks, "given_back_blocks": len(event.blocks)}
+                packets.instant(_FIRST_REQUEST + event.request, time, "goes on along cached blocks", **values)
             case RequestReleased() as event:
+                self._hits.pop(event.request, None)
                 if self._phases.pop(event.request):
                     packets.end(_FIRST_REQUEST + event.request, time)
                 reason = ReleaseReason(event.reason).name.lower()

@@ -16,6 +16,7 @@ from statemachine.events import (
     AllocationRefused,
     BlocksEvicted,
     Direction,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
@@ -207,6 +208,8 @@ class Top:
                 self._request_times[event.request] = time_ns
                 asked = event.device_blocks + event.host_blocks + len(event.words) // self._state.block_bytes
                 self._hits.add(time_ns, asked, event.device_blocks, event.host_blocks)
+            case RequestExtended() as event:
+                self._hits.add(time_ns, 0, event.device_blocks, 0)
             case RequestReleased() as event:
                 self._request_times.pop(event.request, None)
             case TransferStarted() as event:

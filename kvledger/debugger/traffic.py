@@ -7,7 +7,7 @@ the same under another capacity. Which blocks were found, granted, evicted or mo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from kvledger.debugger.source import Source
 from kvledger.debugger.stepping import stepped
@@ -16,15 +16,27 @@ from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksComputed,
+    BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    DigestTaken,
+    EpochStarted,
     Event,
+    LedgerOpened,
+    PoolResized,
+    QuarantineEnded,
     ReleaseReason,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
     TierLost,
+    TransferFinished,
+    TransferStarted,
+    WorkerJoined,
+    WorkerLost,
 )
 from statemachine.state import State
 
@@ -47,6 +59,14 @@ class Grow(NamedTuple):
 
     request: int
     blocks: int
+
+
+class Again(NamedTuple):
+    """Between two chunks a request looks again for what others have cached; ``found`` blocks behind ``start`` were."""
+
+    request: int
+    start: int
+    found: int
 
 
 class Publish(NamedTuple):
@@ -90,7 +110,7 @@ class Refused(NamedTuple):
     """The recorded cache had no room."""
 
 
-Ask = Begin | Grow | Publish | Shrink | Move | End | Forget | Refused
+Ask = Begin | Grow | Again | Publish | Shrink | Move | End | Forget | Refused
 
 
 class Moment(NamedTuple):
@@ -105,11 +125,13 @@ class Moment(NamedTuple):
 def traffic(source: Source) -> Iterator[Moment]:
     """The traffic of a log, from its first event on.
 
-    Two things a log does not say, and how they are taken:
+    What a log does not say, and how it is taken:
 
     * How many blocks a request was willing to match: all full blocks, unless all but the last matched although the last
       was there (engines leave one token to compute).
     * A hint that had no effect is not told from one that was not given.
+    * A request that looked again and found nothing did not look.
+    * What is cached ahead of its step is published like the rest; runs that were evicted on demand are not.
 
     Requests that began before the log did are left out.
 
@@ -153,6 +175,10 @@ def _asks(state: State, event: Event, begun: set[int]) -> Iterator[Ask]:
             for id in event.requests:
                 if id not in begun:
                     yield Grow(id, len(state.requests[id].table))
+        case RequestExtended():
+            end = state.requests[event.request].leaf.end
+            yield Again(event.request, end - event.device_blocks, event.device_blocks)
+            yield Publish(event.request, end, b"")  # as above
         case BlocksCached():
             yield Publish(event.request, state.requests[event.request].leaf.end, event.words)
         case BlocksTrimmed():
@@ -167,3 +193,11 @@ def _asks(state: State, event: Event, begun: set[int]) -> Iterator[Ask]:
             yield Forget(None)
         case TierLost():
             yield Forget(Tier(event.tier))
+        case LedgerOpened() | RequestMatched() | EpochStarted() | WorkerJoined() | WorkerLost() | DigestTaken():
+            pass
+        case BlocksComputed() | BlocksEvicted() | PoolResized():
+            pass
+        case TransferStarted() | TransferFinished() | QuarantineEnded():
+            pass
+        case _:
+            assert_never(event)

@@ -13,6 +13,7 @@ from enum import StrEnum
 from kvledger.debugger.prefixes import chain, root_seed
 from kvledger.debugger.source import Source
 from kvledger.debugger.traffic import (
+    Again,
     Ask,
     Begin,
     End,
@@ -29,7 +30,16 @@ from statemachine import commands
 from statemachine.apply import apply, genesis
 from statemachine.decide import decide, peek
 from statemachine.errors import OutOfBlocks
-from statemachine.events import Event, HostPolicy, LedgerOpened, Outcome, ReleaseReason, Tier
+from statemachine.events import (
+    Event,
+    HostPolicy,
+    LedgerOpened,
+    Outcome,
+    ReleaseReason,
+    RequestExtended,
+    RequestMatched,
+    Tier,
+)
 from statemachine.state import Request, State
 
 _EVICT_STEP = 1 << 16
@@ -92,12 +102,19 @@ class Result:
 class Simulation:
     """One scenario under traffic."""
 
-    def __init__(self, scenario: Scenario, block_size: int, staging_blocks: int, continued: set[int]) -> None:
+    def __init__(self, scenario: Scenario, recorded: LedgerOpened, continued: set[int]) -> None:
         self.result = Result(scenario=scenario)
         self._continued = continued
-        policy = scenario.host_policy
         opened = LedgerOpened(
-            block_size, scenario.device_blocks, scenario.host_blocks, staging_blocks, policy, 0, "", ""
+            recorded.block_size,
+            scenario.device_blocks,
+            scenario.host_blocks,
+            staging(recorded, scenario),
+            scenario.host_policy,
+            0,
+            "",
+            "",
+            recorded.backup_after,
         )
         self.state: State = genesis(opened)
         self._live: dict[int, str] = {}
@@ -114,6 +131,9 @@ class Simulation:
                 case Publish() if ask.request in self._live:
                     blocks = min(ask.blocks, len(self._request(ask.request).table))
                     self._execute(commands.Cache(self._live[ask.request], blocks, ask.words))
+                    self._back_up(ask.request)
+                case Again() if ask.request in self._live:
+                    self._again(ask)
                 case Shrink() if ask.request in self._live:
                     self._shrink(ask)
                 case Move() if ask.request in self._live and ask.target in self._live:
@@ -157,8 +177,11 @@ class Simulation:
                 continue
             self._live[ask.request] = key
             matched = events[0]
-            result.device_hit_blocks += matched.device_blocks  # type: ignore[union-attr]
-            result.host_hit_blocks += matched.host_blocks  # type: ignore[union-attr]
+            assert isinstance(matched, RequestMatched)
+            result.device_hit_blocks += matched.device_blocks
+            result.host_hit_blocks += matched.host_blocks
+            if self.state.opened.backup_after > 1:
+                self._back_up(ask.request)
             return
         device, host = peek(self.state, words, ask.namespace, ask.limit)
         result.too_large += 1
@@ -174,6 +197,21 @@ class Simulation:
                 self.result.stalls += not stalled
                 stalled = True
                 self._release_oldest()
+
+    def _again(self, ask: Again) -> None:
+        request = self._request(ask.request)
+        # As an engine does: at least one token is left to compute.
+        limit = request.leaf.end + max(len(request.words) // self.state.block_bytes, 1) - 1
+        for event in self._execute(commands.Extend(request.key, max(limit, ask.start + ask.found))):
+            if isinstance(event, RequestExtended):
+                self.result.device_hit_blocks += event.device_blocks
+        if self.state.opened.backup_after > 1:
+            self._back_up(ask.request)
+
+    def _back_up(self, request: int) -> None:
+        """Write-through: what was used often enough, as the manager does after every use."""
+        if self.state.policy == HostPolicy.WRITE_THROUGH:
+            self._execute(commands.Backup(self._request(request).leaf.id))
 
     def _shrink(self, ask: Shrink) -> None:
         request = self._request(ask.request)
@@ -271,9 +309,7 @@ def what_if(
     continued: set[int] = set()
     if any(scenario.hints == Hints.PERFECT for scenario in scenarios):
         continued = continued_requests(traffic(source), first.block_bytes)
-    simulations = [
-        Simulation(scenario, opened.block_size, staging(opened, scenario), continued) for scenario in scenarios
-    ]
+    simulations = [Simulation(scenario, opened, continued) for scenario in scenarios]
     refused = 0
     for moment in traffic(source):
         refused += sum(isinstance(ask, Refused) for ask in moment.asks)

@@ -160,10 +160,9 @@ class Derivation:
 
     def _request_extended(self, state: State, event: RequestExtended, now: int) -> Iterator[None]:
         unused = self._unused(state, event)
-        before = state.counters.device_hit_blocks
         yield
         self._use(unused, now)
-        self._count("kvledger_hit_blocks_total", "device", by=state.counters.device_hit_blocks - before)
+        self._count("kvledger_hit_blocks_total", "device", by=event.device_blocks)
 
     def _blocks_allocated(self, state: State, event: BlocksAllocated, now: int) -> Iterator[None]:
         yield

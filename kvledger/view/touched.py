@@ -7,24 +7,31 @@ did not), so that a picture of the state can follow a log without looking at all
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from statemachine.events import (
+    AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksComputed,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    DigestTaken,
+    EpochStarted,
     Event,
     LedgerOpened,
     PoolResized,
     QuarantineEnded,
+    RequestExtended,
     RequestMatched,
     RequestReleased,
     TierLost,
     TransferFinished,
     TransferStarted,
+    WorkerJoined,
+    WorkerLost,
 )
 from statemachine.state import Node, State
 
@@ -41,7 +48,7 @@ def touched(state: State, event: Event) -> Touched:
     """What ``event`` can change of ``state``, or has just changed in it."""
     found = Touched(set(), set(), set())
     match event:
-        case RequestMatched():
+        case RequestMatched() | RequestExtended():
             _request(state, found, event.request)
             _path(found, state.nodes.get(event.leaf), state)
             found.runs.add(event.upper)
@@ -55,7 +62,7 @@ def touched(state: State, event: Event) -> Touched:
         case BlocksReassigned():
             _request(state, found, event.request)
             _request(state, found, event.target)
-        case BlocksTrimmed() | RequestReleased():
+        case BlocksTrimmed() | BlocksComputed() | RequestReleased():
             _request(state, found, event.request)
         case BlocksEvicted():
             found.runs.add(event.upper)
@@ -75,8 +82,10 @@ def touched(state: State, event: Event) -> Touched:
             found.runs.update(state.nodes)
             found.requests.update(state.requests)
             found.transfers.update(state.transfers)
-        case _:
+        case AllocationRefused() | WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken():
             pass  # nothing that is drawn
+        case _:
+            assert_never(event)
     return found
 
 
