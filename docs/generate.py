@@ -125,7 +125,9 @@ def _command(state: State, rng: random.Random, number: int) -> commands.Command 
     key = rng.choice(keys)
     request = state.requests[state.keys[key]]
     if kind < 10:
-        return commands.Cache(key, min(len(request.table), request.leaf.end + len(request.words) // 4), b"")
+        blocks = min(len(request.table), request.leaf.end + len(request.words) // 4)
+        ahead = rng.random() < 0.3
+        return commands.Cache(key, blocks, b"", max(blocks - 1, 0) if ahead else None)
     if kind < 13:
         return commands.Release(key, ReleaseReason.FINISHED, rng.random() < 0.3)
     if kind < 17:
@@ -133,10 +135,13 @@ def _command(state: State, rng: random.Random, number: int) -> commands.Command 
     if kind == 17:
         return rng.choice((commands.Allocate([key], [rng.randrange(1, 3)]), commands.Extend(key, 99)))
     if kind == 18:
-        return commands.Trim(key, max(request.leaf.end, len(request.table) - 1))
+        trim = commands.Trim(key, max(request.leaf.end, len(request.table) - 1))
+        return rng.choice((trim, commands.GiveBack(key, request.table[request.leaf.end :][:1])))
     return rng.choice(
         (
             commands.Evict(rng.choice(list(Tier)), 2),
+            commands.MakeRoom(2),
+            commands.Forget(rng.choice(list(state.nodes) or [0])),
             commands.Backup(request.leaf.id),
             commands.Clear(True),
             commands.Reassign(key, rng.choice(keys), array("i", request.table[-1:])),

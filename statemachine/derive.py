@@ -99,7 +99,7 @@ def commands_of(events: Sequence[Event], state: State, resized: PoolResized | No
         return Resize(Tier(resized.tier), resized.blocks, len(last.blocks))
     # What makes room comes first, what it is for comes last; a few commands begin with what they are.
     named = first if type(first) in (RequestMatched, BlocksCached, EpochStarted) else last
-    derive = _DERIVERS.get(type(named))
+    derive = DERIVERS.get(type(named))
     if derive is None:
         raise NoCommand(f"no command ends with {type(named).__name__}")
     try:
@@ -248,7 +248,7 @@ def _started(state: State, event: TransferStarted, events: Sequence[Event]) -> C
     raise NoCommand("a swap-in starts, and no request begins with it")
 
 
-_DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
+DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     RequestMatched: _matched,
     AllocationRefused: _refused,
     BlocksAllocated: _allocated,
@@ -270,5 +270,6 @@ _DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     EpochStarted: lambda _, event, __: StartEpoch(event.epoch, event.last_sequence),
     DigestTaken: lambda _, event, __: TakeDigest(event.sequence, event.scope == DigestScope.STATE),
 }
+"""The event that names a transaction → what derives the command."""
 
 __all__ = ["NoCommand", "commands_of", "path_words", "redecide"]

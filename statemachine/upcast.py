@@ -3,7 +3,9 @@
 Every table has a hash (:data:`statemachine.codec.SCHEMA_HASH`), which stands in each log. For a table that is no more
 this module keeps the events that have changed since, as they were, and how each becomes today's. When an event changes:
 move its old form here, under the hash the table had, and run ``python -m tests.data.generate`` so that a small log of
-the new table joins the corpus that every later version must replay.
+the new table joins the corpus that every later version must replay. Where the canonical encoding of a state has
+changed (:data:`statemachine.encoding.MAGIC`), digests of before say nothing: each table remembers the encoding it was
+written with, and the same command adds digests in the new one to the corpus.
 """
 
 from __future__ import annotations

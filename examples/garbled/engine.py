@@ -28,8 +28,10 @@ _STEP_NS = 25_000_000
 class Engine:
     """Decides, applies and records, as :class:`kvledger.CacheManager` does."""
 
-    def __init__(self, path: Path, device: int, host: int, staging: int, policy: HostPolicy) -> None:
-        opened = LedgerOpened(BLOCK, device, host, staging, policy, 1, "", "")
+    def __init__(
+        self, path: Path, device: int, host: int, staging: int, policy: HostPolicy, backup_after: int = 1
+    ) -> None:
+        opened = LedgerOpened(BLOCK, device, host, staging, policy, 1, "", "", backup_after)
         self._writer = KvlogWriter(path, schema_hash=codec.SCHEMA_HASH)
         self.state = genesis(opened)
         self.sequence = 0

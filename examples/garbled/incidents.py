@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.garbled.engine import Chat, Engine, serve
-from statemachine import apply, apply_cache, apply_requests, apply_transfers, decide, expect, room, tree
+from statemachine import apply, apply_cache, apply_chunks, apply_requests, apply_transfers, decide, expect, room, tree
 from statemachine.commands import Admit
 from statemachine.errors import OutOfBlocks
 from statemachine.events import (
@@ -22,7 +22,7 @@ from statemachine.events import (
 )
 from statemachine.state import Node, State
 
-_GUARDED = (apply, apply_cache, apply_requests, apply_transfers, expect)
+_GUARDED = (apply, apply_cache, apply_chunks, apply_requests, apply_transfers, expect)
 
 
 def guards_off() -> None:

@@ -32,7 +32,11 @@ ENUMS: dict[str, dict[str, type[IntEnum]]] = {
     "DigestTaken": {"scope": DigestScope},
 }
 """Fields that are numbers in the log and names here."""
-RENAMED = {("PoolResized", "blocks"): "capacity", ("DigestTaken", "sequence"): "digest_sequence"}
+RENAMED = {
+    ("PoolResized", "blocks"): "capacity",
+    ("DigestTaken", "sequence"): "digest_sequence",
+    ("BlocksComputed", "blocks"): "computed_blocks",
+}
 """Fields whose name means something else in other events, or beside all of them."""
 _TYPES = {"B": "u32", "I": "u32", "Q": "u64", "text": "text", "bytes": "hex"}
 _LISTS = {"i": "list<i32>", "I": "list<u32>", "Q": "list<u64>"}

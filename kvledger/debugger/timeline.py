@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, assert_never
 
 from kvledger.debugger.occupancy import occupancy
 from kvledger.debugger.output import CannotWrite
@@ -20,18 +20,31 @@ from kvledger.debugger.source import Entry, Source
 from kvledger.debugger.stepping import stepped
 from statemachine.events import (
     AllocationRefused,
+    BlocksAllocated,
+    BlocksCached,
+    BlocksComputed,
     BlocksEvicted,
+    BlocksReassigned,
+    BlocksTrimmed,
+    CacheCleared,
+    DigestTaken,
     Direction,
+    EpochStarted,
     EvictReason,
+    LedgerOpened,
     Outcome,
+    PoolResized,
     QuarantineEnded,
     ReleaseReason,
     RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
+    TierLost,
     TransferFinished,
     TransferStarted,
+    WorkerJoined,
+    WorkerLost,
 )
 from statemachine.state import State
 
@@ -203,8 +216,14 @@ class _Timeline:
             case QuarantineEnded() as event:
                 packets.end(_FIRST_TRANSFER + event.transfer, time)
                 packets.end(_FIRST_TRANSFER + event.transfer, time, outcome="timed_out")
-            case _:
+            case BlocksAllocated() | BlocksCached() | BlocksComputed() | BlocksReassigned() | BlocksTrimmed():
+                pass  # the counters show what they come to
+            case LedgerOpened() | CacheCleared() | PoolResized() | TierLost():
+                pass  # likewise
+            case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken():
                 pass
+            case _:
+                assert_never(entry.event)
 
     def transaction(self, state: State, time_ns: int) -> None:
         """After the last event of a transaction: who waits, who runs, and how much there is."""

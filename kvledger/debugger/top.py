@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from ipc import Control, LedgerError, LedgerNotFound, Overrun, memory
 from ipc.names import SHM, control_name
@@ -14,14 +14,28 @@ from kvledger.debugger.source import Entry, Source, SourceError, Tail, open_sour
 from statemachine.apply import apply
 from statemachine.events import (
     AllocationRefused,
+    BlocksAllocated,
+    BlocksCached,
+    BlocksComputed,
     BlocksEvicted,
+    BlocksReassigned,
+    BlocksTrimmed,
+    CacheCleared,
+    DigestTaken,
     Direction,
+    EpochStarted,
+    LedgerOpened,
+    PoolResized,
+    QuarantineEnded,
     RequestExtended,
     RequestMatched,
     RequestReleased,
     Tier,
+    TierLost,
     TransferFinished,
     TransferStarted,
+    WorkerJoined,
+    WorkerLost,
 )
 from statemachine.replay import MISFITS, Contradiction, said
 from statemachine.state import State
@@ -225,8 +239,14 @@ class Top:
             case AllocationRefused():
                 self._refusals += 1
                 self._refused.add(time_ns, 1)
-            case _:
+            case BlocksAllocated() | BlocksCached() | BlocksComputed() | BlocksReassigned() | BlocksTrimmed():
                 pass
+            case LedgerOpened() | QuarantineEnded() | CacheCleared() | PoolResized() | TierLost():
+                pass
+            case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken():
+                pass
+            case _:
+                assert_never(entry.event)
 
     @property
     def ended(self) -> bool:

@@ -130,7 +130,7 @@ class Derivation:
             if state is None:
                 self.state = genesis(event)
                 self._block_bytes = _block_bytes(self.state)
-            elif (observe := _OBSERVERS.get(type(event))) is None:
+            elif (observe := OBSERVERS.get(type(event))) is None:
                 apply(state, event)
             else:
                 steps = observe(self, state, event, record.time_ns)
@@ -338,7 +338,7 @@ class Derivation:
 
 _SWAP_BYTES = "kvledger_swap_bytes_total"
 _Observer = Callable[[Derivation, State, Any, int], Iterator[None]]
-_OBSERVERS: dict[type[Event], _Observer] = {
+OBSERVERS: dict[type[Event], _Observer] = {
     RequestMatched: Derivation._request_matched,
     RequestExtended: Derivation._request_extended,
     BlocksAllocated: Derivation._blocks_allocated,

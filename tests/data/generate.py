@@ -1,7 +1,8 @@
 """Writes the corpus of logs that every later version must replay to the same digests.
 
 ``python -m tests.data.generate`` adds a folder for the event table of the code at hand, named by its hash: one log per
-host policy with every kind of event, and ``digests.json``. Folders of earlier tables are never written again.
+host policy with every kind of event, and ``digests.json``. Logs of earlier tables are never written again; where the
+encoding of a state has changed, their last state's digest in the new one joins the older ones.
 """
 
 from __future__ import annotations
@@ -10,23 +11,26 @@ import contextlib
 import json
 import random
 import shutil
+import tempfile
 from array import array
 from pathlib import Path
 
 from examples.garbled.engine import Engine
+from kvledger.debugger import open_source
 from statemachine import commands
 from statemachine.codec import SCHEMA_HASH
-from statemachine.encoding import state_digest
+from statemachine.encoding import MAGIC, state_digest
 from statemachine.errors import CommandRejected
 from statemachine.events import Direction, HostPolicy, Outcome, ReleaseReason, Tier
 
 FOLDER = Path(__file__).parent
-STEPS = 260
+STEPS = 320
 
 
 def drive(engine: Engine, rng: random.Random) -> None:
     """Requests, copies that fail and time out, refusals, resizes, clears, lost workers and tiers, digests."""
     _try(engine, commands.JoinWorker(0, 1, 4711))
+    chunks(engine)
     for number in range(STEPS):
         engine.step += 1
         engine.now += 1_000_000
@@ -44,39 +48,69 @@ def drive(engine: Engine, rng: random.Random) -> None:
     _try(engine, commands.TakeDigest(engine.sequence, True))
 
 
+def chunks(engine: Engine) -> None:
+    """Two requests with one prompt: the second goes on along what the first has cached meanwhile."""
+    prompt = memoryview(array("i", range(16))).cast("B")
+    for command in (
+        commands.Admit("first", prompt, b"", 3, 5),
+        commands.Admit("second", prompt, b"", 3, 5),
+        commands.Cache("first", 2, b"", 1),
+        commands.Extend("second", 3),
+        commands.Cache("second", 3, b""),
+        commands.Cache("first", 2, b"", 2),
+        commands.Reassign("first", "second", array("i")),  # its last block
+        commands.Release("first", ReleaseReason.FINISHED, False),
+        commands.Release("second", ReleaseReason.FINISHED, False),
+        commands.Clear(False),
+    ):
+        engine.step += 1
+        if isinstance(command, commands.Reassign):
+            command = command._replace(blocks=engine.state.requests[1].table[-1:])
+        _try(engine, command)
+
+
 def _try(engine: Engine, command: commands.Command) -> None:
     with contextlib.suppress(CommandRejected):
         engine.do(command)
 
 
 def _command(engine: Engine, rng: random.Random, number: int) -> commands.Command:
-    state, kind = engine.state, rng.randrange(24)
+    state, kind = engine.state, rng.randrange(26)
     keys = list(state.keys)
     if kind < 8 or not keys:
         prompt = [token for _ in range(rng.randrange(1, 7)) for token in rng.choice(([1, 2, 3, 4], [5, 6, 7, 8]))]
         words = memoryview(array("i", prompt)).cast("B")
-        return commands.Admit(f"r{number}", words, rng.choice((b"", b"", b"salt")), 99, len(prompt) // 4 + 1)
+        whole, watermark = ((4, 12),) * rng.randrange(2), rng.choice((0, 0, 3))
+        namespace, blocks = rng.choice((b"", b"", b"salt")), len(prompt) // 4 + 1
+        return commands.Admit(f"r{number}", words, namespace, 99, blocks, whole, watermark)
     key = rng.choice(keys)
     request = state.requests[state.keys[key]]
     if kind < 12:
         blocks = min(len(request.table), request.leaf.end + len(request.words) // state.block_bytes)
-        return commands.Cache(key, blocks, b"")
+        return commands.Cache(key, blocks, b"", max(blocks - 1, 0) if rng.random() < 0.3 else None)
     if kind < 15:
         return commands.Release(key, rng.choice(list(ReleaseReason)), rng.random() < 0.3)
     if kind < 19 and state.transfers:
         transfer = rng.choice(list(state.transfers.values()))
         if transfer.quarantined:
             return commands.EndQuarantine(transfer.id)
-        outcome = rng.choice([*[Outcome.DONE] * 5, *Outcome])
+        outcome = Outcome.TIMED_OUT if transfer.id % 4 == 1 else rng.choice([*[Outcome.DONE] * 5, *Outcome])
         if outcome == Outcome.CORRUPT and transfer.direction != Direction.SWAP_IN:
             outcome = Outcome.FAILED
         total = len(transfer.targets)
         return commands.FinishTransfer(transfer.id, outcome, total if outcome == Outcome.DONE else rng.randrange(total))
+    if kind < 21:
+        return commands.Backup(request.leaf.id)
     return rng.choice(
         (
             commands.Allocate([key, rng.choice(keys)], [1, rng.choice((1, 30))]),
             commands.Trim(key, max(request.leaf.end, len(request.table) - 1)),
             commands.Reassign(key, rng.choice(keys), array("i", request.table[-1:])),
+            commands.Extend(key, 99),
+            commands.Extend(key, 99),
+            commands.GiveBack(key, request.table[request.leaf.end :][:1]),
+            commands.MakeRoom(2),
+            commands.Forget(rng.choice(list(state.nodes) or [0])),
             commands.Evict(rng.choice(list(Tier)), 2),
             commands.Resize(Tier.DEVICE, rng.randrange(12, 17)),
             commands.Clear(True) if rng.random() < 0.3 else commands.TakeDigest(engine.sequence, rng.random() < 0.5),
@@ -88,17 +122,30 @@ def main() -> None:
     folder = FOLDER / f"{SCHEMA_HASH:016x}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    digests = {}
+    events = {}
     for policy in HostPolicy:
         path = folder / f"{policy.name.lower()}.kvlog"
         host = (0, 0) if policy == HostPolicy.OFF else (10, 5)
-        engine = Engine(path, 14, *host, policy)
+        engine = Engine(path, 14, *host, policy, backup_after=2)
         drive(engine, random.Random(policy))
         engine.close()
         path.chmod(0o644)
-        digests[path.name] = {"events": engine.sequence, "digest": state_digest(engine.state).hex()}
-    (folder / "digests.json").write_text(json.dumps(digests, indent=1) + "\n")
-    print(f"{folder.name}: {digests}")
+        events[path.name] = {"events": engine.sequence, "digests": {}}
+    (folder / "digests.json").write_text(json.dumps(events))
+    for told in sorted(FOLDER.glob("*/digests.json")):
+        _digest(told)
+
+
+def _digest(file: Path) -> None:
+    """Add the digests of the last states in the present encoding, where they are missing."""
+    told = json.loads(file.read_text())
+    for name, log in told.items():
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(shutil.copy(file.parent / name, folder))
+            with open_source(str(copy)) as source:
+                digest = state_digest(source.at(source.last)).hex()
+        print(f"{file.parent.name}/{name}: {log['digests'].setdefault(MAGIC.decode(), digest)}")
+    file.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":
