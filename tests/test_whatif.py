@@ -18,7 +18,7 @@ from kvledger.cli import app
 from kvledger.debugger import open_source
 from kvledger.debugger.curve import curve
 from kvledger.debugger.ranked import Ranked
-from kvledger.debugger.traffic import Begin, Forget, Grow, Move, Publish, Refused, Shrink, traffic
+from kvledger.debugger.traffic import Again, Begin, Forget, Grow, Move, Publish, Refused, Shrink, traffic
 from kvledger.debugger.whatif import Hints, Result, Scenario, what_if
 from kvledger.run import Run, RunOptions, Summary
 from kvledger.traces import Trace
@@ -231,6 +231,35 @@ def test_traffic_of_every_kind(tmp_path: Path) -> None:
     assert (result.device_hit_blocks, result.device_evicted_blocks) == (3, found["device_evicted_blocks"])
     assert result.stalls == 0 and small.stalls and small.early_releases
     assert tiny.device_hit_blocks == 0 and tiny.requests == 2
+
+
+def test_what_is_found_between_two_chunks_is_a_hit() -> None:
+    """Pairs of requests with one prompt, computed in turns of two blocks: each goes on along what the other cached."""
+    name = f"chunks-{os.getpid()}"
+    rng = np.random.default_rng(3)
+    with CacheManager.create(name, CacheConfig(block_size=4, device_blocks=120)) as manager:
+        for pair in range(40):
+            tokens = np.concatenate([np.arange(12), rng.integers(0, 9, 40)])[: int(rng.integers(8, 52))] + pair % 3
+            keys = [f"{pair}-0", f"{pair}-1"]
+            for key in keys:
+                manager.admit(key, tokens)
+            full, turn = len(tokens) // 4, 0
+            while any(manager.cached_blocks(key) < full for key in keys):
+                key = keys[turn % 2]
+                start = manager.extend(key).cached_blocks
+                manager.cache(key, min(max(start, 2 * turn + 2), full))
+                turn += 1
+            for key in keys:
+                manager.release(key)
+        stats = manager.stats()
+        with open_source(name) as source:
+            found = [ask for moment in traffic(source) for ask in moment.asks if isinstance(ask, Again)]
+            same, small = what_if(source, [scenario(120), scenario(30)]).results
+            rates = curve(source, [30, 120]).hit_rates
+    assert sum(ask.found for ask in found) > 50 and stats["device_evicted_blocks"]
+    assert (same.blocks, same.device_hit_blocks) == (stats["queried_blocks"], stats["device_hit_blocks"])
+    assert rates[1] == same.device_hit_rate and abs(rates[0] - small.device_hit_rate) < 0.05
+    assert small.device_hit_rate < same.device_hit_rate
 
 
 def test_command_line(recorded: Path, tmp_path: Path) -> None:
