@@ -14,7 +14,7 @@ import numpy.typing as npt
 import zstandard
 from crc32c import crc32c
 
-from statemachine.events import AllocationRefused, Event, RequestMatched
+from statemachine.events import AllocationRefused, Event, RequestExtended, RequestMatched
 from statemachine.mentions import mentions
 from statemachine.state import State
 
@@ -39,7 +39,7 @@ class Mentioned:
         self._lists: dict[Kind, list[npt.NDArray[np.uint64]]] = {kind: [] for kind in _NUMBERED}
 
     def add(self, event: Event, state: State) -> None:
-        """An event of the present stretch, and the state after it. A match mentions every run of its path."""
+        """An event of the present stretch, and the state after it. A match or an extension mentions its whole path."""
         now = self._now
         found = mentions(event)
         now["device"].update(found.device)
@@ -47,15 +47,14 @@ class Mentioned:
         now["request"].update(found.requests)
         now["node"].update(found.nodes)
         now["transfer"].update(found.transfers)
-        if type(event) is RequestMatched:
+        if type(event) is AllocationRefused or type(event) is RequestMatched:
             now["key"].add(key_number(event.key))
+        if type(event) is RequestMatched or type(event) is RequestExtended:
             node = state.requests[event.request].leaf
             runs = now["node"]
             while node.parent is not None:
                 runs.add(node.id)
                 node = node.parent
-        elif type(event) is AllocationRefused:
-            now["key"].add(key_number(event.key))
 
     def end_stretch(self) -> None:
         """The next event begins another stretch."""

@@ -26,7 +26,7 @@ from ipc.kvlog import Place
 from kvledger.mentioned import Kind, Mentioned
 from kvledger.timeline import ROW_EVENTS, Timeline
 from statemachine import codec
-from statemachine.encoding import SnapshotError, restore, snapshot
+from statemachine.encoding import MAGIC, SnapshotError, restore, snapshot
 from statemachine.replay import Contradiction, Replay
 from statemachine.state import State
 from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
@@ -116,7 +116,7 @@ class Recording:
             ends = file.read(4096)
             file.seek(max(size - 4096, 0))
             ends += file.read()
-        return f"{_INDEX_VERSION}-{codec.SCHEMA_HASH:x}-{size}-{xxhash.xxh3_128_hexdigest(ends)}"
+        return f"{_INDEX_VERSION}-{codec.SCHEMA_HASH:x}-{MAGIC.decode()}-{size}-{xxhash.xxh3_128_hexdigest(ends)}"
 
     def _load(self, index: Path, identity: str) -> dict[str, Any] | None:
         try:
