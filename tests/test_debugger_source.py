@@ -129,6 +129,9 @@ def test_a_ledger_that_has_dropped_its_beginning() -> None:
             with open_source(name) as ledger:
                 if ledger.first > 1:
                     break
+        manager._retention.stop()
+        for sequence in snapshots.sequences(name):
+            snapshots.remove(name, sequence)
         with open_source(name) as ledger:
             with pytest.raises(SourceError, match=r"no snapshot of a state before .* no event on"):
                 ledger.at(ledger.last)

@@ -53,7 +53,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class Operation:
-    """One step of the engine: ``serve`` a prompt, ``release`` the oldest request, or something for the whole cache."""
+    """One step of the engine: ``serve`` a prompt at once or in ``chunks`` (the second one cached ahead of its step),
+    ``release`` the oldest request, or something for the whole cache."""
 
     what: str
     prompt: tuple[int, ...] = ()
@@ -83,7 +84,7 @@ class Plan:
         operations = []
         for _ in range(rng.randrange(3, 14)):
             prompt = tuple(rng.choice((1, 1, 1, 2)) for _ in range(rng.randrange(1, 6)))
-            kinds = ["serve"] * 8 + ["release"] * 3 + ["clear", "resize", "poll", "preempt"]
+            kinds = ["serve"] * 5 + ["chunks"] * 3 + ["release"] * 3 + ["clear", "resize", "poll", "preempt"]
             operations.append(Operation(rng.choice(kinds), prompt, rng.random() < 0.2))
         faults = []
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
@@ -260,7 +261,7 @@ class Simulation:
             return None
 
     def _perform(self, manager: CacheManager, engine: PatternEngine, live: list[_Live], operation: Operation) -> None:
-        if operation.what == "serve":
+        if operation.what in ("serve", "chunks"):
             self._request(manager, engine, live, operation)
         elif operation.what in ("release", "preempt") and live:
             reason = ReleaseReason.FINISHED if operation.what == "release" else ReleaseReason.PREEMPTED
@@ -299,6 +300,12 @@ class Simulation:
             self._wait(manager, lambda: manager.ready(key))
         seeds = chain(words_of(tokens), 4 * _BLOCK, b"")
         table, valid = manager.block_table(key), manager.cached_blocks(key)
+        if operation.what == "chunks":
+            middle = (valid + len(seeds) + 1) // 2
+            engine.write(table[valid:middle], seeds[valid:middle])
+            manager.cache(key, middle, computed=middle)
+            _, table, valid, _ = manager.extend(key)
+            manager.cache(key, len(seeds), computed=valid)  # if it dies now, nobody may find the rest
         engine.write(table[valid : len(seeds)], seeds[valid:])
         engine.verify(key, table[: len(seeds)], seeds, manager.next_sequence - 1)
         manager.cache(key, len(seeds))
