@@ -305,7 +305,8 @@ class Simulation:
             engine.write(table[valid:middle], seeds[valid:middle])
             manager.cache(key, middle, computed=middle)
             _, table, valid, _ = manager.extend(key)
-            manager.cache(key, len(seeds), computed=valid)  # if it dies now, nobody may find the rest
+            manager.cache(key, len(seeds), computed=valid)
+            manager.poll()  # while the step runs; if the engine dies here, nobody may find what was cached ahead
         engine.write(table[valid : len(seeds)], seeds[valid:])
         engine.verify(key, table[: len(seeds)], seeds, manager.next_sequence - 1)
         manager.cache(key, len(seeds))
