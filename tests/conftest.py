@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from ipc.names import SHM
 
@@ -14,6 +14,14 @@ settings.register_profile(
     "short", max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 settings.register_profile("campaign", settings.get_profile("short"), max_examples=5_000, stateful_step_count=100)
+settings.register_profile(  # for the mutation check: the same examples each time, and no look for a smaller one
+    "mutants",
+    settings.get_profile("short"),
+    max_examples=500,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.target],
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 

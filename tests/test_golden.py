@@ -77,6 +77,10 @@ STORIES: dict[str, tuple[HostPolicy, list[Command]]] = {
         [*SWAPPED, admit("c", 1, 2, 3, 4), finish(2, Outcome.DONE, 2), cache("c", 4)],
     ),
     "failed swap-in": (HostPolicy.EXCLUSIVE, [*SWAPPED, admit("c", 1, 2, 3, 4), finish(2, Outcome.FAILED, 1)]),
+    "corrupt swap-in": (
+        HostPolicy.EXCLUSIVE,
+        [*SWAPPED, admit("c", 1, 2, 3, 4), finish(2, Outcome.CORRUPT, 0), release("c"), admit("d", 1, 2, 3, 4)],
+    ),
     "failed swap-out": (HostPolicy.EXCLUSIVE, [*FIRST, admit("b", 7, 8, 9), finish(1, Outcome.FAILED, 1)]),
     "timed out": (
         HostPolicy.EXCLUSIVE,

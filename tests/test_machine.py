@@ -90,6 +90,7 @@ class Machine(RuleBasedStateMachine):
 
     def do(self, command: Any) -> list[Event] | CommandRejected:
         before = state_digest(self.state)
+        resident = self.state.host_resident
         try:
             events = decide(self.state, command)
         except CommandRejected as error:
@@ -111,6 +112,8 @@ class Machine(RuleBasedStateMachine):
             self.tail.append(copied)
             if isinstance(event, TransferStarted):
                 self.memory.started(event)
+        if any(isinstance(event, TransferStarted) and event.direction != Direction.SWAP_IN for event in events):
+            assert self.state.host_resident <= max(self.state.host_blocks, resident), "no room for these copies"
         self.most_pins = max([self.most_pins, *(node.pins for node in self.state.nodes.values())])
         return events
 

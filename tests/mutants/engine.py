@@ -1,0 +1,211 @@
+"""Faults in the manager, the ranks and the workers."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant, mutant
+from tests.mutants.log import SEEDS
+
+MANAGER = "tests/test_manager.py"
+FAILING = "tests/test_failing_workers.py"
+RECOVERY = "tests/test_recovery.py"
+
+MUTANTS: list[Mutant] = [
+    mutant(
+        "the answer of one rank is taken for all",
+        "kvledger/ranks.py",
+        "            if len(answers) == self._config.ranks:\n",
+        "            if answers:\n",
+        SEEDS,
+        "tests/test_ranks.py",
+    ),
+    mutant(
+        "the longest valid prefix of the ranks counts",
+        "kvledger/ranks.py",
+        "valid = min(answer.valid for answer in answers.values())",
+        "valid = max(answer.valid for answer in answers.values())",
+        SEEDS,
+        "tests/test_ranks.py",
+    ),
+    mutant(
+        "the best outcome of the ranks counts",
+        "kvledger/ranks.py",
+        "outcome = max(_OUTCOMES",
+        "outcome = min(_OUTCOMES",
+        SEEDS,
+    ),
+    mutant(
+        "a quarantine ends at the time-out of the next poll",
+        "kvledger/ranks.py",
+        "            elif not transfer.quarantined and now > self._orders[id].deadline:\n",
+        "            elif transfer.quarantined:\n                self._execute(commands.EndQuarantine(id))\n"
+        "                del self._orders[id]\n"
+        "            elif not transfer.quarantined and now > self._orders[id].deadline:\n",
+        f"{MANAGER}::test_a_hung_worker_times_out_and_its_blocks_stay_quarantined",
+    ),
+    mutant(
+        "a dead worker does not end a quarantine",
+        "kvledger/ranks.py",
+        "            for answers in self._answers.values():\n                answers.pop(rank, None)\n"
+        "            self._never_again(rank)\n",
+        "            for answers in self._answers.values():\n                answers.pop(rank, None)\n",
+        f"{MANAGER}::test_a_hung_worker_times_out_and_its_blocks_stay_quarantined",
+        f"{FAILING}::test_a_quarantine_outlives_its_engine_and_ends",
+    ),
+    mutant(
+        "a new worker does not end the quarantine of what it will not execute",
+        "kvledger/ranks.py",
+        "                self._never_again(rank)  # what timed out before it joined is not executed by it\n",
+        "",
+        f"{MANAGER}::test_what_times_out_while_a_rank_has_no_worker_is_not_quarantined_for_ever",
+    ),
+    mutant(
+        "a new worker does not read what is in flight",
+        "kvledger/ranks.py",
+        "self.supervisor.start(rank, self._oldest_in_flight())",
+        "self.supervisor.start(rank, self._writer.next_sequence)",
+        f"{FAILING}::test_killed_at_a_moment_of_its_copy",
+        f"{MANAGER}::test_a_killed_worker_is_replaced_and_nothing_is_lost",
+    ),
+    mutant(
+        "a dead worker is started again at once, for ever",
+        "kvledger/ranks.py",
+        "self._restarts[rank] = time.monotonic() + min(_BACK_OFF_S * 2 ** min(failures, 16), _LONGEST_BACK_OFF_S)",
+        "self._restarts[rank] = time.monotonic()",
+        "tests/test_ranks.py",
+    ),
+    mutant(
+        "a rank may fail for ever",
+        "kvledger/ranks.py",
+        "        if self._failures[rank] >= _MOST_FAILURES and",
+        "        if False and",
+        f"{FAILING}::test_a_rank_that_keeps_failing_costs_the_host_tier",
+    ),
+    mutant(
+        "an adopted worker's acknowledgement of the epoch is not heard",
+        "kvledger/ranks.py",
+        "                self._heard(answer)\n",
+        "                pass\n",
+        RECOVERY,
+        f"{FAILING}::test_a_quarantine_outlives_its_engine_and_ends",
+    ),
+    mutant(
+        "an adopted worker is not waited for",
+        "kvledger/ranks.py",
+        "                self._unheard[rank] = time.monotonic() + self._config.ready_timeout_s\n",
+        "                self._unheard[rank] = time.monotonic() + self._config.ready_timeout_s\n"
+        "                self._never_again(rank)\n",
+        "tests/test_ranks.py",
+    ),
+    mutant(
+        "an adopted worker that hangs is kept",
+        "kvledger/ranks.py",
+        '                self.supervisor.kill(rank, "it does not follow the new engine")\n',
+        "                pass\n",
+        f"{FAILING}::test_an_adopted_worker_that_hangs_is_replaced",
+    ),
+    mutant(
+        "a worker acknowledges an epoch before its copies have ended",
+        "workers/transfer.py",
+        "                while self.copies.busy():\n",
+        "                while False:\n",
+        "tests/test_transfer_worker.py",
+    ),
+    mutant(
+        "a worker executes what had ended before it joined",
+        "workers/transfer.py",
+        "                    self._pending.pop(event.transfer, None)\n",
+        "                    pass\n",
+        "tests/test_transfer_worker.py",
+    ),
+    mutant(
+        "a worker executes before it has joined",
+        "workers/transfer.py",
+        "            if self._joined:\n                for transfer",
+        "            if True:\n                for transfer",
+        "tests/test_transfer_worker.py",
+    ),
+    mutant(
+        "a worker that no engine knows stays",
+        "workers/transfer.py",
+        "                    self.superseded = True\n                    break\n",
+        "                    continue\n",
+        f"{FAILING}::test_a_worker_that_had_not_joined_leaves_when_another_engine_comes",
+    ),
+    mutant(
+        "an orphan never leaves",
+        "workers/transfer.py",
+        "                    if time.monotonic() - orphan_since > ORPHAN_GRACE_S:\n",
+        "                    if False:\n",
+        f"{MANAGER}::test_workers_of_a_killed_engine_leave_and_its_name_says_so",
+    ),
+    mutant(
+        "a swap-in copies the layers of the wrong block",
+        "workers/numpy_pools.py",
+        "host[source : source + size].swapaxes(0, 1)",
+        "host[target : target + size].swapaxes(0, 1)",
+        f"{MANAGER}::test_bytes_follow_tokens",
+    ),
+    mutant(
+        "a block outside its pool is copied in part",
+        "workers/numpy_pools.py",
+        "        if ids and not (min(ids) >= 0 and max(ids) < count):",
+        "        if False:",
+        "tests/test_pools.py::test_a_copy_that_raises_is_an_answer",
+    ),
+    mutant(
+        "a pool of another layout is attached",
+        "workers/pools.py",
+        '                if there == id and (tier == "host"',
+        '                if (tier == "host"',
+        f"{RECOVERY}::test_a_pool_that_is_not_the_same_is_a_lost_tier",
+    ),
+    mutant(
+        "a swap-in on a GPU does not wait for the copy that empties its target",
+        "workers/cuda_copies.py",
+        "                    driver.wait_for(stream, self._flying[earlier].event)\n",
+        "                    pass\n",
+        "tests/test_cuda.py",
+    ),
+    mutant(
+        "events are published before they are applied",
+        "kvledger/manager.py",
+        "        if apply_them:\n            state = self._state\n",
+        "        self._writer.publish()\n        if apply_them:\n            state = self._state\n",
+        "tests/test_manager.py::test_an_event_that_cannot_be_applied_is_never_published",
+    ),
+    mutant(
+        "a manager goes on after an event that could not be applied",
+        "kvledger/manager.py",
+        '                self._closed = f"an event could not be applied ({error}); reopen the ledger"\n',
+        "",
+        "tests/test_manager.py::test_an_event_that_cannot_be_applied_is_never_published",
+    ),
+    mutant(
+        "any thread may change the cache",
+        "kvledger/manager.py",
+        "        if get_ident() != self._thread:\n            raise WrongThread(",
+        "        if False:\n            raise WrongThread(",
+        "tests/test_engine_api.py::test_only_the_owner_changes_anything_but_a_release_comes_from_anywhere",
+    ),
+    mutant(
+        "the watermark is forgotten",
+        "statemachine/decide.py",
+        " - (command.watermark if state.requests else 0)\n",
+        "\n",
+        "tests/test_engine_api.py::test_the_watermark_keeps_blocks_for_those_that_run",
+    ),
+    mutant(
+        "blocks of old weights match",
+        "kvledger/manager.py",
+        "        return versioned(self._weights, namespace) if self._weights else namespace\n",
+        "        return namespace\n",
+        "tests/test_engine_api.py::test_blocks_of_other_weights_never_match",
+    ),
+    mutant(
+        "a dead engine's lock is taken for a living one's",
+        "kvledger/ledgers.py",
+        '        if ledger.state == "dead" and ledger.uid',
+        "        if ledger.uid",
+        "tests/test_segments.py::test_from_alive_to_orphaned_to_dead_to_gone",
+    ),
+]

@@ -1,0 +1,254 @@
+"""Faults in the log: memory order, commit, retention, recovery, files."""
+
+from __future__ import annotations
+
+from tests.mutants import Edit, Mutant, mutant
+
+WEAK = "tests/test_simulation.py::test_the_log_delivers_what_was_written[weak]"
+BOTH = "tests/test_simulation.py::test_the_log_delivers_what_was_written"
+WAKE = "tests/test_simulation.py::test_a_parked_worker_is_never_forgotten"
+SEEDS = "tests/test_simulation.py::test_engines_workers_and_followers_survive_what_seeds_plan"
+LOG = "tests/test_log.py"
+RECOVERY = "tests/test_log_recovery.py"
+_FENCE = "        self._release()\n        self._acquire()\n"
+
+MUTANTS = [
+    # memory order
+    mutant(
+        "the writer does not fence before the commit words",
+        "ipc/writer.py",
+        "        commits, offset, crc, sequence, mask = self._staged\n" + _FENCE,
+        "        commits, offset, crc, sequence, mask = self._staged\n",
+        WEAK,
+    ),
+    mutant(
+        "the reader does not fence after the hint",
+        "ipc/reader.py",
+        _FENCE + "        return self._read(segment, tail, limit)",
+        "        return self._read(segment, tail, limit)",
+        WEAK,
+    ),
+    mutant(
+        "the reader does not fence after it saw that the writer is dead",
+        "ipc/reader.py",
+        "        self._release()  # that it is dead, or succeeded, was read before what it wrote\n        self._acquire()\n",
+        "",
+        SEEDS,
+    ),
+    mutant(
+        "the tail hint before the commit words",
+        "ipc/writer.py",
+        "        for word, value in commits:\n            words32[word] = value\n        self._words[TAIL] = offset\n",
+        "        self._words[TAIL] = offset\n        for word, value in commits:\n            words32[word] = value\n",
+        BOTH,
+    ),
+    mutant(
+        "the commit word with the body",
+        "ipc/writer.py",
+        "            commits.append((word, crc))\n",
+        "            commits.append((word, crc))\n            self._words32[word] = crc\n",
+        f"{LOG}::test_what_is_staged_is_not_seen_and_is_overwritten",
+        f"{RECOVERY}::test_what_was_staged_and_not_published_does_not_count",
+    ),
+    mutant(
+        "a sequence number is proof enough",
+        "ipc/record.py",
+        "            if crc != committed:\n                break\n",
+        "",
+        f"{LOG}::test_a_flipped_bit_is_found",
+    ),
+    mutant(
+        "the doorbell is looked at before the hint is visible",
+        "ipc/writer.py",
+        "        # Between the hint and the parked words: the reader writes one and reads the other in the opposite order.\n"
+        + _FENCE,
+        "",
+        WAKE,
+    ),
+    mutant(
+        "a worker parks without a fence",
+        "ipc/reader.py",
+        "            self._control.words[parked] = 1\n            self._release()\n            self._acquire()\n",
+        "            self._control.words[parked] = 1\n",
+        WAKE,
+    ),
+    mutant(
+        "a worker parks without looking again",
+        "ipc/reader.py",
+        "            records = self.poll()\n            if not records:\n",
+        "            records: list[Record] = []\n            if not records:\n",
+        WAKE,
+    ),
+    Mutant(
+        "the next segment is announced before its header is visible",
+        (
+            Edit(
+                "ipc/writer.py",
+                "        self._offset = HEADER_BYTES\n" + _FENCE + "        old[2][NEXT]",
+                "        self._offset = HEADER_BYTES\n        old[2][NEXT]",
+            ),
+            Edit("ipc/writer.py", _FENCE + "        self._control.current =", "        self._control.current ="),
+        ),
+        (WEAK,),
+    ),
+    mutant(
+        "the reader goes on to the next segment without reading the last one to its end",
+        "ipc/reader.py",
+        "            tail = segment.words[TAIL]\n            if tail == self._at.offset:\n",
+        "            if tail == self._at.offset:\n",
+        WEAK,
+    ),
+    # what counts
+    mutant(
+        "half a transaction is delivered",
+        "ipc/record.py",
+        "            if flags & TXN_END:\n                complete",
+        "            if True:\n                complete",
+        f"{LOG}::test_half_a_transaction_is_never_delivered",
+    ),
+    Mutant(
+        "the checksum leaves out the payload",
+        (
+            Edit("ipc/writer.py", "                crc = crc32c(head, crc)\n", ""),
+            Edit("ipc/writer.py", "                crc = crc32c(tail, crc)\n", ""),
+            Edit("ipc/record.py", "                crc = crc32c(payload, crc)\n", ""),
+        ),
+        (f"{LOG}::test_a_flipped_bit_is_found",),
+    ),
+    mutant(
+        "a sealed segment does not name its successor",
+        "ipc/writer.py",
+        "        old[2][NEXT] = self._index  # seals it; readers go on to the next one\n",
+        "",
+        f"{LOG}::test_a_sealed_segment_says_which_one_follows",
+    ),
+    mutant(
+        "what is staged moves the writer on",
+        "ipc/writer.py",
+        "        self._staged = commits, offset, crc, sequence, mask\n",
+        "        self._staged = commits, offset, crc, sequence, mask\n        self._offset = offset\n",
+        f"{LOG}::test_what_is_staged_is_not_seen_and_is_overwritten",
+    ),
+    mutant(
+        "woken for every kind",
+        "ipc/writer.py",
+        "words[parked] and words[wanted] & mask",
+        "words[parked]",
+        f"{LOG}::test_a_parked_worker_is_woken_for_its_kinds_only",
+    ),
+    mutant(
+        "the doorbell of a dead worker is kept",
+        "ipc/writer.py",
+        "        self._bells.clear()\n        self._listeners",
+        "        self._listeners",
+        f"{LOG}::test_the_next_worker_on_a_line_is_woken_too",
+    ),
+    mutant(
+        "lines of dead readers are never used again",
+        "ipc/control.py",
+        "                if not alive(self.words[base + PID], self.words[base + START]):\n",
+        "                if not self.words[base + PID]:\n",
+        f"{LOG}::test_too_many_readers_and_dead_lines_are_reused",
+    ),
+    mutant(
+        "a reused process id is taken for the process",
+        "ipc/processes.py",
+        "    return pid != 0 and start_time(pid) == started",
+        "    return pid != 0 and start_time(pid) != 0",
+        f"{LOG}::test_too_many_readers_and_dead_lines_are_reused",
+    ),
+    mutant(
+        "two writers",
+        "ipc/control.py",
+        "                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n                break",
+        "                break",
+        "tests/test_recovery.py::test_a_killed_engine_is_succeeded_with_a_warm_cache",
+    ),
+    mutant(
+        "others may read",
+        "ipc/memory.py",
+        "posix_ipc.O_CREX, mode=0o600",
+        "posix_ipc.O_CREX, mode=0o644",
+        f"{LOG}::test_objects_are_private_and_gone_after_a_clean_stop",
+    ),
+    # retention
+    mutant(
+        "the cursor of a worker runs ahead of what it was given",
+        "ipc/reader.py",
+        "+ CURSOR] = self.cursor",
+        "+ CURSOR] = 1 << 62",
+        f"{LOG}::test_a_worker_holds_the_log_back",
+    ),
+    mutant(
+        "retention does not ask the workers",
+        "ipc/writer.py",
+        "                passed = min(passed, reader.cursor)",
+        "                pass",
+        f"{LOG}::test_a_worker_holds_the_log_back",
+    ),
+    mutant(
+        "retention forgets workers that are yet to come",
+        "ipc/writer.py",
+        "        passed = self.next_sequence if self._hold is None else self._hold()",
+        "        passed = self.next_sequence",
+        f"{LOG}::test_the_log_is_held_for_a_worker_that_is_yet_to_come",
+    ),
+    mutant(
+        "a segment goes when its first record was read",
+        "ipc/writer.py",
+        "            if self._kept[1][2] > passed:",
+        "            if self._kept[0][2] > passed:",
+        f"{LOG}::test_a_worker_holds_the_log_back",
+        f"{LOG}::test_the_log_is_held_for_a_worker_that_is_yet_to_come",
+    ),
+    # recovery
+    mutant(
+        "a dead writer's log ends at its hint",
+        "ipc/reader.py",
+        "        records, _ = self._at.read(segment.buffer, len(segment.buffer), self.cursor, limit)",
+        "        records, _ = self._at.read(segment.buffer, segment.words[TAIL], self.cursor, limit)",
+        f"{RECOVERY}::test_a_reader_of_a_dead_ledger_sees_what_the_hint_does_not_say",
+    ),
+    mutant(
+        "published records that are damaged are cut off",
+        "ipc/recovery.py",
+        "    elif end.offset < published:\n        decision, again = Decision.CORRUPT, published\n",
+        "",
+        f"{RECOVERY}::test_decision_table",
+    ),
+    mutant(
+        "intact records after a damaged one are cut off",
+        "ipc/recovery.py",
+        "    if found := _intact_again(data, bad, sequence, crc, published):",
+        "    if found := 0:",
+        f"{RECOVERY}::test_decision_table",
+    ),
+    mutant(
+        "a prompt is searched for records",
+        "ipc/recovery.py",
+        "                if offset >= published:\n                    step = after - offset\n",
+        "",
+        f"{RECOVERY}::test_a_prompt_that_looks_like_records_is_not_taken_for_corruption",
+    ),
+    mutant(
+        "an epoch is used twice",
+        "ipc/writer.py",
+        "    return max([control.current[0], *(epoch for epoch, _ in segments_of(control.ledger))]) + 1",
+        "    return control.current[0] + 1",
+        f"{RECOVERY}::test_the_epoch_of_a_writer_that_died_while_it_began_is_not_used_again",
+    ),
+    mutant(
+        "a damaged snapshot is believed",
+        "ipc/snapshots.py",
+        " or len(body) != size or crc32c(body) != crc:",
+        " or len(body) != size:",
+        "tests/test_snapshots.py::test_a_damaged_snapshot_is_passed_over",
+    ),
+    mutant(
+        "chunks of a file may be missing",
+        "ipc/kvlog.py",
+        "            or (first, seed) != (sequence, chain)\n",
+        "",
+        f"{LOG}::test_a_kvlog_file_with_a_chunk_cut_out_ends_there",
+    ),
+]

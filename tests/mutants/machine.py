@@ -1,0 +1,444 @@
+"""Faults in the state machine."""
+
+from __future__ import annotations
+
+from tests.mutants import Edit, Mutant, mutant
+
+ANY = "tests/test_machine.py::test_machine"
+ONE_TIER = f"{ANY}[OneTierMachine]"
+EXCLUSIVE = f"{ANY}[ExclusiveMachine]"
+THROUGH = f"{ANY}[WriteThroughMachine]"
+
+MUTANTS = [
+    # pins and orders
+    mutant(
+        "a match does not pin its runs",
+        "statemachine/tree.py",
+        "        node.pins += 1\n        node = node.parent\n    node.pins += 1",
+        "        node = node.parent\n    node.pins += 1",
+        ONE_TIER,
+    ),
+    mutant(
+        "a match does not pin its root",
+        "statemachine/tree.py",
+        "        node.pins += 1\n        node = node.parent\n    node.pins += 1\n",
+        "        node.pins += 1\n        node = node.parent\n",
+        ONE_TIER,
+    ),
+    mutant(
+        "a release does not unpin the root",
+        "statemachine/tree.py",
+        "    if node is not above:\n        node.pins -= 1\n",
+        "    if node is not above:\n",
+        ONE_TIER,
+    ),
+    mutant(
+        "caching does not pin what others had cached",
+        "statemachine/apply_cache.py",
+        "        run.pins += 1\n    position = 0\n",
+        "    position = 0\n",
+        ONE_TIER,
+    ),
+    mutant(
+        "extending a path does not pin it",
+        "statemachine/apply_chunks.py",
+        "        run.pins += 1\n",
+        "",
+        ONE_TIER,
+    ),
+    mutant(
+        "a swap-in does not pin its path",
+        "statemachine/apply_transfers.py",
+        "    tree.pin(state, nodes[-1])\n",
+        "",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "the evictable blocks are counted one off",
+        "statemachine/tree.py",
+        "        state.evictable -= node.size\n    if node.host is not None:",
+        "        state.evictable -= node.size - 1\n    if node.host is not None:",
+        ONE_TIER,
+    ),
+    mutant(
+        "ancestors are evicted before their descendants",
+        "statemachine/tree.py",
+        "                (state.final if final > 0 else state.device_order).append(node)\n",
+        "                (state.final if final > 0 else state.device_order).insert_after(None, node)\n",
+        ONE_TIER,
+    ),
+    mutant(
+        "the most recently released is evicted first",
+        "statemachine/room.py",
+        "        for node in order:\n            have = node.size\n",
+        "        for node in [run for run in reversed(list(order)) if not run.children]:\n            have = node.size\n",
+        ONE_TIER,
+    ),
+    mutant(
+        "the final hint is ignored",
+        "statemachine/decide.py",
+        "    if command.final:\n",
+        "    if False:\n",
+        ONE_TIER,
+    ),
+    Mutant(
+        "the final hint reaches runs that others continue",
+        (
+            Edit(
+                "statemachine/decide.py",
+                "            if len(run.children) > (1 if index else 0):\n                break\n",
+                "",
+            ),
+            Edit(
+                "statemachine/apply_requests.py",
+                " or any(len(run.children) > (1 if i else 0) for i, run in enumerate(loose[:final]))",
+                "",
+            ),
+        ),
+        (ONE_TIER,),
+    ),
+    # blocks
+    mutant(
+        "what a transfer held is freed twice",
+        "statemachine/apply_transfers.py",
+        "    del state.transfers[transfer.id]\n    state.device.free.extend(transfer.held)\n",
+        "    del state.transfers[transfer.id]\n    state.device.free.extend(transfer.held)\n"
+        "    state.device.free.extend(transfer.held)\n",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "duplicates are not the request's own",
+        "statemachine/state.py",
+        "        for start, stop in reversed(self.duplicates):\n            own = table[start:stop] + own\n",
+        "",
+        ONE_TIER,
+    ),
+    mutant(
+        "a block is free while a copy reads it",
+        "statemachine/apply_requests.py",
+        "        if transfer.direction != Direction.SWAP_IN:\n",
+        "        if False:\n",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "an evicted block is free while its back-up reads it",
+        "statemachine/apply_cache.py",
+        "    (state.device.free if node.transfer is None else node.transfer.held).extend(blocks)\n",
+        "    state.device.free.extend(blocks)\n",
+        THROUGH,
+    ),
+    Mutant(
+        "a release frees its blocks in the wrong order",
+        (
+            Edit(
+                "statemachine/decide.py",
+                "    blocks = request.private()\n    blocks.reverse()\n",
+                "    blocks = request.private()\n",
+            ),
+            Edit(
+                "statemachine/apply_requests.py",
+                "    own = request.private()\n    own.reverse()\n",
+                "    own = request.private()\n",
+            ),
+        ),
+        (ONE_TIER,),
+    ),
+    mutant(
+        "a trimmed request still waits for what it gave back",
+        "statemachine/apply_requests.py",
+        "        del request.waits[id]\n        del state.transfers[id].waiters[request.id]\n",
+        "        pass\n",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "the pool shrinks below blocks in use",
+        "statemachine/decide_upkeep.py",
+        "    for block in sorted(blocks - cached):\n        raise Busy",
+        "    for block in ():\n        raise Busy",
+        EXCLUSIVE,
+    ),
+    # runs
+    mutant(
+        "a split gives the lower part the new id",
+        "statemachine/tree.py",
+        "    state.nodes[upper_id] = upper\n    state.next_node = upper_id + 1\n",
+        "    upper.id, node.id = node.id, upper_id\n    state.nodes[upper.id] = upper\n    state.nodes[node.id] = node\n"
+        "    state.next_node = upper_id + 1\n",
+        ONE_TIER,
+        "tests/test_golden.py",
+    ),
+    mutant(
+        "the upper part of a split is not pinned",
+        "statemachine/tree.py",
+        "    upper.pins, upper.hits, upper.ahead = node.pins, node.hits, node.ahead\n",
+        "    upper.hits, upper.ahead = node.hits, node.ahead\n",
+        ONE_TIER,
+    ),
+    mutant(
+        "runs with different copies merge",
+        "statemachine/tree.py",
+        "        and (node.host is None) == (parent.host is None)\n",
+        "",
+        THROUGH,
+    ),
+    mutant(
+        "runs merge while one is in flight",
+        "statemachine/tree.py",
+        "        and parent.transfer is None\n",
+        "",
+        THROUGH,
+    ),
+    mutant(
+        "content is compared by its first block",
+        "statemachine/tree.py",
+        "        if end <= stop and run.startswith(words[offset:end]):\n",
+        "        if end <= stop:\n",
+        ONE_TIER,
+    ),
+    Mutant(
+        "a match looks into another namespace",
+        (
+            Edit(
+                "statemachine/decide.py",
+                "state.roots.get(command.namespace), command.words",
+                'state.roots.get(b""), command.words',
+            ),
+            Edit(
+                "statemachine/apply_requests.py",
+                "        if node is not namespace_root:\n",
+                "        if False:\n",
+            ),
+        ),
+        (ONE_TIER, "tests/test_engine_api.py::test_blocks_of_other_weights_never_match"),
+    ),
+    mutant(
+        "what was cleared still matches",
+        "statemachine/apply_cache.py",
+        "    state.roots = {}\n",
+        "",
+        ONE_TIER,
+    ),
+    # tiers and transfers
+    Mutant(
+        "the host tier takes more than it may hold",
+        (
+            Edit(
+                "statemachine/room.py",
+                "    room = min(state.host_blocks - state.host_resident + leaving, len(state.host.free))\n",
+                "    room = len(state.host.free)\n",
+            ),
+        ),
+        (EXCLUSIVE,),
+    ),
+    mutant(
+        "host copies in flight are evicted",
+        "statemachine/room.py",
+        "        if node.transfer is not None:\n            continue\n",
+        "",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "a match goes through a block that is still arriving on the host",
+        "statemachine/state.py",
+        "        return self.device is not None or (self.host_ready and self.transfer is None)\n",
+        "        return True\n",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "who joins a swap-in does not wait for it",
+        "statemachine/apply_requests.py",
+        "            request.waits.setdefault(node.transfer.id, node.start)\n            node.transfer.waiters[request.id] = None\n",
+        "            pass\n",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "a grant does not say for which copies to wait",
+        "statemachine/apply_requests.py",
+        "        if stop > plain:\n",
+        "        if False:\n",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "a timed-out copy is not quarantined",
+        "statemachine/apply_transfers.py",
+        "    if outcome == Outcome.TIMED_OUT:\n",
+        "    if False:\n",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "a quarantine frees what a late copy may still write",
+        "statemachine/apply_transfers.py",
+        "    elif transfer.direction == Direction.SWAP_IN:\n        state.host.free.extend(transfer.held_host)\n",
+        "    elif transfer.direction != Direction.SWAP_IN:\n        state.host.free.extend(transfer.held_host)\n",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "the invalid end of a swap-in counts",
+        "statemachine/apply_transfers.py",
+        "        sources = transfer.sources[position : position + part.size]\n        good = position + part.size <= valid\n",
+        "        sources = transfer.sources[position : position + part.size]\n        good = position <= valid\n",
+        EXCLUSIVE,
+        "tests/test_golden.py",
+    ),
+    mutant(
+        "a failed swap-out leaves what was below it",
+        "statemachine/apply_transfers.py",
+        "    for node in subtree:\n        subtree.extend(node.children.values())\n",
+        "",
+        EXCLUSIVE,
+    ),
+    mutant(
+        "a corrupt host copy is kept",
+        "statemachine/apply_transfers.py",
+        "    if undone and outcome == Outcome.CORRUPT:\n",
+        "    if False:\n",
+        "tests/test_golden.py::test_story[corrupt swap-in]",
+    ),
+    Mutant(
+        "what is not computed yet is copied out",
+        (
+            Edit("statemachine/backup.py", "if not run.device_ready or run.ahead or", "if not run.device_ready or"),
+            Edit(
+                "statemachine/apply_transfers.py",
+                " or node.transfer is not None or node.ahead:",
+                " or node.transfer is not None:",
+            ),
+        ),
+        (
+            THROUGH,
+            "tests/test_engine_api.py::test_what_is_cached_ahead_matches_but_is_not_copied_out_before_it_is_computed",
+        ),
+    ),
+    # epochs
+    mutant(
+        "untrusted blocks are kept",
+        "statemachine/decide_epoch.py",
+        "    doomed = _doomed(trial, suspects)\n",
+        "    doomed: set[Node] = set()\n",
+        ONE_TIER,
+    ),
+    mutant(
+        "copies of untrusted blocks go on",
+        "statemachine/decide_epoch.py",
+        "    for id in sorted({node.transfer.id for node in suspects if node.transfer is not None}):\n",
+        "    for id in ():\n",
+        THROUGH,
+    ),
+    mutant(
+        "what a request joined counts as cached by it",
+        "statemachine/decide_epoch.py",
+        "request.duplicates + request.joined):",
+        "request.duplicates):",
+        ONE_TIER,
+    ),
+    # purity
+    mutant(
+        "a refusal changes the state",
+        "statemachine/decide.py",
+        "    if supply is None:\n        leaf = path.leaf.id",
+        "    if supply is None:\n        state.counters.queried_blocks += wanted\n        leaf = path.leaf.id",
+        ONE_TIER,
+    ),
+    mutant(
+        "decide changes the state",
+        "statemachine/decide.py",
+        "    blocks = request.table[command.blocks :][::-1]\n    return",
+        "    blocks = request.table[command.blocks :][::-1]\n    request.words = request.words[:4]\n    return",
+        ONE_TIER,
+    ),
+    mutant(
+        "an event is half applied before it is refused",
+        "statemachine/apply_requests.py",
+        "    requests = [live[id] if id in live else request_of(state, event, id) for id in ids]\n",
+        "    state.counters.allocated_blocks += 0 * total\n    state.next_request += 1\n"
+        "    requests = [live[id] if id in live else request_of(state, event, id) for id in ids]\n"
+        "    state.next_request -= 1\n",
+        "tests/test_invariants.py::test_an_impossible_event_is_named_and_changes_nothing",
+    ),
+    # bytes
+    mutant(
+        "the digest leaves out the eviction order",
+        "statemachine/encoding.py",
+        'blob(array("Q", [node.id for node in order]).tobytes())',
+        'blob(array("Q", sorted(node.id for node in order)).tobytes())',
+        ANY,
+    ),
+    mutant(
+        "the digest leaves out the order of the free list",
+        "statemachine/encoding.py",
+        "    blob(state.device.free.tobytes())\n",
+        '    blob(array("i", sorted(state.device.free)).tobytes())\n',
+        ANY,
+    ),
+    mutant(
+        "the digest leaves out who waits",
+        "statemachine/encoding.py",
+        '        blob(array("Q", transfer.waiters).tobytes())\n',
+        '        blob(b"")\n',
+        EXCLUSIVE,
+    ),
+    mutant(
+        "a snapshot forgets how often a run was used",
+        "statemachine/encoding.py",
+        "            node.pins, node.hits = pins, hits\n",
+        "            node.pins = pins\n",
+        THROUGH,
+    ),
+    mutant(
+        "a snapshot forgets what is computed",
+        "statemachine/encoding.py",
+        "            request.computed = computed\n",
+        "",
+        ANY,
+    ),
+    mutant(
+        "two fields of an event change places",
+        "statemachine/codec.py",
+        '    parts = ["head[24:]"] * bool(spill) + [name for name, _ in variable]\n',
+        '    parts = ["head[24:]"] * bool(spill) + [name for name, _ in variable[:-2] + variable[-2:][::-1]]\n',
+        "tests/test_codec.py::test_round_trip",
+    ),
+    mutant(
+        "an event of the wrong length is decoded",
+        "statemachine/codec.py",
+        "    yield f\"    if len(payload) {'<' if variable else '!='} {start}:\"\n",
+        '    yield "    if False:"\n',
+        "tests/test_codec.py::test_truncated_and_flipped_payloads_are_refused_or_another_event",
+    ),
+    # content
+    mutant(
+        "the hash of an item is ignored",
+        "statemachine/content.py",
+        'np.frombuffer(item.hash[:_HASH_BYTES], "<u4") | _SIGN',
+        'np.frombuffer(bytes(_HASH_BYTES), "<u4") | _SIGN',
+        "tests/test_content.py::test_images_never_equal_tokens_and_tell_content_and_position",
+    ),
+    mutant(
+        "an item can equal tokens",
+        "statemachine/content.py",
+        'item.hash[:_HASH_BYTES], "<u4") | _SIGN',
+        'item.hash[:_HASH_BYTES], "<u4") & ~_SIGN',
+        "tests/test_content.py::test_images_never_equal_tokens_and_tell_content_and_position",
+    ),
+    mutant(
+        "tokens beyond int32 wrap around",
+        "statemachine/content.py",
+        '    if int(unsigned.max()) >= 1 << min(8 * array.dtype.itemsize - (array.dtype.kind == "i"), 31):\n',
+        "    if False:\n",
+        "tests/test_content.py::test_what_is_no_token_is_rejected",
+    ),
+    mutant(
+        "negative tokens pass",
+        "statemachine/content.py",
+        "        and (not len(tokens) or np.minimum.reduce(tokens) >= 0)\n",
+        "",
+        "tests/test_content.py::test_what_is_no_token_is_rejected",
+    ),
+    mutant(
+        "two namespaces have one key",
+        "statemachine/content.py",
+        '    return b"".join(len(part).to_bytes(4, "little") + part for part in parts)\n',
+        '    return b"".join(parts)\n',
+        "tests/test_content.py::test_namespaces_differ",
+    ),
+]
