@@ -406,6 +406,25 @@ def test_a_kvlog_file_is_read_from_any_place_it_named(tmp_path: Path) -> None:
     middle.close()
 
 
+def test_a_kvlog_file_with_a_chunk_cut_out_ends_there(tmp_path: Path) -> None:
+    """Every chunk that is left is intact in itself."""
+    path = tmp_path / "x.kvlog"
+    records = [Record(i + 1, 5, 1, 3, 0, i, bytes(24), bytes(i % 977)) for i in range(3000)]
+    with KvlogWriter(path, schema_hash=9) as writer:
+        writer.write(records)
+    reader = KvlogReader(path)
+    places = [reader.place]
+    while reader.poll(1):
+        places.append(reader.place)
+    reader.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: places[1].offset] + whole[places[2].offset :])
+    reader = KvlogReader(path)
+    assert drain(reader) == records[: places[1].sequence - 1]
+    assert reader.damage is not None and reader.damage.offset == places[1].offset
+    reader.close()
+
+
 def test_signals(name: str) -> None:
     ours = Signals(f"/{name}.signals", create=True)
     theirs = Signals(f"/{name}.signals")

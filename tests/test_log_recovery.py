@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ipc import LogCorrupt, LogReader, LogWriter, Overrun, Record, record_bytes
+from ipc import LogCorrupt, LogReader, LogWriter, Overrun, Record, record_bytes, segment
 from ipc.control import Control
 from ipc.names import remove_objects, segment_name, segments_of
 from ipc.processes import start_time
@@ -296,3 +296,24 @@ def test_a_lock_that_a_dying_writer_left_to_a_child_is_waited_for(name: str) -> 
     control.lock()
     assert control.writer == (os.getpid(), start_time(os.getpid()))
     control.close()
+
+
+def test_what_was_staged_and_not_published_does_not_count(name: str) -> None:
+    """The writer died between staging a transaction and publishing it: nobody may ever see it."""
+    writer = LogWriter.create(name, schema_hash=1, segment_bytes=SMALL)
+    write(writer, 1)
+    writer.stage([(1, 2, b"", b"staged", b"")])
+    got: list[Record] = []
+    assert recover(name, 1, got.extend).last_sequence == 1 and [record.subject for record in got] == [1]
+    writer.close(unlink=True)
+
+
+def test_the_epoch_of_a_writer_that_died_while_it_began_is_not_used_again(name: str) -> None:
+    writer = LogWriter.create(name, schema_hash=1, segment_bytes=SMALL)
+    write(writer, 1)
+    control = Control.open(name)
+    assert next_epoch(control) == 2
+    segment.create(name, 2, 0, SMALL).close()  # reserved, and not yet announced in the control segment
+    assert next_epoch(control) == 3
+    control.close()
+    writer.close(unlink=True)

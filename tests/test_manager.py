@@ -32,9 +32,11 @@ from kvledger import (
     UnknownRequest,
 )
 from kvledger.pattern import PatternEngine, chain
+from statemachine.apply import HANDLERS
 from statemachine.content import words_of
 from statemachine.encoding import state_digest
-from statemachine.events import WorkerLost
+from statemachine.errors import InvariantViolation
+from statemachine.events import RequestMatched, WorkerLost
 from statemachine.replay import event_of, replay
 from workers import WorkerFailed, pools
 
@@ -317,3 +319,28 @@ def test_clearing_and_shrinking_a_large_cache_are_split_into_steps() -> None:
         reader = LogReader(manager.name)
         assert state_digest(replay(reader).state) == manager.digest()
         reader.close()
+
+
+def test_an_event_that_cannot_be_applied_is_never_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect of ours: nobody sees the event, the manager stops there, and the ledger can be opened again."""
+    name = f"halfway-{os.getpid()}"
+    manager = CacheManager.create(name, CacheConfig(device_blocks=64))
+    manager.admit("a", [1] * 100)
+    before, digest = manager.next_sequence, manager.digest()
+
+    def broken(state: object, event: object) -> None:
+        raise InvariantViolation("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(HANDLERS, RequestMatched, broken)
+        with pytest.raises(InvariantViolation, match="planted"):
+            manager.admit("b", [2] * 100)
+    reader = LogReader(name)
+    assert [record.sequence for record in reader.poll()] == list(range(1, before))
+    reader.close()
+    assert manager.digest() == digest
+    with pytest.raises(ManagerClosed, match="could not be applied"):
+        manager.release("a")
+    manager.close(keep=True)
+    with CacheManager.open(name) as again:
+        assert not again.state.requests

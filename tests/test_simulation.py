@@ -62,6 +62,51 @@ def deliver(seed: int, order: Order) -> None:
     assert got == sent
 
 
+def park(seed: int) -> None:
+    """A worker that sleeps for hours unless it is woken, and a writer that writes rarely."""
+    rng = random.Random(seed)
+    schedule = Schedule(rng, Order.WEAK)
+    count = 12
+    got = 0
+
+    def write() -> int:
+        log = LogWriter.create("log", schema_hash=1, segment_bytes=16 << 10, retain_bytes=None)
+        while not log._listeners:
+            log.listen()
+            schedule.sleep(1e-5)
+        for number in range(count):
+            log.append([(1, number, bytes(24), b"")])
+            while got <= number:
+                schedule.sleep(1e-6 * rng.randrange(1, 60))
+        log.close()
+        return 0
+
+    def work() -> int:
+        nonlocal got
+        log = None
+        while got < count:
+            try:
+                log = log or LogReader("log", worker=True, kind_mask=1 << 1)
+                got += len(log.wait(10_000.0))
+            except LedgerNotFound:
+                schedule.sleep(1e-5)
+        return 0
+
+    schedule.spawn("writer", write)
+    schedule.spawn("worker", work)
+    with pytest.MonkeyPatch.context() as patch, installed(System(schedule, {})):
+        patch.setattr(writer, "_LEAST_SEGMENT", 8 << 10)
+        patch.setattr(reader, "SPINS", 2)
+        schedule.run()
+    assert schedule.now_ns < 1_000 * 10**9, "it slept through a transaction"
+
+
+def test_a_parked_worker_is_never_forgotten() -> None:
+    """The writer stores the hint and loads the parked word, the worker does it the other way round."""
+    for seed in range(2 * SEEDS):
+        park(seed)
+
+
 def changed(function: Callable[..., Any], old: str, new: str, module: ModuleType) -> Callable[..., Any]:
     """A method with some of its lines replaced."""
     source = textwrap.dedent(inspect.getsource(function))

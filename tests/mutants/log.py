@@ -31,7 +31,8 @@ MUTANTS = [
     mutant(
         "the reader does not fence after it saw that the writer is dead",
         "ipc/reader.py",
-        "        self._release()  # that it is dead, or succeeded, was read before what it wrote\n        self._acquire()\n",
+        "        self._release()  # that it is dead, or succeeded, was read before what it wrote\n"
+        "        self._acquire()\n",
         "",
         SEEDS,
     ),
@@ -60,9 +61,8 @@ MUTANTS = [
     mutant(
         "the doorbell is looked at before the hint is visible",
         "ipc/writer.py",
-        "        # Between the hint and the parked words: the reader writes one and reads the other in the opposite order.\n"
-        + _FENCE,
-        "",
+        _FENCE + "        words = self._control.words\n        for line, parked",
+        "        words = self._control.words\n        for line, parked",
         WAKE,
     ),
     mutant(

@@ -71,7 +71,7 @@ MUTANTS = [
         "the most recently released is evicted first",
         "statemachine/room.py",
         "        for node in order:\n            have = node.size\n",
-        "        for node in [run for run in reversed(list(order)) if not run.children]:\n            have = node.size\n",
+        "        for node in [run for run in [*order][::-1] if not run.children]:\n            have = node.size\n",
         ONE_TIER,
     ),
     mutant(
@@ -162,8 +162,8 @@ MUTANTS = [
         "a split gives the lower part the new id",
         "statemachine/tree.py",
         "    state.nodes[upper_id] = upper\n    state.next_node = upper_id + 1\n",
-        "    upper.id, node.id = node.id, upper_id\n    state.nodes[upper.id] = upper\n    state.nodes[node.id] = node\n"
-        "    state.next_node = upper_id + 1\n",
+        "    upper.id, node.id = node.id, upper_id\n    state.nodes[upper.id] = upper\n"
+        "    state.nodes[node.id] = node\n    state.next_node = upper_id + 1\n",
         ONE_TIER,
         "tests/test_golden.py",
     ),
@@ -247,7 +247,8 @@ MUTANTS = [
     mutant(
         "who joins a swap-in does not wait for it",
         "statemachine/apply_requests.py",
-        "            request.waits.setdefault(node.transfer.id, node.start)\n            node.transfer.waiters[request.id] = None\n",
+        "            request.waits.setdefault(node.transfer.id, node.start)\n"
+        "            node.transfer.waiters[request.id] = None\n",
         "            pass\n",
         EXCLUSIVE,
     ),
@@ -275,8 +276,10 @@ MUTANTS = [
     mutant(
         "the invalid end of a swap-in counts",
         "statemachine/apply_transfers.py",
-        "        sources = transfer.sources[position : position + part.size]\n        good = position + part.size <= valid\n",
-        "        sources = transfer.sources[position : position + part.size]\n        good = position <= valid\n",
+        "        good = position + part.size <= valid\n        position += part.size\n        node = part.node\n"
+        "        if node is None:\n            transfer.held_host.extend(sources",
+        "        good = position <= valid\n        position += part.size\n        node = part.node\n"
+        "        if node is None:\n            transfer.held_host.extend(sources",
         EXCLUSIVE,
         "tests/test_golden.py",
     ),
