@@ -153,6 +153,7 @@ def test_all_invariants_are_shown_to_fire() -> None:
     "event",
     [
         BlocksAllocated(blocks(), blocks(), blocks(), blocks(), blocks([9])),
+        BlocksAllocated(blocks([99]), blocks([1]), blocks(), blocks(), blocks([0])),
         BlocksEvicted(0, 0, 0, blocks([99]), blocks([1]), blocks([0])),
         TransferFinished(99, 0, 1, 0),
         QuarantineEnded(99),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
@@ -76,8 +77,10 @@ def park(seed: int) -> None:
             schedule.sleep(1e-5)
         for number in range(count):
             log.append([(1, number, bytes(24), b"")])
+            pause = 1e-6 * rng.randrange(1, 60)
             while got <= number:
-                schedule.sleep(1e-6 * rng.randrange(1, 60))
+                schedule.sleep(pause)
+                pause *= 2
         log.close()
         return 0
 
@@ -176,17 +179,21 @@ def test_a_broken_memory_order_is_found_where_it_matters(
 
 def test_engines_workers_and_followers_survive_what_seeds_plan() -> None:
     """The short form of ``make soak``."""
-    kills = engines = verified = 0
+    struck: Counter[str] = Counter()
+    engines = verified = 0
     for seed in range(400):
         outcome = simulate_or_shrink(Plan.draw(seed))
-        kills += outcome.kills
+        struck.update(outcome.struck)
         engines += outcome.engines
         verified += outcome.verified_bytes
-    assert kills > 200 and engines > 500 and verified > 50_000
+    assert struck.total() > 150 and engines > 450 and verified > 50_000
+    # the faults strike where it hurts
+    for place in ("the body of a transaction", "the publication of a transaction", "a copy", "recovery"):
+        assert struck[place] >= 10, struck
 
 
 def test_a_seed_does_the_same_thing_again() -> None:
-    first, again = simulate(Plan.draw(1)), simulate(Plan.draw(1))
+    first, again = simulate(Plan.draw(2)), simulate(Plan.draw(2))
     assert first == again and first.points > 1000
 
 

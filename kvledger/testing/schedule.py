@@ -7,12 +7,13 @@ up. Time is virtual: it advances by a microsecond per traced line, and jumps whe
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from kvledger.testing.weak_memory import Buffer, Order
 
@@ -22,6 +23,11 @@ _MOST_POINTS = 3_000_000
 _SHARING = ("control", "memory", "reader", "segment", "signals", "snapshots", "writer")
 TRACED = (*(f"/ipc/{name}.py" for name in _SHARING), "/workers/transfer.py")
 """Ends of the file names of code whose lines are points of the schedule: what reads and writes shared memory."""
+
+
+@functools.cache
+def _is_traced(file: str) -> bool:
+    return file.endswith(TRACED)
 
 
 class Killed(BaseException):
@@ -52,7 +58,8 @@ class Process:
         """Points passed."""
         self.strike_at = 0
         """It is killed at this point."""
-        self.struck = False
+        self.struck: list[str] = []
+        """When it was: the functions it was in, innermost first."""
         self._schedule = schedule
         self._main = main
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -78,7 +85,7 @@ class Process:
             self._schedule.ended(self, code)
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self._line if frame.f_code.co_filename.endswith(TRACED) else None
+        return self._line if _is_traced(frame.f_code.co_filename) else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         self._schedule.point(self)
@@ -134,9 +141,7 @@ class Schedule:
         self.points += 1
         self.now_ns += _LINE_NS
         if process.lines == process.strike_at:
-            process.struck = True
-            self.kill(process)
-            raise Killed
+            self.strike(process)
         rng = self.rng
         chance = rng.random()
         if chance < 0.5:
@@ -149,6 +154,15 @@ class Schedule:
         self._left -= 1
         if self._left <= 0:
             self._give_up_turn(process)
+
+    def strike(self, process: Process) -> NoReturn:
+        """Kill the running process where it stands."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            process.struck.append(frame.f_code.co_name)
+            frame = frame.f_back
+        self.kill(process)
+        raise Killed
 
     def sleep(self, seconds: float) -> None:
         """The running process sleeps."""

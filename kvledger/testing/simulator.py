@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 
-from ipc import LedgerError, LedgerExists, LedgerNotFound, LogReader, reader, writer
+from ipc import LedgerError, LedgerExists, LedgerNotFound, LogReader, control, reader, writer
 from ipc.names import remove_objects
 from kvledger.config import CacheConfig
 from kvledger.manager import CacheManager
@@ -29,14 +30,16 @@ from kvledger.testing.weak_memory import Order
 from statemachine.content import words_of
 from statemachine.encoding import state_digest
 from statemachine.errors import OutOfBlocks
-from statemachine.events import HostPolicy, ReleaseReason, Tier
+from statemachine.events import Direction, HostPolicy, IntArray, ReleaseReason, Tier
 from statemachine.replay import Replay
 from workers import WorkerFailed, numpy_pools, transfer
+from workers.numpy_pools import NumpyPools
 
 LEDGER = "simulated"
 _BLOCK = 2
-_SEGMENT_BYTES = 16 << 10
-"""Small, since every word is compared at every point; rotation comes early too."""
+_SEGMENT_BYTES = 12 << 10
+_READERS = 16
+"""Both small, since every word is compared at every point; rotation comes early too."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,11 @@ class Fault:
     """What goes wrong: ``victim`` is ``engine``, ``worker 0``, ``worker 1`` or ``auditor``."""
 
     at: int
-    """Killed at the so-manieth point of the schedule that the victim passes. Failing and hanging: its next copy."""
+    """Killed at the so-manieth point of the schedule that the victim passes. Else it strikes its next copy."""
     victim: str
     what: str
-    """``kill``; for workers also ``fail`` (a copy raises) and ``hang`` (a copy takes longer than its time-out)."""
+    """``kill``; for workers also ``fail`` (a copy raises), ``hang`` (it takes longer than its time-out) and ``die``
+    (killed in the middle of a copy)."""
     incarnation: int = 1
 
 
@@ -55,10 +59,20 @@ class Fault:
 class Operation:
     """One step of the engine: ``serve`` a prompt at once or in ``chunks`` (the second one cached ahead of its step),
     ``release`` the oldest request, or something for the whole cache."""
+    """One step of the engine.
+
+    ``serve`` a prompt, or only ``begin`` it and compute it at an ``extend``; for the oldest request ``decode`` a block,
+    ``reserve`` one, ``trim`` what is reserved, ``release`` or ``preempt`` it; for the whole cache ``clear``, ``resize``
+    and ``poll``.
+    """
 
     what: str
     prompt: tuple[int, ...] = ()
     final: bool = False
+
+
+_KINDS = ["serve"] * 10 + ["begin", "extend", "release"] * 3 + ["decode"] * 2
+_KINDS += ["reserve", "trim", "clear", "resize", "poll", "preempt"]
 
 
 @dataclass(frozen=True)
@@ -79,19 +93,22 @@ class Plan:
         """The plan of a seed."""
         rng = random.Random(seed)
         memory = rng.choice(list(Order))
-        policy = rng.choice([HostPolicy.EXCLUSIVE, HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH, HostPolicy.OFF])
+        policy = rng.choice([HostPolicy.EXCLUSIVE] * 3 + [HostPolicy.WRITE_THROUGH] * 2 + [HostPolicy.OFF])
         ranks = rng.choice((1, 1, 2))
         operations = []
-        for _ in range(rng.randrange(3, 14)):
+        for _ in range(rng.randrange(3, 20)):
             prompt = tuple(rng.choice((1, 1, 1, 2)) for _ in range(rng.randrange(1, 6)))
             kinds = ["serve"] * 5 + ["chunks"] * 3 + ["release"] * 3 + ["clear", "resize", "poll", "preempt"]
             operations.append(Operation(rng.choice(kinds), prompt, rng.random() < 0.2))
+            operations.append(Operation(rng.choice(_KINDS), prompt, rng.random() < 0.2))
         faults = []
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
             victim = rng.choice(["engine", "engine", "auditor", *(f"worker {rank}" for rank in range(ranks))])
-            what = rng.choice(("kill", "kill", "fail", "hang")) if victim.startswith("worker") else "kill"
-            faults.append(Fault(1 + int(rng.random() ** 2 * 3000), victim, what, rng.choice((1, 1, 2))))
-        sizes = rng.randrange(6, 12), 0 if policy == HostPolicy.OFF else rng.randrange(4, 12)
+            what = rng.choice(("kill", "die", "die", "fail", "hang")) if victim.startswith("worker") else "kill"
+            faults.append(Fault(1 + int(rng.random() * 4000), victim, what, rng.choice((1, 1, 1, 2))))
+        if any(fault.victim == "engine" for fault in faults) and rng.random() < 0.5:
+            faults.append(Fault(1 + int(rng.random() * 600), "engine", "kill", 2))  # while it recovers
+        sizes = rng.randrange(6, 10), 0 if policy == HostPolicy.OFF else rng.randrange(4, 12)
         return cls(seed, order or memory, policy, ranks, *sizes, tuple(operations), tuple(faults))
 
     def config(self) -> CacheConfig:
@@ -115,12 +132,39 @@ class Outcome:
 
     plan: Plan
     points: int = 0
-    kills: int = 0
+    struck: list[str] = field(default_factory=list)
+    """Where each process was that was killed (:func:`place_of`)."""
     engines: int = 0
     events: int = 0
     hits: int = 0
     verified_bytes: int = 0
     digest: str = ""
+
+    @property
+    def kills(self) -> int:
+        """How many processes were killed."""
+        return len(self.struck)
+
+
+_PLACES = {
+    "copying": "a copy",
+    "_rotate": "a rotation",
+    "publish": "the publication of a transaction",
+    "stage": "the body of a transaction",
+    "resume": "recovery",
+    "adopt": "recovery",
+    "open": "recovery",
+    "create": "the creation of a ledger",
+    "_read": "reading",
+    "wait": "waiting",
+    "poll": "waiting",
+    "close": "closing",
+}
+
+
+def place_of(functions: list[str]) -> str:
+    """What a process was doing that was in these functions, innermost first."""
+    return next((place for name, place in _PLACES.items() if name in functions), "something else")
 
 
 class SimulationFailed(AssertionError):
@@ -137,8 +181,16 @@ class SimulationFailed(AssertionError):
 
 @dataclass
 class _Live:
+    """A running request. ``computed``: its whole prompt is, and cached."""
+
     key: str
-    seeds: Seeds
+    tokens: npt.NDArray[np.int32]
+    computed: bool = False
+
+    @property
+    def seeds(self) -> Seeds:
+        """What its blocks hold."""
+        return chain(words_of(self.tokens), 4 * _BLOCK, b"")
 
 
 @dataclass
@@ -174,12 +226,14 @@ class Simulation:
             mock.patch.object(transfer, "_ACK_SEGMENT_BYTES", _SEGMENT_BYTES),
             mock.patch.object(writer, "_LEAST_SEGMENT", _SEGMENT_BYTES),
             mock.patch.object(reader, "SPINS", 2),
+            mock.patch.object(control, "READERS", _READERS),
+            mock.patch.object(control, "_BYTES", control._LINES + 64 * _READERS),
         ):
             schedule.run()
         left = [*self._system.names, *self._system.semaphores]
         assert not left, f"left in shared memory: {left}"
         self.outcome.points = schedule.points
-        self.outcome.kills = sum(process.struck for process in schedule.processes.values())
+        self.outcome.struck = [place_of(process.struck) for process in schedule.processes.values() if process.struck]
         return self.outcome
 
     # What goes wrong
@@ -192,15 +246,23 @@ class Simulation:
         self._copies[process] = [fault.what for fault in faults if fault.what != "kill"]
 
     def _copy(self, real: Callable[..., int]) -> Callable[..., int]:
-        def copy(*arguments: object) -> int:
-            faults = self._copies[self._schedule.current()]
+        def copying(pools: NumpyPools, direction: Direction, sources: IntArray, targets: IntArray) -> int:
+            process = self._schedule.current()
+            faults = self._copies[process]
+            half = len(sources) // 2
             if faults:
-                if faults.pop(0) == "fail":
+                fault = faults.pop(0)
+                if fault == "fail":
                     raise OSError("a copy failed, as planned")
-                self._schedule.sleep(2.0)
-            return real(*arguments)
+                if fault == "hang":
+                    self._schedule.sleep(2.0)
+                if fault == "die":
+                    real(pools, direction, sources[:half], targets[:half])
+                    process.buffer.collect()
+                    self._schedule.strike(process)
+            return real(pools, direction, sources, targets)
 
-        return copy
+        return copying
 
     # The processes
 
@@ -265,21 +327,40 @@ class Simulation:
             self._request(manager, engine, live, operation)
         elif operation.what in ("release", "preempt") and live:
             reason = ReleaseReason.FINISHED if operation.what == "release" else ReleaseReason.PREEMPTED
+        what = operation.what
+        oldest = live[0] if live else None
+        if what in ("serve", "begin"):
+            request = self._begin(manager, engine, live, operation.prompt)
+            if request is not None and what == "serve":
+                self._compute(manager, engine, live, request)
+        elif what == "extend" and live:
+            request = next((request for request in live if not request.computed), live[0])
+            self._compute(manager, engine, live, request, extend=True)
+        elif what in ("decode", "reserve") and oldest is not None and oldest.computed:
+            self._allocate(manager, oldest.key, 1)
+            if what == "decode":
+                self._decode(manager, engine, oldest, operation.prompt[0])
+        elif what == "trim" and oldest is not None and oldest.computed:
+            manager.trim(oldest.key, manager.cached_blocks(oldest.key))
+        elif what in ("release", "preempt") and live:
+            reason = ReleaseReason.FINISHED if what == "release" else ReleaseReason.PREEMPTED
             self._release(manager, engine, live, reason, operation.final)
-        elif operation.what == "clear":
+        elif what == "clear":
             manager.clear(force=True)
-        elif operation.what == "resize" and not live:
+        elif what == "resize" and not live:
             self._wait(manager, lambda: not manager.state.transfers)
             manager.resize(Tier.DEVICE, self.plan.device_blocks - len(operation.prompt) // 2)
         else:
             manager.poll()
 
-    def _request(self, manager: CacheManager, engine: PatternEngine, live: list[_Live], operation: Operation) -> None:
+    def _begin(
+        self, manager: CacheManager, engine: PatternEngine, live: list[_Live], prompt: tuple[int, ...]
+    ) -> _Live | None:
         key = f"{self.outcome.engines}.{self._next}"
-        tokens = np.repeat(np.array(operation.prompt, np.int32), _BLOCK)
+        tokens = np.repeat(np.array(prompt, np.int32), _BLOCK)
         while True:
             try:
-                admission = manager.admit(key, tokens, max_blocks=len(operation.prompt))
+                admission = manager.admit(key, tokens, max_blocks=len(prompt))
                 break
             except OutOfBlocks:
                 if live:
@@ -287,18 +368,25 @@ class Simulation:
                 elif manager.state.transfers:
                     self._wait(manager, lambda: False, 0.05)
                 else:
-                    return  # it does not fit into the pool at all
+                    return None  # it does not fit into the pool at all
         self.outcome.hits += admission.device_blocks + admission.host_blocks
+        live.append(_Live(key, tokens))
+        return live[-1]
+
+    def _compute(
+        self, manager: CacheManager, engine: PatternEngine, live: list[_Live], request: _Live, *, extend: bool = False
+    ) -> None:
+        """Compute what is not cached of a prompt; with ``extend`` only what nobody else has cached meanwhile."""
+        key, seeds = request.key, request.seeds
         self._wait(manager, lambda: manager.ready(key))
-        table = manager.block_table(key)
-        if len(table) < len(operation.prompt):  # a swap-in failed: compute what is missing
-            try:
-                manager.allocate({key: len(operation.prompt) - len(table)})
-            except OutOfBlocks:
-                manager.release(key, ReleaseReason.FAILED)
-                return
-            self._wait(manager, lambda: manager.ready(key))
-        seeds = chain(words_of(tokens), 4 * _BLOCK, b"")
+        missing = len(seeds) - len(manager.block_table(key))
+        if missing > 0 and not self._allocate(manager, key, missing):  # a swap-in failed, and there is no room now
+            manager.release(key, ReleaseReason.FAILED)
+            live.remove(request)
+            return
+        self._wait(manager, lambda: manager.ready(key))
+        if extend:
+            manager.extend(key)
         table, valid = manager.block_table(key), manager.cached_blocks(key)
         if operation.what == "chunks":
             middle = (valid + len(seeds) + 1) // 2
@@ -310,14 +398,34 @@ class Simulation:
         engine.write(table[valid : len(seeds)], seeds[valid:])
         engine.verify(key, table[: len(seeds)], seeds, manager.next_sequence - 1)
         manager.cache(key, len(seeds))
-        live.append(_Live(key, seeds))
+        request.computed = True
+
+    def _allocate(self, manager: CacheManager, key: str, blocks: int) -> bool:
+        try:
+            manager.allocate({key: blocks})
+        except OutOfBlocks:
+            return False
+        return True
+
+    def _decode(self, manager: CacheManager, engine: PatternEngine, request: _Live, token: int) -> None:
+        """A block of generated tokens, if there is a place for it."""
+        self._wait(manager, lambda: manager.ready(request.key))
+        start = manager.cached_blocks(request.key)
+        if len(manager.block_table(request.key)) == start:
+            return
+        generated = np.full(_BLOCK, token, np.int32)
+        request.tokens = np.concatenate([request.tokens, generated])
+        engine.write(manager.block_table(request.key)[start : start + 1], request.seeds[start:])
+        manager.cache(request.key, generated=generated)
 
     def _release(
         self, manager: CacheManager, engine: PatternEngine, live: list[_Live], reason: ReleaseReason, final: bool
     ) -> None:
         request = live.pop(0)
-        table = manager.block_table(request.key)
-        engine.verify(request.key, table[: len(request.seeds)], request.seeds, manager.next_sequence - 1)
+        if request.computed:
+            seeds = request.seeds
+            table = manager.block_table(request.key)
+            engine.verify(request.key, table[: len(seeds)], seeds, manager.next_sequence - 1)
         manager.release(request.key, reason, final=final)
 
     def _wait(self, manager: CacheManager, done: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -36,8 +36,12 @@ class Order(Enum):
 class Mapped(bytearray):
     """What stands in for ``mmap.mmap``: one process's copy of an object."""
 
+    maps = 0
+    """How often it is mapped. A copy lives as long as its process, but where nobody can store nobody has to look."""
+
     def close(self) -> None:
-        """Copies live as long as their process."""
+        """``munmap``."""
+        self.maps -= 1
 
 
 class SharedObject:
@@ -98,11 +102,15 @@ class Buffer:
         if write and not copy.writable:
             copy.writable = True
             self._writable.append(copy)
+        copy.map.maps += 1
         return copy.map
 
     def collect(self) -> None:
         """Notice what the process has stored since the last time."""
+        closed = False
         for copy in self._writable:
+            if not copy.map.maps:
+                copy.writable, closed = False, True
             if copy.map != copy.before:
                 for word in np.flatnonzero(copy.words != copy.words_before).tolist():
                     value = copy.words[word]
@@ -110,6 +118,8 @@ class Buffer:
                     copy.stale.pop(word, None)
                     copy.pending[word] = copy.pending.get(word, 0) + 1
                     self._stores.append((copy, word, value))
+        if closed:
+            self._writable = [copy for copy in self._writable if copy.writable]
 
     @property
     def empty(self) -> bool:

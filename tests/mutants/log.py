@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants import Edit, Mutant, mutant
 
-WEAK = "tests/test_simulation.py::test_the_log_delivers_what_was_written[weak]"
+WEAK = "tests/test_simulation.py::test_the_log_delivers_what_was_written[Order.WEAK]"
 BOTH = "tests/test_simulation.py::test_the_log_delivers_what_was_written"
 WAKE = "tests/test_simulation.py::test_a_parked_worker_is_never_forgotten"
 SEEDS = "tests/test_simulation.py::test_engines_workers_and_followers_survive_what_seeds_plan"

@@ -352,10 +352,11 @@ MUTANTS = [
     mutant(
         "an event is half applied before it is refused",
         "statemachine/apply_requests.py",
-        "    requests = [live[id] if id in live else request_of(state, event, id) for id in ids]\n",
-        "    state.counters.allocated_blocks += 0 * total\n    state.next_request += 1\n"
         "    requests = [live[id] if id in live else request_of(state, event, id) for id in ids]\n"
-        "    state.next_request -= 1\n",
+        "    if held or after:\n",
+        "    state.counters.allocated_blocks += total\n"
+        "    requests = [live[id] if id in live else request_of(state, event, id) for id in ids]\n"
+        "    state.counters.allocated_blocks -= total\n    if held or after:\n",
         "tests/test_invariants.py::test_an_impossible_event_is_named_and_changes_nothing",
     ),
     # bytes
