@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Annotated
 
@@ -23,6 +24,7 @@ def simulate(
     """
     from kvledger.testing.simulator import Plan, SimulationFailed, simulate_or_shrink
 
+    logging.getLogger("kvledger").addHandler(logging.NullHandler())  # what a simulated operator would be told
     console = Console(stderr=True)
     begun = time.monotonic()
     number = points = kills = engines = verified = 0

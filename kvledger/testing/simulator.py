@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from ipc import LedgerError, LedgerExists, LedgerNotFound, LogReader, control, reader, writer
+from ipc import LedgerError, LedgerExists, LedgerNotFound, LogReader, control, reader, snapshots, writer
 from ipc.names import remove_objects
 from kvledger.config import CacheConfig
 from kvledger.manager import CacheManager
@@ -28,16 +28,18 @@ from kvledger.testing.schedule import Process, Schedule
 from kvledger.testing.system import System, installed
 from kvledger.testing.weak_memory import Order
 from statemachine.content import words_of
-from statemachine.encoding import state_digest
+from statemachine.encoding import snapshot, state_digest
 from statemachine.errors import OutOfBlocks
 from statemachine.events import Direction, HostPolicy, IntArray, ReleaseReason, Tier
 from statemachine.replay import Replay
 from workers import WorkerFailed, numpy_pools, transfer
+from workers.auditor import Auditor
 from workers.numpy_pools import NumpyPools
 
 LEDGER = "simulated"
 _BLOCK = 2
 _SEGMENT_BYTES = 12 << 10
+_SNAPSHOT_EVENTS = 8
 _READERS = 16
 """Both small, since every word is compared at every point; rotation comes early too."""
 
@@ -447,7 +449,7 @@ class Simulation:
         reader.close()
 
     def _audit(self) -> int:
-        """Follows the log live and checks every event; it may be killed, and starts again from the beginning."""
+        """Starts an auditor, and another one when it was killed. It checks every event and writes snapshots."""
         while True:
             child = self._schedule.spawn("auditing", self._follow)
             self._born("auditor", child)
@@ -456,18 +458,26 @@ class Simulation:
                 return 0
 
     def _follow(self) -> int:
-        replay = Replay(check_every=1)
-        reader = None
+        auditor = None
+        written = 0
         while not self._finished:
             try:
-                reader = reader or LogReader(LEDGER)
-                replay.feed(reader.poll())
+                auditor = auditor or Auditor(LEDGER, check_every=8, publish=False)
+                auditor.step()
             except LedgerNotFound:
                 if self._finished:
                     break
+            if auditor is not None:
+                assert auditor.verdict is None, auditor.verdict
+                sequence, state = auditor.follower.sequence, auditor.follower.state
+                if state is not None and sequence >= written + _SNAPSHOT_EVENTS:
+                    data = snapshot(state)
+                    if not len(data) % 8:  # simulated memory has whole words only
+                        snapshots.write(LEDGER, sequence, data)
+                        written = sequence
             self._schedule.sleep(1e-3)
-        if reader is not None:
-            reader.close()
+        if auditor is not None:
+            auditor.close()
         return 0
 
 

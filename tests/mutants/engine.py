@@ -208,4 +208,41 @@ MUTANTS: list[Mutant] = [
         "        if ledger.uid",
         "tests/test_segments.py::test_from_alive_to_orphaned_to_dead_to_gone",
     ),
+    mutant(
+        "a worker that does not read may hold the whole log",
+        "kvledger/ranks.py",
+        "            if size > most and pid in ranks:\n",
+        "            if False:\n",
+        "tests/test_limits.py",
+        "tests/test_failing_workers.py",
+    ),
+    # followers
+    mutant(
+        "the auditor does not check the invariants",
+        "workers/auditor.py",
+        "        broken = check(state)\n        self.checks += 1\n",
+        "        broken: list[str] = []\n        self.checks += 1\n",
+        "tests/test_auditor.py::test_the_first_event_after_which_an_invariant_fails_is_found",
+    ),
+    mutant(
+        "the auditor names the last event it read",
+        "workers/auditor.py",
+        "                low, sound = middle + 1, snapshot(state)\n",
+        "                low, sound = len(self._since), snapshot(state)\n",
+        "tests/test_auditor.py::test_the_first_event_after_which_an_invariant_fails_is_found",
+    ),
+    mutant(
+        "a digest that differs is not noticed",
+        "statemachine/replay.py",
+        "        if take(state) != event.digest:\n",
+        "        if False:\n",
+        "tests/test_auditor.py::test_another_digest_is_named",
+    ),
+    mutant(
+        "redaction leaves the words",
+        "kvledger/redaction.py",
+        "                    words=names.follow(chain, event.words)[1],\n",
+        "                    words=event.words,\n",
+        "tests/test_redaction.py::test_structure_stays_and_no_word_does",
+    ),
 ]

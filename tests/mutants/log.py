@@ -15,10 +15,11 @@ _FENCE = "        self._release()\n        self._acquire()\n"
 MUTANTS = [
     # memory order
     mutant(
-        "the writer does not fence before the commit words",
+        "the writer does not fence before the hint",
         "ipc/writer.py",
-        "        commits, offset, crc, sequence, mask = self._staged\n" + _FENCE,
-        "        commits, offset, crc, sequence, mask = self._staged\n",
+        "        self._release()  # who sees the hint sees all that it covers, commit words included\n"
+        "        self._acquire()\n",
+        "",
         WEAK,
     ),
     mutant(
@@ -39,8 +40,8 @@ MUTANTS = [
     mutant(
         "the tail hint before the commit words",
         "ipc/writer.py",
-        "        for word, value in commits:\n            words32[word] = value\n        self._words[TAIL] = offset\n",
-        "        self._words[TAIL] = offset\n        for word, value in commits:\n            words32[word] = value\n",
+        "        words32 = self._words32\n        for word, value in commits:\n",
+        "        words32 = self._words32\n        self._words[TAIL] = offset\n        for word, value in commits:\n",
         BOTH,
     ),
     mutant(
@@ -84,8 +85,8 @@ MUTANTS = [
         (
             Edit(
                 "ipc/writer.py",
-                "        self._offset = HEADER_BYTES\n" + _FENCE + "        old[2][NEXT]",
-                "        self._offset = HEADER_BYTES\n        old[2][NEXT]",
+                _FENCE + "        old[2][NEXT]",
+                "        old[2][NEXT]",
             ),
             Edit("ipc/writer.py", _FENCE + "        self._control.current =", "        self._control.current ="),
         ),
@@ -153,8 +154,8 @@ MUTANTS = [
     mutant(
         "a reused process id is taken for the process",
         "ipc/processes.py",
-        "    return pid != 0 and start_time(pid) == started",
-        "    return pid != 0 and start_time(pid) != 0",
+        "    return pid != 0 and started != 0 and start_time(pid) == started",
+        "    return pid != 0 and started != 0 and start_time(pid) != 0",
         f"{LOG}::test_too_many_readers_and_dead_lines_are_reused",
     ),
     mutant(
@@ -189,17 +190,31 @@ MUTANTS = [
     mutant(
         "retention forgets workers that are yet to come",
         "ipc/writer.py",
-        "        passed = self.next_sequence if self._hold is None else self._hold()",
-        "        passed = self.next_sequence",
+        "        self._needed_from = self.next_sequence if self._hold is None else self._hold()",
+        "        self._needed_from = self.next_sequence",
         f"{LOG}::test_the_log_is_held_for_a_worker_that_is_yet_to_come",
     ),
     mutant(
         "a segment goes when its first record was read",
         "ipc/writer.py",
-        "            if self._kept[1][2] > passed:",
-        "            if self._kept[0][2] > passed:",
+        "and self._kept[1][2] <= passed:",
+        "and self._kept[0][2] <= passed:",
         f"{LOG}::test_a_worker_holds_the_log_back",
         f"{LOG}::test_the_log_is_held_for_a_worker_that_is_yet_to_come",
+    ),
+    mutant(
+        "retention does not ask for a snapshot",
+        "ipc/writer.py",
+        "            passed = min(passed, snapshots.newest_sequence(self.ledger) + 1)\n",
+        "            pass\n",
+        "tests/test_auditor.py::test_nothing_goes_that_no_snapshot_covers",
+    ),
+    mutant(
+        "a full shared memory stops those that give something back",
+        "ipc/writer.py",
+        "        if fits and giving_back:\n            return\n",
+        "",
+        "tests/test_limits.py",
     ),
     # recovery
     mutant(
