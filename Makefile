@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test check chaos soak clean
+.PHONY: run test check chaos soak mutants clean
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
@@ -25,6 +25,10 @@ check: $(VENV)/tested
 SOAK_SECONDS ?= 14400
 soak: $(VENV)/installed
 	$(VENV)/bin/kvledger simulate --seconds $(SOAK_SECONDS) --seed $$(date +%s)
+
+# Faults planted on purpose, some minutes; every one has to be found by a test. Writes the table of docs/testing.md.
+mutants: $(VENV)/tested
+	$(VENV)/bin/python -m tests.mutants --write
 
 $(VENV)/tested: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'

@@ -59,12 +59,11 @@ def arm(writer: LogWriter, moment: Moment, records: int, end: Callable[[], NoRet
     ``BEFORE`` and ``AFTER`` are up to the caller, and ``IN_A_PAYLOAD`` needs a payload.
     """
     views = {"_buffer": writer._buffer, "_words": writer._words, "_words32": writer._words32}
-    release = writer._release
     fatal: Any = writer
     if moment in (Moment.IN_A_LINE, Moment.IN_A_PAYLOAD):
         fatal._buffer = _View(writer._buffer, end, 0 if moment is Moment.IN_A_LINE else 1)
     elif moment is Moment.BEFORE_COMMIT:
-        fatal._release = end
+        fatal._words32 = _View(writer._words32, end, 0)
     elif moment is Moment.COMMITTING:
         fatal._words32 = _View(writer._words32, end, records - 1)
     elif moment is Moment.BEFORE_HINT:
@@ -73,7 +72,6 @@ def arm(writer: LogWriter, moment: Moment, records: int, end: Callable[[], NoRet
     def disarm() -> None:
         for name, view in views.items():
             setattr(writer, name, view)
-        writer._release = release
 
     return disarm
 

@@ -120,6 +120,9 @@ def test_rotation_keeps_every_record_and_retention_drops_whole_segments(name: st
 def test_a_worker_holds_the_log_back(name: str) -> None:
     writer = LogWriter.create(name, schema_hash=1, segment_bytes=SMALL, retain_bytes=SMALL)
     worker = LogReader(name, worker=True)
+    for i in range(10):
+        write(writer, [(1, i, b"", bytes(60))])
+    assert len(drain(worker)) == 10  # it has begun to read, and says how far it is
     for i in range(4000):
         write(writer, [(1, i, b"", bytes(60))])
     held = len(segments_of(name))

@@ -111,6 +111,9 @@ def test_a_hung_worker_times_out_and_its_blocks_stay_quarantined() -> None:
         assert [entry.key for entry in progress] == ["b"]
         (transfer,) = manager.state.transfers.values()
         assert transfer.quarantined
+        for _ in range(50):
+            manager.poll()
+        assert [*manager.state.transfers.values()] == [transfer], "its worker might still write"
         os.kill(pid, signal.SIGCONT)
         deadline = time.monotonic() + 10
         while manager.state.transfers and time.monotonic() < deadline:

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from ipc import LedgerNotFound, LogCorrupt, LogReader, LogWriter, reader, writer
+from ipc import Control, LedgerNotFound, LogCorrupt, LogReader, LogWriter, reader, writer
+from ipc.recovery import recover
+from ipc.writer import next_epoch
 from kvledger.ranks import Ranks
 from kvledger.testing.schedule import Schedule
 from kvledger.testing.simulator import Plan, SimulationFailed, simulate, simulate_or_shrink
@@ -25,18 +27,17 @@ from statemachine.events import HostPolicy, Outcome
 SEEDS = 100
 
 
-def deliver(seed: int, order: Order) -> None:
+def deliver(seed: int, order: Order, count: int = 15, size: int = 300) -> None:
     """One writer, one reader, some transactions; the reader must get exactly them."""
     rng = random.Random(seed)
     schedule = Schedule(rng, order)
     sent: list[tuple[int, int, bytes, bytes]] = []
     got: list[tuple[int, int, bytes, bytes]] = []
-    count = 15
 
     def write() -> int:
         log = LogWriter.create("log", schema_hash=1, segment_bytes=16 << 10, retain_bytes=None)
         for number in range(count):
-            entries = [(1, number, bytes([i]) * 24, bytes([number]) * rng.randrange(300)) for i in range(3)]
+            entries = [(1, number, bytes([i]) * 24, bytes([number]) * rng.randrange(size)) for i in range(3)]
             log.append(entries)
             sent.extend(entries)
         while len(got) < 3 * count:
@@ -61,6 +62,57 @@ def deliver(seed: int, order: Order) -> None:
         patch.setattr(writer, "_LEAST_SEGMENT", 8 << 10)
         schedule.run()
     assert got == sent
+
+
+def succeed(seed: int, order: Order) -> None:
+    """A writer is killed somewhere, and another one goes on where it ended; the reader must get what both agree on."""
+    rng = random.Random(seed)
+    schedule = Schedule(rng, order)
+    sent: list[int] = []
+    got: list[int] = []
+    done = False
+
+    def write() -> int:
+        log = LogWriter.create("log", schema_hash=1, segment_bytes=16 << 10, retain_bytes=None)
+        for number in range(1000):
+            log.append([(1, number, bytes(24), bytes([1]) * rng.randrange(200)) for _ in range(rng.randrange(1, 4))])
+        return 0
+
+    def operate() -> int:
+        nonlocal done
+        first = schedule.spawn("writer", write)
+        first.strike_at = rng.randrange(200, 2_000)
+        schedule.wait(lambda: first.exit_code is not None, None)
+        schedule.sleep(1e-6 * rng.randrange(100))
+        control = Control.open("log")
+        control.lock()
+        last = recover("log", 1, lambda records: sent.extend(record.sequence for record in records)).last_sequence
+        log = LogWriter.resume(control, last, epoch=next_epoch(control), segment_bytes=16 << 10, retain_bytes=None)
+        log.append([(1, 7, bytes(24), b"successor")])
+        sent.append(last + 1)
+        while len(got) < len(sent):
+            schedule.sleep(0.01)
+        done = True
+        log.close(unlink=True)
+        return 0
+
+    def read() -> int:
+        log = None
+        while not done:
+            try:
+                log = log or LogReader("log")
+                got.extend(record.sequence for record in log.poll())
+            except LedgerNotFound:
+                pass
+            schedule.sleep(1e-6 * rng.randrange(20))
+        return 0
+
+    schedule.spawn("operator", operate)
+    schedule.spawn("reader", read)
+    with pytest.MonkeyPatch.context() as patch, installed(System(schedule, {})):
+        patch.setattr(writer, "_LEAST_SEGMENT", 8 << 10)
+        schedule.run()
+    assert got == sent == list(range(1, len(sent) + 1))
 
 
 def park(seed: int) -> None:
@@ -158,6 +210,18 @@ FAULTS = {
 def test_the_log_delivers_what_was_written(order: Order) -> None:
     for seed in range(SEEDS):
         deliver(seed, order)
+
+
+@pytest.mark.parametrize("order", Order)
+def test_the_log_delivers_across_segments(order: Order) -> None:
+    for seed in range(SEEDS // 2):
+        deliver(seed, order, count=40, size=900)
+
+
+@pytest.mark.parametrize("order", Order)
+def test_the_log_delivers_across_writers(order: Order) -> None:
+    for seed in range(3 * SEEDS):
+        succeed(seed, order)
 
 
 @pytest.mark.parametrize("order", Order)

@@ -39,7 +39,7 @@ from workers.numpy_pools import NumpyPools
 LEDGER = "simulated"
 _BLOCK = 2
 _SEGMENT_BYTES = 12 << 10
-_SNAPSHOT_EVENTS = 8
+_SNAPSHOT_EVENTS = 4
 _READERS = 16
 """Both small, since every word is compared at every point; rotation comes early too."""
 
@@ -459,7 +459,7 @@ class Simulation:
 
     def _follow(self) -> int:
         auditor = None
-        written = 0
+        saved = 0
         while not self._finished:
             try:
                 auditor = auditor or Auditor(LEDGER, check_every=8, publish=False)
@@ -470,11 +470,11 @@ class Simulation:
             if auditor is not None:
                 assert auditor.verdict is None, auditor.verdict
                 sequence, state = auditor.follower.sequence, auditor.follower.state
-                if state is not None and sequence >= written + _SNAPSHOT_EVENTS:
+                if state is not None and sequence >= saved + _SNAPSHOT_EVENTS:
+                    saved = sequence
                     data = snapshot(state)
                     if not len(data) % 8:  # simulated memory has whole words only
                         snapshots.write(LEDGER, sequence, data)
-                        written = sequence
             self._schedule.sleep(1e-3)
         if auditor is not None:
             auditor.close()

@@ -25,7 +25,7 @@ END = "<!-- end of the generated part -->\n"
 _LONGEST_S = 900
 _ISOLATED = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh")
 """A ``/dev/shm`` of its own, so that what a broken program leaves there is gone with it."""
-_IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "node_modules")
+IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "node_modules")
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - |$)", re.MULTILINE)
 
 
@@ -117,7 +117,7 @@ def check(mutants: Sequence[Mutant], jobs: int) -> list[Verdict]:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
         for number in range(jobs):
             tree = Path(folder) / str(number) / "tree"
-            shutil.copytree(ROOT, tree, ignore=_IGNORED)
+            shutil.copytree(ROOT, tree, ignore=IGNORED)
             trees.put(tree)
         for future in as_completed([pool.submit(one, mutant) for mutant in mutants]):
             verdict = future.result()
@@ -139,6 +139,12 @@ def table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rows(page: str) -> list[tuple[str, str]]:
+    """The faults that the page lists, and what finds each."""
+    lines = page.partition(BEGIN)[2].partition(END)[0].splitlines()[2:]
+    return [(cells[0], cells[2].strip("`")) for cells in (line.strip("| ").split(" | ") for line in lines)]
+
+
 def main() -> int:
     """Returns the exit status: 0 only if every fault was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
@@ -152,6 +158,11 @@ def main() -> int:
     for mutant in mutants:
         for edit in mutant.edits:
             mutated(edit)
+    tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+    status, output = run_tests(ROOT, tests, "short", isolation())
+    if status:
+        print(f"without any fault these tests do not pass:\n{output[-2000:]}")
+        return 1
     verdicts = check(mutants, arguments.jobs)
     bad = [verdict for verdict in verdicts if not verdict.caught_by]
     for verdict in bad:

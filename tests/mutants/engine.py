@@ -43,15 +43,6 @@ MUTANTS: list[Mutant] = [
         f"{MANAGER}::test_a_hung_worker_times_out_and_its_blocks_stay_quarantined",
     ),
     mutant(
-        "a dead worker does not end a quarantine",
-        "kvledger/ranks.py",
-        "            for answers in self._answers.values():\n                answers.pop(rank, None)\n"
-        "            self._never_again(rank)\n",
-        "            for answers in self._answers.values():\n                answers.pop(rank, None)\n",
-        f"{MANAGER}::test_a_hung_worker_times_out_and_its_blocks_stay_quarantined",
-        f"{FAILING}::test_a_quarantine_outlives_its_engine_and_ends",
-    ),
-    mutant(
         "a new worker does not end the quarantine of what it will not execute",
         "kvledger/ranks.py",
         "                self._never_again(rank)  # what timed out before it joined is not executed by it\n",

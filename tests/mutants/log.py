@@ -6,6 +6,8 @@ from tests.mutants import Edit, Mutant, mutant
 
 WEAK = "tests/test_simulation.py::test_the_log_delivers_what_was_written[Order.WEAK]"
 BOTH = "tests/test_simulation.py::test_the_log_delivers_what_was_written"
+SEGMENTS = "tests/test_simulation.py::test_the_log_delivers_across_segments[Order.WEAK]"
+WRITERS = "tests/test_simulation.py::test_the_log_delivers_across_writers[Order.WEAK]"
 WAKE = "tests/test_simulation.py::test_a_parked_worker_is_never_forgotten"
 SEEDS = "tests/test_simulation.py::test_engines_workers_and_followers_survive_what_seeds_plan"
 LOG = "tests/test_log.py"
@@ -35,7 +37,7 @@ MUTANTS = [
         "        self._release()  # that it is dead, or succeeded, was read before what it wrote\n"
         "        self._acquire()\n",
         "",
-        SEEDS,
+        WRITERS,
     ),
     mutant(
         "the tail hint before the commit words",
@@ -90,14 +92,14 @@ MUTANTS = [
             ),
             Edit("ipc/writer.py", _FENCE + "        self._control.current =", "        self._control.current ="),
         ),
-        (WEAK,),
+        (SEGMENTS,),
     ),
     mutant(
         "the reader goes on to the next segment without reading the last one to its end",
         "ipc/reader.py",
         "            tail = segment.words[TAIL]\n            if tail == self._at.offset:\n",
         "            if tail == self._at.offset:\n",
-        WEAK,
+        SEGMENTS,
     ),
     # what counts
     mutant(
@@ -260,10 +262,10 @@ MUTANTS = [
         "tests/test_snapshots.py::test_a_damaged_snapshot_is_passed_over",
     ),
     mutant(
-        "chunks of a file may be missing",
+        "a damaged file ends as if that were its end",
         "ipc/kvlog.py",
-        "            or (first, seed) != (sequence, chain)\n",
-        "",
+        "            if chunk is None or chunk[0] != _RECORDS:\n                self._end_here(at.offset)\n",
+        "            if chunk is None or chunk[0] != _RECORDS:\n",
         f"{LOG}::test_a_kvlog_file_with_a_chunk_cut_out_ends_there",
     ),
 ]
