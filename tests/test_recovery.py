@@ -32,7 +32,7 @@ from statemachine.events import (
 )
 from statemachine.replay import Replay, event_of, replay
 from statemachine.state import State
-from workers import pools
+from workers import pool_memory, pools
 
 SMALL = 64 << 10
 CONFIG = CacheConfig(
@@ -321,9 +321,10 @@ def test_a_snapshot_bridges_what_the_log_has_lost(name: str) -> None:
         assert manager.state.epoch == 2
 
 
+@pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("tier", ["device", "host"])
 @pytest.mark.parametrize("policy", [HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH])
-def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy: HostPolicy) -> None:
+def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy: HostPolicy, replaced: bool) -> None:
     config = CacheConfig(**{**vars(CONFIG), "host_policy": policy})
     manager = CacheManager.create(name, config)
     engine = PatternEngine(manager.pools)
@@ -332,10 +333,14 @@ def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy
     settled(manager)
     manager.admit("live", prompt(9))
     manager._writer.close()  # the engine is dead, its workers live
-    unlink(pools.pool_names(name, 1)[tier == "host"])
+    pool = pools.pool_names(name, 1)[tier == "host"]
+    unlink(pool)
+    if replaced:  # the same name, size and layout, and nothing in it
+        pool_memory.create(pool, pools.pool_sizes(config.layout)[tier == "host"], config.layout)
     manager = CacheManager.open(name)
     lost = [event for event in story(name) if isinstance(event, TierLost)]
-    assert [event.tier for event in lost] == [int(tier == "host")] and f"pool.{tier}.1 is gone" in lost[0].reason
+    assert [event.tier for event in lost] == [int(tier == "host")]
+    assert f"pool.{tier}.1 is {'not the memory that it was' if replaced else 'gone'}" in lost[0].reason
     state = manager.state
     for node in state.nodes.values():
         assert (node.device if tier == "device" else node.host) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import Mutant, mutant
+from tests.mutants import Edit, Mutant, mutant
 from tests.mutants.log import SEEDS
 
 MANAGER = "tests/test_manager.py"
@@ -16,7 +16,6 @@ MUTANTS: list[Mutant] = [
         "            if len(answers) == self._config.ranks:\n",
         "            if answers:\n",
         SEEDS,
-        "tests/test_ranks.py",
     ),
     mutant(
         "the longest valid prefix of the ranks counts",
@@ -24,7 +23,6 @@ MUTANTS: list[Mutant] = [
         "valid = min(answer.valid for answer in answers.values())",
         "valid = max(answer.valid for answer in answers.values())",
         SEEDS,
-        "tests/test_ranks.py",
     ),
     mutant(
         "the best outcome of the ranks counts",
@@ -85,7 +83,7 @@ MUTANTS: list[Mutant] = [
         "                self._unheard[rank] = time.monotonic() + self._config.ready_timeout_s\n",
         "                self._unheard[rank] = time.monotonic() + self._config.ready_timeout_s\n"
         "                self._never_again(rank)\n",
-        "tests/test_ranks.py",
+        f"{FAILING}::test_a_quarantine_outlives_its_engine_and_ends",
     ),
     mutant(
         "an adopted worker that hangs is kept",
@@ -120,7 +118,7 @@ MUTANTS: list[Mutant] = [
         "workers/transfer.py",
         "                    self.superseded = True\n                    break\n",
         "                    continue\n",
-        f"{FAILING}::test_a_worker_that_had_not_joined_leaves_when_another_engine_comes",
+        "tests/test_transfer_worker.py",
     ),
     mutant(
         "an orphan never leaves",
@@ -144,7 +142,7 @@ MUTANTS: list[Mutant] = [
         "tests/test_pools.py::test_a_copy_that_raises_is_an_answer",
     ),
     mutant(
-        "a pool of another layout is attached",
+        "memory that was replaced is taken for the old one",
         "workers/pools.py",
         '                if there == id and (tier == "host"',
         '                if (tier == "host"',
@@ -192,12 +190,13 @@ MUTANTS: list[Mutant] = [
         "        return namespace\n",
         "tests/test_engine_api.py::test_blocks_of_other_weights_never_match",
     ),
-    mutant(
-        "a dead engine's lock is taken for a living one's",
-        "kvledger/ledgers.py",
-        '        if ledger.state == "dead" and ledger.uid',
-        "        if ledger.uid",
-        "tests/test_segments.py::test_from_alive_to_orphaned_to_dead_to_gone",
+    Mutant(
+        "what living workers use is removed",
+        (
+            Edit("kvledger/ledgers.py", '        if ledger.state == "dead" and ledger.uid', "        if ledger.uid"),
+            Edit("kvledger/ledgers.py", "        if _workers(ledger.name, control):\n            return False\n", ""),
+        ),
+        ("tests/test_segments.py::test_from_alive_to_orphaned_to_dead_to_gone",),
     ),
     mutant(
         "a worker that does not read may hold the whole log",
