@@ -203,8 +203,7 @@ MUTANTS: list[Mutant] = [
         "kvledger/ranks.py",
         "            if size > most and pid in ranks:\n",
         "            if False:\n",
-        "tests/test_limits.py",
-        "tests/test_failing_workers.py",
+        f"{MANAGER}::test_a_worker_that_does_not_read_is_replaced_before_the_log_is_full",
     ),
     # followers
     mutant(
