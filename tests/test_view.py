@@ -45,7 +45,7 @@ def traffic(policy: HostPolicy, seed: int, steps: int = 300) -> Iterator[tuple[S
     for number in range(steps):
         rare: list[commands.Command] = [
             commands.Resize(rng.choice(tiers), rng.randrange(8, 16)),
-            commands.LoseTier(rng.choice(tiers), "gone"),
+            commands.LoseTier(rng.choice(tiers), "gone", rng.choice(("", "new"))),
             commands.StartEpoch(state.epoch + 1, number),
         ]
         wanted = rng.choice(rare) if not number % 7 else ordinary(state, rng, number)
@@ -211,6 +211,9 @@ def test_a_ledger_that_has_dropped_its_beginning_is_shown_from_its_snapshot_on()
             manager.admit(str(number), np.arange(number, number + 640, dtype=np.int32))
             manager.release(str(number))
             number += 1
+        manager._retention.stop()
+        for sequence in snapshots.sequences(name):
+            snapshots.remove(name, sequence)
         with showing(name) as log, pytest.raises(SourceError, match="there is no state to show"):
             log.prepare()
         known = manager.next_sequence - 1

@@ -59,8 +59,6 @@ class Fault:
 
 @dataclass(frozen=True)
 class Operation:
-    """One step of the engine: ``serve`` a prompt at once or in ``chunks`` (the second one cached ahead of its step),
-    ``release`` the oldest request, or something for the whole cache."""
     """One step of the engine.
 
     ``serve`` a prompt, or only ``begin`` it and compute it at an ``extend``; for the oldest request ``decode`` a block,
@@ -100,8 +98,6 @@ class Plan:
         operations = []
         for _ in range(rng.randrange(3, 20)):
             prompt = tuple(rng.choice((1, 1, 1, 2)) for _ in range(rng.randrange(1, 6)))
-            kinds = ["serve"] * 5 + ["chunks"] * 3 + ["release"] * 3 + ["clear", "resize", "poll", "preempt"]
-            operations.append(Operation(rng.choice(kinds), prompt, rng.random() < 0.2))
             operations.append(Operation(rng.choice(_KINDS), prompt, rng.random() < 0.2))
         faults = []
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
@@ -325,10 +321,6 @@ class Simulation:
             return None
 
     def _perform(self, manager: CacheManager, engine: PatternEngine, live: list[_Live], operation: Operation) -> None:
-        if operation.what in ("serve", "chunks"):
-            self._request(manager, engine, live, operation)
-        elif operation.what in ("release", "preempt") and live:
-            reason = ReleaseReason.FINISHED if operation.what == "release" else ReleaseReason.PREEMPTED
         what = operation.what
         oldest = live[0] if live else None
         if what in ("serve", "begin"):
@@ -390,13 +382,6 @@ class Simulation:
         if extend:
             manager.extend(key)
         table, valid = manager.block_table(key), manager.cached_blocks(key)
-        if operation.what == "chunks":
-            middle = (valid + len(seeds) + 1) // 2
-            engine.write(table[valid:middle], seeds[valid:middle])
-            manager.cache(key, middle, computed=middle)
-            _, table, valid, _ = manager.extend(key)
-            manager.cache(key, len(seeds), computed=valid)
-            manager.poll()  # while the step runs; if the engine dies here, nobody may find what was cached ahead
         engine.write(table[valid : len(seeds)], seeds[valid:])
         engine.verify(key, table[: len(seeds)], seeds, manager.next_sequence - 1)
         manager.cache(key, len(seeds))
