@@ -45,7 +45,7 @@ def traffic(policy: HostPolicy, seed: int, steps: int = 300) -> Iterator[tuple[S
     for number in range(steps):
         rare: list[commands.Command] = [
             commands.Resize(rng.choice(tiers), rng.randrange(8, 16)),
-            commands.LoseTier(rng.choice(tiers), "gone", rng.choice(("", "new"))),
+            commands.LoseTier(rng.choice(tiers), "gone", "new"),
             commands.StartEpoch(state.epoch + 1, number),
         ]
         wanted = rng.choice(rare) if not number % 7 else ordinary(state, rng, number)
