@@ -129,7 +129,7 @@ def test_a_ledger_that_has_dropped_its_beginning() -> None:
             with open_source(name) as ledger:
                 if ledger.first > 1:
                     break
-        manager._retention.stop()
+        manager._retention.stop()  # its snapshots are what usually remains
         for sequence in snapshots.sequences(name):
             snapshots.remove(name, sequence)
         with open_source(name) as ledger:

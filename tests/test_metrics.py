@@ -190,7 +190,7 @@ def same(histogram: Histogram, values: list[float]) -> bool:
 @pytest.mark.parametrize("seed", range(5))
 def test_derived_metrics_agree_with_an_independent_count(policy: HostPolicy, seed: int, failures: bool) -> None:
     derivation, recount = Derivation(None), Recount()
-    for transaction in traffic(policy, seed, failures):
+    for transaction in traffic(policy, seed, failures, 1000):
         derivation.feed(transaction)
         for record in transaction:
             recount.feed(record)

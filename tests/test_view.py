@@ -211,7 +211,7 @@ def test_a_ledger_that_has_dropped_its_beginning_is_shown_from_its_snapshot_on()
             manager.admit(str(number), np.arange(number, number + 640, dtype=np.int32))
             manager.release(str(number))
             number += 1
-        manager._retention.stop()
+        manager._retention.stop()  # its snapshots are what usually remains
         for sequence in snapshots.sequences(name):
             snapshots.remove(name, sequence)
         with showing(name) as log, pytest.raises(SourceError, match="there is no state to show"):

@@ -77,7 +77,11 @@ def as_test(shrunk: Shrunk, origin: str, predicate: str) -> str:
 
 def _source(command: Command) -> str:
     fields = []
-    for value in command:
+    usual = command._field_defaults
+    values = list(command)
+    while (name := command._fields[len(values) - 1]) in usual and usual[name] == values[-1]:
+        values.pop()
+    for value in values:
         if isinstance(value, memoryview):
             fields.append(f'memoryview(array("i", {list(value.cast("B").cast("i"))})).cast("B")')
         elif isinstance(value, array):
