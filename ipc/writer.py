@@ -76,8 +76,9 @@ class LogWriter:
         self._release, self._acquire = make_fence()
         self._staged: tuple[list[tuple[int, int]], int, int, int, int] = [], HEADER_BYTES, 0, base_sequence, 0
         self._hold: Callable[[], int] | None = None
-        self._needed_from = base_sequence
-        """What :meth:`hold` said at the last rotation; it only grows."""
+        self._needed_from = self._kept[0][2] if self._kept else base_sequence
+        """What :meth:`hold` said at the last rotation; it only grows. Nothing that a dead writer left goes before that:
+        it is not known yet who needs it."""
         self._bells: dict[int, posix_ipc.Semaphore] = {}
         self._listeners: list[tuple[int, int, int]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvledger-segment")

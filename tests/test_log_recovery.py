@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ipc import LogCorrupt, LogReader, LogWriter, Overrun, Record, record_bytes, segment
+from ipc import LogCorrupt, LogReader, LogWriter, Overrun, Record, SharedMemoryFull, record_bytes, segment
 from ipc.control import Control
 from ipc.names import remove_objects, segment_name, segments_of
 from ipc.processes import start_time
@@ -317,3 +317,28 @@ def test_the_epoch_of_a_writer_that_died_while_it_began_is_not_used_again(name: 
     assert next_epoch(control) == 3
     control.close()
     writer.close(unlink=True)
+
+
+def test_a_writer_that_takes_over_without_room_drops_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by simulation: what a dead writer leaves went when there was no room for a second segment."""
+    writer = LogWriter.create(name, schema_hash=1, segment_bytes=SMALL)
+    for subject in range(1, 250):
+        write(writer, subject, subject, subject)
+    assert len(segments_of(name)) > 2
+    last = writer.next_sequence - 1
+    writer.close()
+    real = segment.create
+
+    def full(ledger: str, epoch: int, index: int, size: int) -> object:
+        if index:
+            raise SharedMemoryFull("full")
+        return real(ledger, epoch, index, size)
+
+    monkeypatch.setattr(segment, "create", full)
+    control = Control.open(name)
+    control.lock()
+    heir = LogWriter.resume(control, last, epoch=2, segment_bytes=SMALL)
+    write(heir, 7)
+    assert heir._prepared.exception() is not None
+    assert recover(name, 1, lambda records: None).last_sequence == last + 1
+    heir.close(unlink=True)

@@ -11,29 +11,41 @@ TigerBeetle's VOPR and FoundationDB's simulation are the models.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 
-from ipc import LedgerError, LedgerExists, LedgerNotFound, LogReader, control, reader, snapshots, writer
+from ipc import (
+    LedgerError,
+    LedgerExists,
+    LedgerNotFound,
+    SharedMemoryFull,
+    control,
+    reader,
+    snapshots,
+    writer,
+)
 from ipc.names import remove_objects
 from kvledger.config import CacheConfig
 from kvledger.manager import CacheManager
 from kvledger.pattern import PatternEngine, Seeds, chain
 from kvledger.testing.schedule import Process, Schedule
-from kvledger.testing.system import System, installed
+from kvledger.testing.system import CAPACITY, System, installed
 from kvledger.testing.weak_memory import Order
+from statemachine.check import check
 from statemachine.content import words_of
 from statemachine.encoding import snapshot, state_digest
 from statemachine.errors import OutOfBlocks
 from statemachine.events import Direction, HostPolicy, IntArray, ReleaseReason, Tier
-from statemachine.replay import Replay
 from workers import WorkerFailed, numpy_pools, transfer
 from workers.auditor import Auditor
+from workers.follow import Follower
 from workers.numpy_pools import NumpyPools
 
 LEDGER = "simulated"
@@ -63,7 +75,7 @@ class Operation:
 
     ``serve`` a prompt, or only ``begin`` it and compute it at an ``extend``; for the oldest request ``decode`` a block,
     ``reserve`` one, ``trim`` what is reserved, ``release`` or ``preempt`` it; for the whole cache ``clear``, ``resize``
-    and ``poll``.
+    and ``poll``. ``fill``: from now on nothing more fits into ``/dev/shm``, for a while.
     """
 
     what: str
@@ -72,7 +84,9 @@ class Operation:
 
 
 _KINDS = ["serve"] * 10 + ["begin", "extend", "release"] * 3 + ["decode"] * 2
-_KINDS += ["reserve", "trim", "clear", "resize", "poll", "preempt"]
+_KINDS += ["reserve", "trim", "clear", "resize", "poll", "preempt", "fill"]
+_FULL_NS = 3_000_000_000
+"""So long ``/dev/shm`` stays full, unless an engine is refused something before."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +205,29 @@ class _Live:
         return chain(words_of(self.tokens), 4 * _BLOCK, b"")
 
 
+class _Patient:
+    """A manager whose caller makes room in ``/dev/shm`` when it is refused something, and asks again."""
+
+    def __init__(self, manager: CacheManager, make_room: Callable[[bool], None]) -> None:
+        self._manager = manager
+        self._make_room = make_room
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._manager, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            while True:
+                self._make_room(False)
+                try:
+                    return found(*arguments, **options)
+                except SharedMemoryFull:
+                    self._make_room(True)
+
+        return call
+
+
 @dataclass
 class Simulation:
     """One run of a plan."""
@@ -205,6 +242,7 @@ class Simulation:
         self._system = System(self._schedule, {"workers.transfer": self._worker})
         self._next = 0
         self._finished = False
+        self._full_until = 0
         self._incarnations: dict[str, int] = {}
         self._copies: dict[Process, list[str]] = {}
         """What happens to the next copies of a worker."""
@@ -262,6 +300,10 @@ class Simulation:
 
         return copying
 
+    def _make_room(self, at_once: bool) -> None:
+        if at_once or self._schedule.now_ns > self._full_until:
+            self._system.capacity = CAPACITY
+
     # The processes
 
     def _worker(self, arguments: list[str]) -> int:
@@ -282,9 +324,10 @@ class Simulation:
         return 0
 
     def _serve(self) -> int:
-        manager = self._open()
-        if manager is None:
+        opened = self._open()
+        if opened is None:
             return 1
+        manager = cast("CacheManager", _Patient(opened, self._make_room))
         engine = PatternEngine(manager.pools)
         live: list[_Live] = []
         while self._next < len(self.plan.operations):
@@ -308,6 +351,9 @@ class Simulation:
             return CacheManager.open(LEDGER)
         except LedgerNotFound:
             pass
+        except SharedMemoryFull:
+            self._make_room(True)
+            return None
         except LedgerError:
             if self._next:  # it has served: that would be a loss
                 raise
@@ -339,6 +385,9 @@ class Simulation:
         elif what in ("release", "preempt") and live:
             reason = ReleaseReason.FINISHED if what == "release" else ReleaseReason.PREEMPTED
             self._release(manager, engine, live, reason, operation.final)
+        elif what == "fill":
+            self._system.capacity = self._system.used()
+            self._full_until = self._schedule.now_ns + _FULL_NS
         elif what == "clear":
             manager.clear(force=True)
         elif what == "resize" and not live:
@@ -425,13 +474,13 @@ class Simulation:
         assert done() or seconds < 1, f"transfers {[*manager.state.transfers]} do not end"
 
     def _compare(self, manager: CacheManager) -> None:
-        """The log, read from its beginning, adds up to the engine's state, with all invariants at every event."""
-        reader = LogReader(LEDGER)
-        replay = Replay(check_every=1)
-        while records := reader.poll():
-            replay.feed(records)
-        assert state_digest(replay.state) == manager.digest(), "the replay has another state than the engine"
-        reader.close()
+        """The log, from as far back as it reaches, adds up to the engine's state."""
+        follower = Follower(LEDGER, oldest=True)
+        while records := follower.poll():
+            follower.apply(records)
+        assert follower.state is not None and not check(follower.state)
+        assert state_digest(follower.state) == manager.digest(), "the replay has another state than the engine"
+        follower.close()
 
     def _audit(self) -> int:
         """Starts an auditor, and another one when it was killed. It checks every event and writes snapshots."""
@@ -459,7 +508,8 @@ class Simulation:
                     saved = sequence
                     data = snapshot(state)
                     if not len(data) % 8:  # simulated memory has whole words only
-                        snapshots.write(LEDGER, sequence, data)
+                        with contextlib.suppress(SharedMemoryFull):
+                            snapshots.write(LEDGER, sequence, data)
             self._schedule.sleep(1e-3)
         if auditor is not None:
             auditor.close()

@@ -30,6 +30,8 @@ import posix_ipc
 from kvledger.testing.schedule import Process, Schedule
 from kvledger.testing.weak_memory import SharedObject
 
+CAPACITY = 1 << 30
+"""Of the simulated ``/dev/shm``, in bytes."""
 _PACKAGES = ("ipc", "workers", "kvledger")
 _NOT_REPLACED = ("kvledger.testing", "kvledger.cli")
 
@@ -43,7 +45,7 @@ class System:
         """What ``python -m NAME ARGUMENTS`` runs."""
         self.names: dict[str, SharedObject] = {}
         self.semaphores: dict[str, list[int]] = {}
-        self.capacity = 1 << 30
+        self.capacity = CAPACITY
         self._descriptors: dict[int, tuple[Process, SharedObject | Process]] = {}
         self._locks: dict[SharedObject, Process] = {}
         self._next_descriptor = 1000

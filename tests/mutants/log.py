@@ -218,6 +218,13 @@ MUTANTS = [
         "",
         "tests/test_limits.py",
     ),
+    mutant(
+        "a writer that takes over drops what it does not know to be needed",
+        "ipc/writer.py",
+        "        self._needed_from = self._kept[0][2] if self._kept else base_sequence\n",
+        "        self._needed_from = base_sequence\n",
+        f"{RECOVERY}::test_a_writer_that_takes_over_without_room_drops_nothing",
+    ),
     # recovery
     mutant(
         "a dead writer's log ends at its hint",
