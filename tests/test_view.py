@@ -62,7 +62,7 @@ def traffic(policy: HostPolicy, seed: int, steps: int = 300) -> Iterator[tuple[S
 @pytest.mark.parametrize("policy", list(HostPolicy))
 def test_a_picture_that_follows_equals_one_that_is_painted_anew(policy: HostPolicy) -> None:
     seen: set[str] = set()
-    for seed in range(6):
+    for seed in range(12):
         picture = None
         for state, event in traffic(policy, seed):
             if picture is None:
