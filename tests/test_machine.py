@@ -547,3 +547,25 @@ def test_a_restored_state_clears_like_the_original() -> None:
         for event in decide(each, Clear(True)):
             apply(each, event)
     assert state_digest(state) == state_digest(other)
+
+
+def test_forgetting_is_derived_from_the_deepest_run() -> None:
+    """Its copy is on the device alone, so the first event of the transaction does not name it."""
+    state = genesis(LedgerOpened(1, 8, 8, 0, HostPolicy.WRITE_THROUGH, 1, "", ""))
+
+    def do(command: Any) -> list[Event]:
+        events = decide(state, command)
+        assert redecide(events, state)[1] == events
+        for event in events:
+            apply(state, event)
+        return events
+
+    for key, prompt in (("a", [1, 2]), ("b", [1, 2, 3])):
+        do(Admit(key, words(prompt), b"", 99, len(prompt)))
+        do(Cache(key, len(prompt), b""))
+        if key == "a":
+            do(Backup(state.requests[1].leaf.id))
+            do(FinishTransfer(1, Outcome.DONE, 2))
+        do(Release(key, ReleaseReason.FINISHED, False))
+    deepest = max(state.nodes.values(), key=lambda node: node.start)
+    assert len(do(Forget(deepest.id))) == 2 and not state.nodes
