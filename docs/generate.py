@@ -133,7 +133,8 @@ def _command(state: State, rng: random.Random, number: int) -> commands.Command 
     if kind < 17:
         return _ending(state, rng)
     if kind == 17:
-        return rng.choice((commands.Allocate([key], [rng.randrange(1, 3)]), commands.Extend(key, 99)))
+        allocate = commands.Allocate([key], [rng.randrange(1, 3)])
+        return rng.choice((allocate, commands.Extend(key, 99), commands.Backup(request.leaf.id)))
     if kind == 18:
         trim = commands.Trim(key, max(request.leaf.end, len(request.table) - 1))
         return rng.choice((trim, commands.GiveBack(key, request.table[request.leaf.end :][:1])))
@@ -142,7 +143,6 @@ def _command(state: State, rng: random.Random, number: int) -> commands.Command 
             commands.Evict(rng.choice(list(Tier)), 2),
             commands.MakeRoom(2),
             commands.Forget(rng.choice(list(state.nodes) or [0])),
-            commands.Backup(request.leaf.id),
             commands.Clear(True),
             commands.Reassign(key, rng.choice(keys), array("i", request.table[-1:])),
         )
