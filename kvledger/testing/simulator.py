@@ -50,7 +50,7 @@ from workers.numpy_pools import NumpyPools
 
 LEDGER = "simulated"
 _BLOCK = 2
-_SEGMENT_BYTES = 12 << 10
+_SEGMENT_BYTES = 8 << 10
 _SNAPSHOT_EVENTS = 4
 _READERS = 16
 """Both small, since every word is compared at every point; rotation comes early too."""
@@ -490,6 +490,10 @@ class Simulation:
             self._schedule.wait(lambda child=child: child.exit_code is not None, None)  # type: ignore[misc]
             if child.exit_code == 0:
                 return 0
+            if self._finished:  # killed after the ledger was removed: what it leaves is for the operator
+                snapshots.remove_partial(LEDGER)
+                for sequence in snapshots.sequences(LEDGER):
+                    snapshots.remove(LEDGER, sequence)
 
     def _follow(self) -> int:
         auditor = None
@@ -510,6 +514,8 @@ class Simulation:
                     if not len(data) % 8:  # simulated memory has whole words only
                         with contextlib.suppress(SharedMemoryFull):
                             snapshots.write(LEDGER, sequence, data)
+                        if not auditor.follower.reader.exists():  # the ledger was removed meanwhile
+                            snapshots.remove(LEDGER, sequence)
             self._schedule.sleep(1e-3)
         if auditor is not None:
             auditor.close()
