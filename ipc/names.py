@@ -16,7 +16,7 @@ import posix_ipc
 from ipc.errors import InvalidName, TooManyFiles
 
 SHM = Path("/dev/shm")
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,32}){0,3}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,32}){0,4}")
 _SEGMENT = re.compile(r"(\d+)\.(\d+)")
 
 

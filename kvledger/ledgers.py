@@ -134,7 +134,7 @@ def _workers(name: str, control: Control) -> list[int]:
         if entry.endswith(_CONTROL) and entry != f"{name}{_CONTROL}":
             with contextlib.suppress(LedgerError):
                 theirs = Control.open(entry.removesuffix(_CONTROL))
-                if theirs.writer_alive():
+                if theirs.writer_alive() and theirs.writer != control.writer:  # its pushes are the engine's own log
                     found.add(theirs.writer[0])
                 theirs.close()
     return sorted(found)

@@ -127,6 +127,19 @@ def decoder_of(event: type[Any]) -> Callable[[int, bytes, bytes], Any]:
     return _compile(0, event)[1]
 
 
+def codec_of(
+    kind: int, event: type[Any]
+) -> tuple[Callable[[Any], tuple[int, int, bytes, bytes]], Callable[[int, bytes, bytes], Any]]:
+    """Encoder and decoder of a record of another log than the ledger's own, annotated as events are."""
+    encoder, decoder = _compile(kind, event)
+
+    def encode_it(record: Any) -> tuple[int, int, bytes, bytes]:
+        kind, subject, args, head, tail = encoder(record)
+        return kind, subject, args, head + tail
+
+    return encode_it, decoder
+
+
 _CODECS = {kind: _compile(kind, event) for kind, event in KINDS.items()}
 ENCODERS: dict[type[Event], Callable[[Any], Encoded]] = {KINDS[kind]: pair[0] for kind, pair in _CODECS.items()}
 DECODERS: dict[int, Callable[[int, bytes, bytes], Event]] = {kind: pair[1] for kind, pair in _CODECS.items()}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, NamedTuple, Self
 
 from ipc import LedgerError, LogReader, Overrun
@@ -68,7 +68,14 @@ class _Worker:
 
     @classmethod
     def start(
-        cls, ledger: str, rank: int, incarnation: int, epoch: int, layout: PoolLayout, from_sequence: int
+        cls,
+        program: Sequence[str],
+        ledger: str,
+        rank: int,
+        incarnation: int,
+        epoch: int,
+        layout: PoolLayout,
+        from_sequence: int,
     ) -> Self:
         """Start the process."""
         signals = Signals(signals_name(ledger, rank, incarnation), create=True)
@@ -78,7 +85,7 @@ class _Worker:
             stderr = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
             # exec, never fork: an inherited descriptor would keep the engine's lock
             process = subprocess.Popen(
-                [sys.executable, *_PROGRAM, ledger, *arguments],
+                [sys.executable, *program, ledger, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -167,10 +174,13 @@ def incarnations_left(ledger: str, rank: int) -> list[int]:
 
 
 class Supervisor:
-    """The workers of one ledger."""
+    """The workers of one ledger. ``program``: what each of them runs; default: the transfer worker."""
 
-    def __init__(self, ledger: str, layout: PoolLayout, *, epoch: int, ready_timeout_s: float) -> None:
+    def __init__(
+        self, ledger: str, layout: PoolLayout, *, epoch: int, ready_timeout_s: float, program: Sequence[str] = ()
+    ) -> None:
         self._ledger = ledger
+        self._program = program or _PROGRAM
         self._layout = layout
         self._ready_timeout_s = ready_timeout_s
         self._epoch = epoch
@@ -187,7 +197,9 @@ class Supervisor:
             ipc.SharedMemoryFull
         """
         number = self._incarnations[rank] = self._incarnations.get(rank, 0) + 1
-        self._workers[rank] = _Worker.start(self._ledger, rank, number, self._epoch, self._layout, from_sequence)
+        self._workers[rank] = _Worker.start(
+            self._program, self._ledger, rank, number, self._epoch, self._layout, from_sequence
+        )
 
     def adopt(self, joined: Mapping[int, int], *, keep: bool) -> list[int]:
         """Take over what a dead engine left: the incarnation of each rank that had ``joined``, if it still lives.

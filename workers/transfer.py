@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 from ipc import Control, LogReader, LogWriter
 from ipc.processes import own_identity
@@ -120,8 +121,28 @@ class TransferWorker:
         self.log.close()
 
 
-def main(arguments: list[str]) -> int:
-    """``ledger rank incarnation epoch from_sequence layout``; runs until SIGTERM, or until the engine is gone."""
+class Worker(Protocol):
+    """What :func:`main` runs."""
+
+    reader: LogReader
+    superseded: bool
+
+    def step(self, timeout: float = 0.0) -> int:
+        """The whole loop body; returns how much it has done."""
+
+    def close(self) -> None:
+        """Leave."""
+
+
+def main(
+    arguments: list[str],
+    make: Callable[[str, int, int, int, PoolLayout, int, Callable[[str], None]], Worker] = TransferWorker,
+    orphan_grace_s: float = ORPHAN_GRACE_S,
+) -> int:
+    """``ledger rank incarnation epoch from_sequence layout``; runs until SIGTERM, or until the engine is gone.
+
+    ``make`` has the arguments of :class:`TransferWorker`. A worker whose engine died waits so long for a new one.
+    """
     ledger, rank, incarnation, epoch, from_sequence = arguments[0], *map(int, arguments[1:5])
     stopping = False
 
@@ -144,7 +165,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         layout = PoolLayout.parse(arguments[5])
-        worker = TransferWorker(ledger, rank, incarnation, epoch, layout, from_sequence, waiting)
+        worker = make(ledger, rank, incarnation, epoch, layout, from_sequence, waiting)
     except Exception as error:  # the reason travels to the engine, which raises it
         signals.text = f"{type(error).__name__}: {error}"
         signals.words[READY] = HAS_FAILED
@@ -158,7 +179,7 @@ def main(arguments: list[str]) -> int:
                     orphan_since = 0.0
                 else:
                     orphan_since = orphan_since or time.monotonic()
-                    if time.monotonic() - orphan_since > ORPHAN_GRACE_S:
+                    if time.monotonic() - orphan_since > orphan_grace_s:
                         break
             signals.words[HEARTBEAT] = time.time_ns()
     except Exception as error:

@@ -1,0 +1,137 @@
+"""Tickets: the right to write into blocks of another instance's device pool, and taking it back for certain.
+
+A decode instance gives a ticket for the blocks it has reserved. A messager *claims* the ticket in its own signals,
+then looks whether the ticket still stands on the decode instance's board, and only then writes; after each layer it
+gives the claim up. The decode instance revokes a ticket on its board, and then looks at the claims of all messagers.
+Each side stores, fences, and only then reads what the other has stored, so at least one of them sees the other:
+either the messager finds the ticket revoked and writes nothing, or the decode instance sees the claim and waits.
+Once no living process claims a revoked ticket, nobody will ever write those blocks.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Collection
+
+from ipc import LedgerError, LedgerNotFound, memory
+from ipc.fence import make_fence
+from ipc.names import SHM, unlink
+from ipc.processes import alive
+from ipc.signals import Signals
+from workers import transfer
+
+SLOTS = 2047
+"""Tickets that may be out at once."""
+CLAIM = 24
+"""Word of a messager's signals: the ticket with which it is writing; 0: none."""
+_WORDS = SLOTS + 1
+_MESSAGER = re.compile(r".+\.pushes\.rank\d+\.\d+\.signals")
+
+
+class Tickets:
+    """The board of one decode instance: a word per ticket, written by its engine alone.
+
+    An odd word is a ticket that stands, the even number below it the same ticket revoked, 0 a free slot. The first
+    word names the board itself: a new engine has a new one.
+
+    Raises:
+        ipc.LedgerNotFound: there is no board to attach to.
+        ipc.SharedMemoryFull
+    """
+
+    def __init__(self, ledger: str, *, create: bool = False) -> None:
+        self.name = board_name(ledger)
+        self._map = memory.create(self.name, 8 * _WORDS) if create else memory.attach(self.name, write=False)
+        self._words = memoryview(self._map).cast("Q")
+        self._release, self._acquire = make_fence()
+        self._free = list(range(SLOTS, 0, -1))
+        if create:
+            self._words[0] = _random()
+
+    @property
+    def id(self) -> int:
+        """Random number of this board."""
+        return self._words[0]
+
+    def issue(self) -> tuple[int, int] | None:
+        """A new ticket, as ``(slot, ticket)``; ``None``: too many are out."""
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self._words[slot] = _random()
+        return slot, self._words[slot]
+
+    def revoke(self, slot: int) -> None:
+        """Nobody may begin to write with this ticket any more. Who is writing already shows by its claim."""
+        self._words[slot] &= ~1
+        self._fence()
+
+    def give_up(self, slot: int) -> None:
+        """The ticket is revoked and nobody claims it: the slot is free."""
+        self._words[slot] = 0
+        self._free.append(slot)
+
+    def stands(self, slot: int, ticket: int) -> bool:
+        """Whether a ticket may be used. Asked by a messager that has claimed it."""
+        self._fence()
+        return 0 < slot < _WORDS and ticket & 1 == 1 and self._words[slot] == ticket
+
+    def revoke_all(self) -> set[int]:
+        """Revoke everything, as the successor of the engine that issued it; the tickets, also those revoked before."""
+        for slot in range(1, _WORDS):
+            self._words[slot] &= ~1
+        self._fence()
+        return {word | 1 for word in self._words[1:] if word}
+
+    def _fence(self) -> None:
+        self._release()
+        self._acquire()
+
+    def close(self, *, remove: bool = False) -> None:
+        """Unmap, and remove if asked to."""
+        self._words.release()
+        self._map.close()
+        if remove:
+            unlink(self.name)
+
+
+def board_name(ledger: str) -> str:
+    """Name of a decode instance's board."""
+    return f"/{ledger}.tickets"
+
+
+def inherited(ledger: str) -> Tickets | None:
+    """The board that a dead engine left, for its successor to write on."""
+    try:
+        memory.attach(board_name(ledger), write=True).close()
+    except LedgerNotFound:
+        return None
+    board = Tickets.__new__(Tickets)
+    board.name = board_name(ledger)
+    board._map = memory.attach(board.name, write=True)
+    board._words = memoryview(board._map).cast("Q")
+    board._release, board._acquire = make_fence()
+    board._free = []
+    return board
+
+
+def claimed(tickets: Collection[int]) -> dict[int, int]:
+    """Those of these revoked tickets with which some messager on this machine still writes, and its process id."""
+    found: dict[int, int] = {}
+    for name in SHM.iterdir() if tickets else ():
+        if not _MESSAGER.fullmatch(name.name):
+            continue
+        try:
+            signals = Signals(f"/{name.name}", read_only=True)
+        except LedgerError:  # gone with its process, or another user's, who cannot open our pools
+            continue
+        claim, pid, started = signals.words[CLAIM], signals.words[transfer.PID], signals.words[transfer.START]
+        signals.close()
+        if claim in tickets and alive(pid, started):
+            found[claim] = pid
+    return found
+
+
+def _random() -> int:
+    return secrets.randbits(62) << 1 | 1
