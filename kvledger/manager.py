@@ -26,6 +26,7 @@ from ipc import Control, LogWriter, SharedMemoryFull, TransactionTooLarge, recor
 from ipc.writer import next_epoch, segment_bytes_for
 from kvledger import waiting
 from kvledger.config import CacheConfig, ConfigError
+from kvledger.handoff import Handoff, end_messagers, end_receiving
 from kvledger.notices import notice
 from kvledger.ranks import BlockTable, Progress, Ranks, table_of
 from kvledger.rebuild import rebuild
@@ -35,7 +36,7 @@ from statemachine.apply import HANDLERS, genesis
 from statemachine.content import Item, Tokens, namespace_key, versioned, words_of
 from statemachine.decide import available_blocks, can_allocate, decide, peek, request_named, victims_for
 from statemachine.encoding import state_digest
-from statemachine.errors import Busy, CommandRejected, InvalidCommand, OutOfBlocks
+from statemachine.errors import Busy, CommandRejected, InvalidCommand, OutOfBlocks, RequestNotReady
 from statemachine.events import (
     BlocksAllocated,
     BlocksEvicted,
@@ -116,6 +117,8 @@ class CacheManager:
         self._state = state
         self._retention = Retention(writer, config.retain_bytes)
         self._ranks: Ranks | None = None
+        self._handoffs: list[Handoff] = []
+        """Sender and receiver of a split instance."""
         self._tails: dict[str, bytes] = {}
         """By live request: the words after its last full block."""
         self._evict_step = writer.max_transaction_bytes // _EVICTED_BYTES // 2
@@ -197,6 +200,7 @@ class CacheManager:
             ipc.Overrun: the log does not reach back to its beginning, and there is no snapshot to start from.
             ConfigError: ``config`` does not agree with the ledger, in the setting that is named.
             ipc.SharedMemoryFull: there is no room for a new segment.
+            HandoffError: a prefill instance hangs while it writes into the device pool.
         """
         control = Control.open(name)
         try:
@@ -223,6 +227,8 @@ class CacheManager:
             raise
         manager = cls(name, config, writer, state, pools)
         try:
+            end_messagers(name)
+            end_receiving(name)  # nothing becomes free while somebody else may still write it
             manager._publish(events)
             notice(name, events)
             if publish is not None and "device" in lost:
@@ -315,6 +321,7 @@ class CacheManager:
         if self._paused:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
         request = request_named(self._state, key)
+        self._expect_still(key)
         known = len(request.words) + len(self._tails[key])
         limit = request.leaf.end + max(known // 4 - 1, 0) // self.config.block_size
         if self._execute(commands.Extend(key, limit)) and self.config.backup_after > 1:
@@ -421,15 +428,18 @@ class CacheManager:
         """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
         if type(blocks) is not int:
             raise _not_whole("blocks", blocks)
+        self._expect_still(key)
         self._execute(commands.Trim(key, blocks))
 
     def reassign(self, key: str, target: str, blocks: Sequence[int]) -> None:
         """Move private blocks of one request to the end of another's block table."""
+        self._expect_still(key)
         self._execute(commands.Reassign(key, target, _block_ids(blocks)))
 
     def give_back(self, key: str, blocks: Sequence[int]) -> None:
         """Free private blocks of a request, wherever they stand behind its cached blocks."""
         request_named(self._state, key)
+        self._expect_still(key)
         self._execute(commands.GiveBack(key, _block_ids(blocks)))
 
     def release(self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED, *, final: bool = False) -> None:
@@ -447,6 +457,8 @@ class CacheManager:
             return
         if self._state.policy == HostPolicy.WRITE_THROUGH:
             self._cover(key)
+        for handoff in self._handoffs:
+            handoff.released(key)
         try:
             self._execute(command)
         except CallTooLarge:  # more private blocks than a transaction holds: give them back in steps
@@ -481,6 +493,29 @@ class CacheManager:
         """
         self._expect_owner()
         return self._ranks.poll() if self._ranks is not None else []
+
+    def attach(self, handoff: Handoff) -> None:
+        """A sender or receiver of this manager says so. Raises :class:`InvalidCommand`: there is one of its kind."""
+        self._expect_owner()
+        if any(type(other) is type(handoff) for other in self._handoffs):
+            raise InvalidCommand(f"ledger {self.name!r} has a {type(handoff).__name__.lower()} already")
+        self._handoffs.append(handoff)
+
+    def detach(self, handoff: Handoff) -> None:
+        """It was closed."""
+        if handoff in self._handoffs:
+            self._handoffs.remove(handoff)
+
+    def _expect_still(self, key: str) -> None:
+        """Refuse to change the block table of a request that is being handed over."""
+        if any(handoff.uses(key) for handoff in self._handoffs):
+            raise RequestNotReady(f"request {key!r} is being handed over: poll its sender or receiver first")
+
+    def _at_rest(self) -> bool:
+        """Whether nobody but the engine reads or writes the device pool."""
+        for handoff in self._handoffs:
+            handoff.fold()
+        return not self._state.transfers and not any(handoff.busy() for handoff in self._handoffs)
 
     def cached_blocks(self, key: str) -> int:
         """Leading blocks of a request's block table that are cached: their KV is valid once it is ready."""
@@ -541,8 +576,8 @@ class CacheManager:
         self._expect_owner()
         self._paused = True
         limit = 2 * self.config.transfer_timeout_s if timeout is None else timeout
-        if not waiting.until(self, lambda: not self._state.transfers, limit):
-            raise TimeoutError(f"transfers {[*self._state.transfers]} are still in flight")
+        if not waiting.until(self, self._at_rest, limit):
+            raise TimeoutError(f"transfers {[*self._state.transfers]}, pushes or receives are still in flight")
 
     def resume(self, *, weights: str | None = None, force: bool = False) -> None:
         """Go on after :meth:`pause`, with a new version of the model's weights if there is one.
@@ -687,6 +722,8 @@ class CacheManager:
         self._closed = "closed"
         self.pools = []  # their memory goes as soon as nobody else holds them
         try:
+            for handoff in list(self._handoffs):
+                handoff.close(keep=keep)
             self._retention.stop()
             if self._ranks is not None:
                 self._ranks.stop()

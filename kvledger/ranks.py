@@ -32,6 +32,11 @@ _MOST_FAILURES = 8
 _OUTCOMES = {Status.OK: Outcome.DONE, Status.FAILED: Outcome.FAILED, Status.CORRUPT: Outcome.CORRUPT}
 
 
+def back_off(failures: int) -> float:
+    """Seconds until a worker that died is started again, after so many failures in a row."""
+    return min(_BACK_OFF_S * float(2 ** min(failures, 16)), _LONGEST_BACK_OFF_S)
+
+
 def table_of(request: Request) -> BlockTable:
     """The block table of a request."""
     return np.array(request.table, np.int32)
@@ -253,7 +258,7 @@ class Ranks:
     def _lost(self, rank: int, reason: str) -> None:
         """A rank has no worker: start one, later each time."""
         failures = self._failures.get(rank, 0)
-        self._restarts[rank] = time.monotonic() + min(_BACK_OFF_S * 2 ** min(failures, 16), _LONGEST_BACK_OFF_S)
+        self._restarts[rank] = time.monotonic() + back_off(failures)
         self._failed(rank, reason)
 
     def _failed(self, rank: int, reason: str) -> None:

@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Collection
 
-from ipc import LedgerError, LedgerNotFound, memory
+from ipc import LedgerError, memory
 from ipc.fence import make_fence
 from ipc.names import SHM, unlink
 from ipc.processes import alive
@@ -35,14 +35,19 @@ class Tickets:
     An odd word is a ticket that stands, the even number below it the same ticket revoked, 0 a free slot. The first
     word names the board itself: a new engine has a new one.
 
+    Args:
+        ledger: of the decode instance.
+        create: make a new board.
+        inherit: write on the board that a dead engine has left, to revoke what it has issued.
+
     Raises:
         ipc.LedgerNotFound: there is no board to attach to.
         ipc.SharedMemoryFull
     """
 
-    def __init__(self, ledger: str, *, create: bool = False) -> None:
+    def __init__(self, ledger: str, *, create: bool = False, inherit: bool = False) -> None:
         self.name = board_name(ledger)
-        self._map = memory.create(self.name, 8 * _WORDS) if create else memory.attach(self.name, write=False)
+        self._map = memory.create(self.name, 8 * _WORDS) if create else memory.attach(self.name, write=inherit)
         self._words = memoryview(self._map).cast("Q")
         self._release, self._acquire = make_fence()
         self._free = list(range(SLOTS, 0, -1))
@@ -99,21 +104,6 @@ class Tickets:
 def board_name(ledger: str) -> str:
     """Name of a decode instance's board."""
     return f"/{ledger}.tickets"
-
-
-def inherited(ledger: str) -> Tickets | None:
-    """The board that a dead engine left, for its successor to write on."""
-    try:
-        memory.attach(board_name(ledger), write=True).close()
-    except LedgerNotFound:
-        return None
-    board = Tickets.__new__(Tickets)
-    board.name = board_name(ledger)
-    board._map = memory.attach(board.name, write=True)
-    board._words = memoryview(board._map).cast("Q")
-    board._release, board._acquire = make_fence()
-    board._free = []
-    return board
 
 
 def claimed(tickets: Collection[int]) -> dict[int, int]:

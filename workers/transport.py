@@ -80,7 +80,7 @@ class MappedPool:
             self._pools = NumpyPools(push.peer, rank, theirs)
         except (LedgerError, ValueError) as error:
             raise Refused(f"the pool of {push.peer!r} cannot be attached: {error}") from error
-        if self._pools.id != push.pools.split(";")[rank] or self._tickets.id != push.board:
+        if push.pools.split(";")[rank : rank + 1] != [self._pools.id] or self._tickets.id != push.board:
             raise Refused(f"{push.peer!r} is not the instance that gave the address: its pool or its engine is new")
         self._peer = push.peer
 
