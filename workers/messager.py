@@ -59,8 +59,8 @@ class Messager:
         self._signals = Signals(acknowledgements.signals_name(log, rank, incarnation))
         self._progress = LayerProgress(ledger, rank)
         self._transport: Transport = SharedMemory(rank, NumpyPools(ledger, rank, layout), self._signals)
-        self._destinations: dict[tuple[str, int], Destination] = {}
-        """By ledger and board of the instance."""
+        self._destinations: dict[tuple[str, int, str], Destination] = {}
+        """By ledger, board and pools of the instance."""
         self._pushes: dict[int, _Push] = {}
         self.log = LogWriter.create(
             acknowledgements.log_name(log, rank, incarnation),
@@ -102,7 +102,7 @@ class Messager:
         return not push.order.step or self._progress.reached(push.order.step, push.layers + 1)
 
     def _begin(self, order: PushStarted) -> int:
-        key = order.peer, order.board
+        key = order.peer, order.board, order.pools
         try:
             if key not in self._destinations:
                 self._forget_the_dead()
