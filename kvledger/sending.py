@@ -257,6 +257,10 @@ class Sender:
         """Sequence from which on a new messager has to read the log of pushes."""
         return min((push.sequence for push in self._pushes.values()), default=self._writer.next_sequence)
 
+    def pid(self, rank: int) -> int | None:
+        """Process id of a rank's messager; ``None`` while it has none."""
+        return self.supervisor.pid(rank) if rank in self.supervisor.ranks() else None
+
     # For the manager
 
     def busy(self) -> bool:

@@ -155,8 +155,6 @@ def test_row_12_a_messager_that_fails_fails_the_launch() -> None:
         with pytest.raises(RuntimeError, match="messager"):
             launch(it)
         assert it.launched is None
-    with PrefixCacheManager(config(), 1, "prefill") as real, pytest.raises(NotImplementedError):
-        launch(real)
 
 
 def test_row_13_launch_waits_for_the_tensors_then_for_the_swap_space() -> None:
@@ -201,12 +199,38 @@ def test_row_13_launch_gives_up_with_the_reason(monkeypatch: pytest.MonkeyPatch)
         ready.clear()
 
 
-@pytest.mark.skip(reason="launch_cache_messager is not built yet")
-def test_row_14_launch_cache_messager_waits_for_ready_signal() -> None: ...
+def launch_messager(it: PrefixCacheManager, tp: int, suffix: str) -> list[Any] | None:
+    shapes = it._get_kv_cache_shape(it.num_gpu_blocks)
+    return it.launch_cache_messager(it.cache_config, tp, list(range(tp)), *shapes, "127.0.0.1", suffix, "")
 
 
-@pytest.mark.skip(reason="launch_cache_messager is not built yet")
-def test_row_15_launch_cache_messager_returns_none_when_process_fails() -> None: ...
+def test_row_14_launch_cache_messager_waits_for_ready_signal() -> None:
+    suffix = port()
+    ready = IPCSignal("cache_ready_signal", np.zeros(2), np.int32, suffix)  # the engine has made it
+    try:
+        with PrefixCacheManager(config(), 2, "prefill") as it:
+            handles = launch_messager(it, 2, suffix)
+            assert handles is not None and ready.value.tolist() == [1, 1] == it.cache_ready_signal.value.tolist()
+            processes = [(handle.pid, start_time(handle.pid)) for handle in handles]
+            assert len(processes) == 2 and all(alive(*process) for process in processes)
+            all_of_them = launch(it, 2, suffix)  # goes on with the pools and the messagers that are there
+            assert len(all_of_them) == 4 and [handle.pid for handle in all_of_them[:2]] == [pid for pid, _ in processes]
+        assert not any(alive(*process) for process in processes)
+    finally:
+        ready.clear()
+
+
+def test_row_15_launch_cache_messager_returns_none_when_process_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with PrefixCacheManager(config(), 1, "prefill") as it:
+        monkeypatch.setattr("workers.messager.PROGRAM", ("-c", "raise SystemExit(2)"))
+        assert launch_messager(it, 1, port()) is None
+        assert "rank 0 did not start: exit status 2" in it.messager_failure and it.messager_failure in caplog.text
+        with pytest.raises(RuntimeError, match=r"messager did not start: .*exit status 2"):
+            launch(it)
+        monkeypatch.undo()
+        assert len(launch(it)) == 2  # nothing is in the way of another try
 
 
 def test_row_16_the_shapes_of_keys_and_values_reach_the_pools() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from kvledger import waiting
 from kvledger.fastdeploy.signals import SignalBoard
 from kvledger.manager import CacheManager
+from kvledger.sending import Sender
 
 _ITEM_BYTES = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "block_wise_fp8": 1, "int4_zp": 1, "float32": 4}
 
@@ -47,6 +48,28 @@ class WorkerHandle:
 
     def terminate(self) -> None:
         """Ask it to end (the manager will replace it)."""
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+class MessagerHandle:
+    """A rank's messager. It is replaced when it dies, so its process id may change."""
+
+    def __init__(self, sender: Sender, rank: int) -> None:
+        self._sender = sender
+        self.rank = rank
+
+    @property
+    def pid(self) -> int | None:
+        """Its process now."""
+        return self._sender.pid(self.rank)
+
+    def poll(self) -> int | None:
+        """``None`` while it runs or is being replaced."""
+        return None
+
+    def terminate(self) -> None:
+        """Ask it to end (the sender will replace it)."""
         if self.pid is not None:
             os.kill(self.pid, signal.SIGTERM)
 

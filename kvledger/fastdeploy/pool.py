@@ -105,6 +105,8 @@ class DevicePool:
         self.gpu_free_task_future: _Freeing | None = None
         self.executor_pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvledger-release")
         self.launched: Launched | None = None
+        self._signals: Launched | None = None
+        """Those of the launch, also while it has only made the messagers."""
         self.ledger = f"fastdeploy-{os.getpid()}-dp{local_data_parallel_id}-{next(_numbers)}"
         """Name of the ledger."""
         self._live: dict[str, Live] = {}
@@ -321,8 +323,8 @@ class DevicePool:
         self._stopped.set()
         atexit.unregister(self.close)
         self.executor_pool.shutdown()
-        if self.launched is not None:
-            self.launched.close()
+        if self._signals is not None:
+            self._signals.close()
         with self.request_release_lock:
             self._manager.adopt_thread()
             self._manager.close()

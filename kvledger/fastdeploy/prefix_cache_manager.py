@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from kvledger import waiting
 from kvledger.fastdeploy.cache_data import BlockNode
-from kvledger.fastdeploy.launch import Launched
 from kvledger.fastdeploy.matching import item_around, items_of, tokens_of
 from kvledger.fastdeploy.metrics import main_process_metrics
-from kvledger.fastdeploy.pool import DevicePool, Live, Match, own
+from kvledger.fastdeploy.pool import Live, Match, own
 from kvledger.fastdeploy.signals import PrefixTreeStatus
+from kvledger.fastdeploy.split import SplitInstance
 from kvledger.fastdeploy.views import View, leaf_view, node_map, root_view, run_of
 from kvledger.manager import Admission
 from statemachine.content import Item
@@ -34,7 +34,7 @@ _LOOK_S = 0.001
 _LOOK_AT_STATUS_S = 0.01
 
 
-class PrefixCacheManager(DevicePool):
+class PrefixCacheManager(SplitInstance):
     """Which block holds which tokens, asked the way FastDeploy's schedulers ask.
 
     Args:
@@ -285,7 +285,7 @@ class PrefixCacheManager(DevicePool):
     def recv_data_transfer_result(self) -> None:
         """Fold the workers' answers in, again and again, until :meth:`close`. Started as a thread by the launch."""
         while not self._stopped.wait(_LOOK_S):
-            if self._manager.state.transfers:
+            if self._manager.state.transfers or self.handing_over():
                 self.poll()
 
     # The cache as a whole
@@ -361,45 +361,44 @@ class PrefixCacheManager(DevicePool):
             TimeoutError: the KV tensors are not there in time.
         """
         processes: list[Any] = []
-        if self.enable_splitwise:
-            shapes = self._get_kv_cache_shape(cache_config.total_block_num)
-            messagers = self.launch_cache_messager(
-                cache_config, tensor_parallel_size, device_ids, *shapes, pod_ip, engine_worker_queue_port, ipc_suffix
-            )
-            if messagers is None:
-                raise RuntimeError("the cache messager did not start: see its log")
-            processes += messagers
         with self.request_release_lock:
-            if self._live or len(self._raw) or self.launched is not None:
-                raise RuntimeError("launch the cache manager once, before the first request")
+            self._expect_unused()
             self._manager.adopt_thread()
-            self.launched = launched = Launched(engine_worker_queue_port, tensor_parallel_size)
+            if self.enable_splitwise:
+                shapes = self._get_kv_cache_shape(cache_config.total_block_num)
+                messagers = self.launch_cache_messager(
+                    cache_config,
+                    tensor_parallel_size,
+                    device_ids,
+                    *shapes,
+                    pod_ip,
+                    engine_worker_queue_port,
+                    ipc_suffix,
+                )
+                if messagers is None:
+                    raise RuntimeError(f"the cache messager did not start: {self.messager_failure or 'see its log'}")
+                processes += messagers
+            launched = self._board(engine_worker_queue_port, tensor_parallel_size)
             try:
                 launched.wait_for_tensors(create_cache_tensor, self.ready_timeout_s)
                 shape = self._get_kv_cache_shape(1) if hasattr(self.config, "model_config") else None
-                layout = launched.layout(cache_config, shape)
-                self._manager.close()
-                self._open(self._ledger_config(ranks=tensor_parallel_size, **layout))
+                self._open_pools(tensor_parallel_size, launched.layout(cache_config, shape))
                 launched.ready()
+                self.launched = launched
                 self.cache_ready_signal = launched.cache_ready_signal
                 self.swap_space_ready_signal = launched.swap_space_ready_signal
                 self.prefix_tree_status_signal = launched.prefix_tree_status_signal
                 self.shm_cache_task_flag_broadcast = launched.shm_cache_task_flag_broadcast
             except BaseException:
                 launched.close()
-                self.launched = None
-                self._manager.close()
-                self._open(self._ledger_config())
+                self._signals = None
+                self._reopen()
                 raise
         for target in (self.recv_data_transfer_result, self.clear_prefix_cache):
             thread = threading.Thread(target=target, daemon=True)
             launched.threads.append(thread)
             thread.start()
         return processes + launched.workers(self._manager)
-
-    def launch_cache_messager(self, *args: Any, **kwargs: Any) -> list[Any] | None:
-        """Split prefill and decode are not there yet. Raises :class:`NotImplementedError`."""
-        raise NotImplementedError("split prefill/decode is not available yet: use splitwise_role='mixed'")
 
     # What engines look at
 
