@@ -69,13 +69,13 @@ class _Worker:
     @classmethod
     def start(
         cls,
-        program: Sequence[str],
         ledger: str,
         rank: int,
         incarnation: int,
         epoch: int,
         layout: PoolLayout,
         from_sequence: int,
+        program: Sequence[str] = (),
     ) -> Self:
         """Start the process."""
         signals = Signals(signals_name(ledger, rank, incarnation), create=True)
@@ -85,7 +85,7 @@ class _Worker:
             stderr = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
             # exec, never fork: an inherited descriptor would keep the engine's lock
             process = subprocess.Popen(
-                [sys.executable, *program, ledger, *arguments],
+                [sys.executable, *(program or _PROGRAM), ledger, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -180,7 +180,7 @@ class Supervisor:
         self, ledger: str, layout: PoolLayout, *, epoch: int, ready_timeout_s: float, program: Sequence[str] = ()
     ) -> None:
         self._ledger = ledger
-        self._program = program or _PROGRAM
+        self._program = program
         self._layout = layout
         self._ready_timeout_s = ready_timeout_s
         self._epoch = epoch
@@ -198,7 +198,7 @@ class Supervisor:
         """
         number = self._incarnations[rank] = self._incarnations.get(rank, 0) + 1
         self._workers[rank] = _Worker.start(
-            self._program, self._ledger, rank, number, self._epoch, self._layout, from_sequence
+            self._ledger, rank, number, self._epoch, self._layout, from_sequence, self._program
         )
 
     def adopt(self, joined: Mapping[int, int], *, keep: bool) -> list[int]:
