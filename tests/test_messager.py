@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import pytest
 
 from ipc.names import objects_of, remove_objects
 from ipc.processes import alive, start_time
+from ipc.signals import Signals
 from kvledger import CacheConfig, CacheManager, ConfigError, InvalidCommand, OutOfBlocks, RequestNotReady
 from kvledger.handoff import HandoffError, Received
 from kvledger.pattern import PatternEngine, WrongBytes, chain
@@ -28,8 +30,9 @@ from statemachine.events import Outcome
 from tests.split_instance import CONFIG, LAYERS, prompt, write_layer
 from workers import WorkerFailed, messager, supervisor
 from workers.progress import LayerProgress
-from workers.pushes import Address
+from workers.pushes import Address, PushStarted
 from workers.tickets import CLAIM, Tickets, claimed
+from workers.transport import MappedPool, Refused
 
 BLOCKS = 6
 steps = itertools.count(2)
@@ -249,6 +252,55 @@ def test_a_claimed_room_stays_quarantined_until_its_writer_lets_go(split: Split)
     assert set(address.blocks) <= set(split.decode.state.device.free)
     split.prefill.release("r")
     eventually(lambda: (split.sender.fold(), 0 in split.sender.supervisor.ranks())[-1])
+
+
+def test_a_successor_waits_for_who_still_writes_into_its_pool(
+    split: Split, names: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = CacheManager.create(names[1], CONFIG)
+    decode.match("r", prompt(1))
+    address = Receiver(decode).reserve("r", BLOCKS, peer=split.prefill.name)
+    decode.close(keep=True)  # as a killed engine leaves it
+    pid = split.sender.supervisor.pid(1)
+    os.kill(pid, signal.SIGSTOP)
+    split.sender.supervisor._workers[1].signals.words[CLAIM] = address.ticket
+    monkeypatch.setattr("kvledger.handoff.STILL_WRITING_S", 0.05)
+    for _ in range(2):  # who gives up leaves the next one as careful
+        with pytest.raises(HandoffError, match=rf"processes \[{pid}\] still write"):
+            CacheManager.open(names[1])
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: (split.sender.fold(), pid not in split.sender.supervisor.ready_pids())[-1])
+    with CacheManager.open(names[1]) as successor:
+        assert len(successor.state.device.free) == CONFIG.device_blocks
+        Receiver(successor)
+
+
+def test_a_messager_claims_before_it_looks_and_lets_go_after(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    split.compute()
+    address = split.reserve()
+    order = PushStarted(
+        1, 0, address.ticket, address.board, address.slot, "r", address.ledger, address.layout, address.pools,
+        split.prefill.state.requests[split.prefill.state.keys["r"]].table, array("i", address.blocks),
+    )  # fmt: skip
+    signals = Signals(f"/{split.decode.name}.test.signals", create=True)
+    pool = MappedPool(0, split.prefill.pools[0], signals, order)  # type: ignore[arg-type]
+    seen = []
+    stands = Tickets.stands
+
+    def looking(board: Tickets, slot: int, ticket: int) -> bool:
+        seen.append((signals.words[CLAIM], split.decode.pools[0].tensor(0, "kv").any()))
+        return stands(board, slot, ticket)
+
+    monkeypatch.setattr(Tickets, "stands", looking)
+    pool.send(order, 0)
+    assert seen == [(address.ticket, False)] and signals.words[CLAIM] == 0
+    assert split.decode.pools[0].tensor(0, "kv").any() and not split.decode.pools[0].tensor(1, "kv").any()
+    split.decode.release("r")
+    with pytest.raises(Refused, match="taken the blocks back"):
+        pool.send(order, 1)
+    assert signals.words[CLAIM] == 0 and not split.decode.pools[0].tensor(1, "kv").any()
+    pool.close()
+    signals.close(remove=True)
 
 
 def test_a_revoked_ticket_is_refused_whatever_the_messager_is_told(split: Split) -> None:
