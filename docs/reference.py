@@ -26,6 +26,13 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "The manager": {
         "kvledger": ("CacheManager", "CacheConfig", *sorted({*kvledger.__all__} - {"CacheManager", "CacheConfig"}))
     },
+    "Split prefill and decode": {
+        "kvledger.sending": ("Sender",),
+        "kvledger.receiving": ("Receiver",),
+        "kvledger.handoff": ("Handed", "Received", "HandoffError"),
+        "workers.pushes": ("Address",),
+        "workers.progress": ("LayerProgress",),
+    },
     "Content": {"statemachine.content": ("words_of",)},
     "Metrics, spans, notices": {
         "kvledger.metrics.collectors": ("ManagerCollector",),

@@ -51,12 +51,12 @@ class Receiver:
     ::
 
         receiver = Receiver(manager)
-        manager.match("request-1", prompt)                # what is cached here need not be sent
+        manager.match("request-1", prompt)  # what is cached here need not be sent
         address = receiver.reserve("request-1", blocks, peer="prefill-0")
-        ...                                               # address.text() goes to the prefill instance
-        for received in receiver.poll():                  # once per scheduler step
+        ...  # address.text() goes to the prefill instance
+        for received in receiver.poll():  # once per scheduler step
             if received.outcome != Outcome.DONE:
-                ...                                       # allocate, and compute it here
+                ...  # allocate, and compute it here
 
     Raises:
         ConfigError: the manager has no pools, or pools that are not shared memory.
@@ -194,13 +194,12 @@ class Receiver:
         if len(request.table) != room.first:
             self._fail(room, Outcome.FAILED, "its block table was changed while it received")
             return
+        manager.reassign(room.own, room.key, manager.block_table(room.own).tolist())
         del self._rooms[room.ticket]
         self._tickets.revoke(room.slot)
         self._tickets.give_up(room.slot)
-        blocks = manager.block_table(room.own).tolist()
-        manager.reassign(room.own, room.key, blocks)
-        manager.release(room.own)
         self._told.append(Received(room.key, Outcome.DONE, "", table_of(request)))
+        manager.release(room.own)
 
     def _fail(self, room: _Room, outcome: Outcome, reason: str) -> None:
         self._quarantine(room)
@@ -217,9 +216,9 @@ class Receiver:
         writing = claimed(self._quarantined)
         for ticket, room in list(self._quarantined.items()):
             if ticket not in writing:
+                self._manager.release(room.own, ReleaseReason.FAILED)
                 del self._quarantined[ticket]
                 self._tickets.give_up(room.slot)
-                self._manager.release(room.own, ReleaseReason.FAILED)
 
     @property
     def quarantined_blocks(self) -> int:

@@ -57,9 +57,9 @@ class Sender:
     ::
 
         sender = Sender(manager)
-        ...                                        # admit the request, with all its blocks
+        ...  # admit the request, with all its blocks
         sender.send("request-1", address, step=7)  # before or while step 7 computes the last of them
-        for done in sender.poll():                 # once per scheduler step
+        for done in sender.poll():  # once per scheduler step
             manager.release(done.key)
 
     Raises:
@@ -218,8 +218,11 @@ class Sender:
         self._watch()
 
     def _finish(self, number: int, outcome: Outcome, reason: str) -> None:
-        push = self._pushes.pop(number)
-        self._writer.append([pushes.record_of(PushFinished(number, push.ticket, outcome, reason[:1000]))])
+        push = self._pushes[number]
+        record = pushes.record_of(PushFinished(number, push.ticket, outcome, reason[:1000]))
+        self._writer.stage([(*record, b"")], giving_back=True)
+        self._writer.publish()
+        del self._pushes[number]
         self._ended.append(Handed(push.key, outcome, reason))
         if outcome != Outcome.DONE:
             ledger = self._manager.name

@@ -220,6 +220,45 @@ def test_a_killed_messager_is_replaced_and_goes_on(split: Split) -> None:
     split.reads.verify("r", received.block_table, seeds(), 0)
 
 
+def test_what_a_dead_messager_had_answered_counts_no_more(split: Split) -> None:
+    """Its successor sends once more, and must not be writing when the push counts as arrived."""
+    table = split.prefill.admit("r", prompt(1), blocks=BLOCKS).block_table
+    split.writes.write(table, seeds())
+    step = next(steps)
+    split.sender.send("r", split.reserve(), step=step)
+    split.sender.progress[0].wrote(step, LAYERS)
+    (push,) = split.sender._pushes.values()
+    eventually(lambda: (split.sender.fold(), push.answers)[-1])
+    assert [*push.answers] == [0]
+    os.kill(split.sender.supervisor.pid(0), signal.SIGKILL)
+    eventually(lambda: (split.sender.fold(), 0 not in split.sender.supervisor.ranks())[-1])
+    assert not push.answers
+    split.sender.progress[1].wrote(step, LAYERS)
+    (received,) = split.settle()
+    assert received.outcome == Outcome.DONE and sorted(push.answers) == [0, 1]
+    split.reads.verify("r", received.block_table, seeds(), 0)
+
+
+def test_a_messager_forgets_what_is_over(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    listen = split.sender.supervisor.acknowledgements
+    monkeypatch.setattr(
+        split.sender.supervisor, "acknowledgements", lambda: (answers.append(listen()), answers[-1])[-1]
+    )
+    split.compute()
+    over, step = split.sender._next, next(steps)
+    split.sender.send("r", split.reserve(), step=step)
+    split.prefill.release("r")
+    split.settle()
+    split.decode.release("r")
+    split.compute()
+    split.sender.send("r", split.reserve(), step=step)  # a messager takes up pushes in their order
+    for word in split.sender.progress:
+        word.wrote(step, LAYERS)
+    assert [received.outcome for received in split.settle()] == [Outcome.DONE]
+    assert {answer.transfer for some in answers for answer in some} == {over + 1}  # type: ignore[union-attr]
+
+
 def test_a_push_that_takes_too_long_times_out_and_its_room_is_quarantined(names: tuple[str, str]) -> None:
     hasty = CacheConfig(**{**vars(CONFIG), "transfer_timeout_s": 0.3})
     with CacheManager.create(names[0], hasty) as prefill, CacheManager.create(names[1], CONFIG) as decode:
