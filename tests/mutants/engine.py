@@ -58,7 +58,7 @@ MUTANTS: list[Mutant] = [
     mutant(
         "a dead worker is started again at once, for ever",
         "kvledger/ranks.py",
-        "self._restarts[rank] = time.monotonic() + min(_BACK_OFF_S * 2 ** min(failures, 16), _LONGEST_BACK_OFF_S)",
+        "self._restarts[rank] = time.monotonic() + back_off(failures)",
         "self._restarts[rank] = time.monotonic()",
         "tests/test_ranks.py",
     ),
@@ -123,7 +123,7 @@ MUTANTS: list[Mutant] = [
     mutant(
         "an orphan never leaves",
         "workers/transfer.py",
-        "                    if time.monotonic() - orphan_since > ORPHAN_GRACE_S:\n",
+        "                    if time.monotonic() - orphan_since > orphan_grace_s:\n",
         "                    if False:\n",
         f"{MANAGER}::test_workers_of_a_killed_engine_leave_and_its_name_says_so",
     ),
