@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ipc import Control, InvalidName, LedgerError, LogCorrupt, NotPrivate, WriterAlive, segment, snapshots
 from ipc.names import SHM, check_name, objects_of, remove_objects, segments_of, unlink
 from ipc.processes import alive
-from workers import pool_memory
+from workers import pool_memory, pushes
 
 _CONTROL = ".control"
 _PIECE = re.compile(r"(.+)\.(\d+\.\d+|pool\.(?:device|host)\.\d+|snapshot\.\d+)")
@@ -130,11 +130,12 @@ def _look(name: str) -> Ledger | None:
 def _workers(name: str, control: Control) -> list[int]:
     """Processes that follow the log as workers, or write a log of their own that belongs to it."""
     found = {reader.pid for reader in control.readers() if reader.worker and reader.alive}
+    engines = name, pushes.log_name(name)
     for entry in objects_of(name):
-        if entry.endswith(_CONTROL) and entry != f"{name}{_CONTROL}":
+        if entry.endswith(_CONTROL) and entry.removesuffix(_CONTROL) not in engines:
             with contextlib.suppress(LedgerError):
                 theirs = Control.open(entry.removesuffix(_CONTROL))
-                if theirs.writer_alive() and theirs.writer != control.writer:  # its pushes are the engine's own log
+                if theirs.writer_alive():
                     found.add(theirs.writer[0])
                 theirs.close()
     return sorted(found)

@@ -21,6 +21,7 @@ from ipc.processes import alive, start_time
 from ipc.signals import Signals
 from kvledger import CacheConfig, CacheManager, ConfigError, InvalidCommand, OutOfBlocks, RequestNotReady
 from kvledger.handoff import HandoffError, Received
+from kvledger.ledgers import ledgers
 from kvledger.pattern import PatternEngine, WrongBytes, chain
 from kvledger.receiving import Receiver
 from kvledger.sending import Sender
@@ -458,6 +459,13 @@ def test_a_messager_that_cannot_start_says_why(names: tuple[str, str], monkeypat
         assert not [name for name in objects_of(names[0]) if "pushes" in name]
         Sender(prefill)  # nothing is in the way of another try
     assert supervisor._PROGRAM != messager.PROGRAM
+
+
+def test_messagers_are_workers_of_their_ledger(split: Split) -> None:
+    (entry,) = [ledger for ledger in ledgers() if ledger.name == split.prefill.name]
+    messagers = {split.sender.pid(rank) for rank in range(CONFIG.ranks)}
+    transfers = {split.prefill.worker_pid(rank) for rank in range(CONFIG.ranks)}
+    assert entry.state == "alive" and set(entry.workers) == messagers | transfers and os.getpid() not in entry.workers
 
 
 def test_progress_only_grows(names: tuple[str, str]) -> None:
