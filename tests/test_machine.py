@@ -61,6 +61,7 @@ from statemachine.state import ALL, Node, State
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
 NAMESPACES = st.sampled_from([b"", b"", b"", b"salt"])
 KEYS = st.integers(0, 1 << 16)
+ENDS = st.sampled_from(["finished", "finished", "final", "cached", "admitted"])
 
 
 def words(content: list[int]) -> memoryview:
@@ -185,6 +186,28 @@ class Machine(RuleBasedStateMachine):
         generation = self.state.generation
         if isinstance(self.do(Match(key, words(prompt), namespace, 99)), list):
             self.content[key] = (namespace, generation), prompt
+
+    @rule(requests=st.lists(st.tuples(PROMPTS, NAMESPACES, st.integers(0, 2), ENDS), min_size=1, max_size=5))
+    def serve(self, requests: list[tuple[list[int], bytes, int, str]]) -> None:
+        """What an engine does most: whole requests, some of which go on running. Other rules come in between."""
+        for prompt, namespace, extra, end in requests:
+            self.admit(prompt, namespace, extra, len(prompt))
+            key = f"r{self.names:05}"
+            if key not in self.content or not self.settled(key):
+                continue
+            if end != "admitted":
+                self.cache(sorted(self.content).index(key), len(prompt), [])
+            if end in ("finished", "final"):
+                self.release_named(key, end == "final", ReleaseReason.FINISHED)
+
+    def settled(self, key: str) -> bool:
+        """Let the copies end that a request waits for; whether it waits for nothing now."""
+        waits = self.state.requests[self.state.keys[key]].waits
+        for id in sorted(waits):
+            while id in self.memory.todo:
+                self.memory.copy(id)
+            self.do(FinishTransfer(id, Outcome.DONE, len(self.state.transfers[id].targets)))
+        return not waits
 
     @precondition(live)
     @rule(numbers=st.lists(KEYS, min_size=1, max_size=3, unique=True), count=st.integers(1, 2))
