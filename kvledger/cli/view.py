@@ -61,7 +61,8 @@ def _serve(log: Log, port: int, fragment: str) -> None:
         why = f"cannot listen on port {port} ({error.strerror}): leave --port out to get a free one"
         raise SourceError(why) from error
     with server, contextlib.suppress(KeyboardInterrupt):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
+            signal.signal(number, signal.default_int_handler)
         print(server.url + fragment, flush=True)
         print("Open this address on this machine; it stays valid until Ctrl-C ends this command.", flush=True)
         server.serve_forever()
