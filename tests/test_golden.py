@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from statemachine.apply import apply, genesis
+from statemachine.check import check
 from statemachine.commands import (
     Admit,
     Allocate,
@@ -20,6 +21,7 @@ from statemachine.commands import (
     FinishTransfer,
     Match,
     Release,
+    Trim,
 )
 from statemachine.decide import decide
 from statemachine.encoding import state_digest
@@ -86,6 +88,46 @@ STORIES: dict[str, tuple[HostPolicy, list[Command]]] = {
         HostPolicy.EXCLUSIVE,
         [*FIRST, admit("b", 7, 8, 9), finish(1, Outcome.TIMED_OUT), release("b"), EndQuarantine(1)],
     ),
+    "timed-out swap-in": (
+        HostPolicy.EXCLUSIVE,
+        [*SWAPPED, admit("c", 1, 2, 3, 4), finish(2, Outcome.TIMED_OUT), release("c"), EndQuarantine(2)],
+    ),
+    "released while its blocks are copied out": (
+        HostPolicy.EXCLUSIVE,
+        [*FIRST, admit("b", 7, 8, 9), release("b"), admit("c", 5, 6, 7), finish(1, Outcome.DONE, 2), release("c")],
+    ),
+    "trimmed while its blocks are copied out": (
+        HostPolicy.EXCLUSIVE,
+        [*FIRST, admit("b", 7, 8, 9), Trim("b", 1), finish(1, Outcome.DONE, 2), release("b")],
+    ),
+    "no merge across copies": (
+        HostPolicy.WRITE_THROUGH,
+        [
+            admit("a", 1, 2),
+            cache("a", 2),
+            Backup(1),
+            finish(1, Outcome.DONE, 2),
+            release("a"),
+            admit("b", 1, 2, 3),
+            cache("b", 3),
+            release("b"),
+        ],
+    ),
+    "no merge with what is in flight": (
+        HostPolicy.WRITE_THROUGH,
+        [
+            admit("a", 1, 2),
+            cache("a", 2),
+            Backup(1),
+            release("a"),
+            admit("b", 1, 2, 3),
+            cache("b", 3),
+            Backup(2),
+            finish(2, Outcome.DONE, 1),
+            release("b"),
+            finish(1, Outcome.DONE, 2),
+        ],
+    ),
     "extend": (
         HostPolicy.OFF,
         [
@@ -147,6 +189,7 @@ def transcript(policy: HostPolicy, story: list[Command]) -> str:
             for event in decide(state, command):
                 lines.append(shown(event))
                 apply(state, event)
+                assert not check(state), (command, check(state))
         except CommandRejected as error:
             lines.append(f"    {type(error).__name__}: {error}")
         for request in state.requests.values():

@@ -61,7 +61,16 @@ from statemachine.state import ALL, Node, State
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
 NAMESPACES = st.sampled_from([b"", b"", b"", b"salt"])
 KEYS = st.integers(0, 1 << 16)
-ENDS = st.sampled_from(["finished", "finished", "final", "cached", "admitted"])
+REQUESTS = st.lists(
+    st.tuples(
+        PROMPTS,
+        NAMESPACES,
+        st.integers(0, 2),
+        st.sampled_from(["finished", "finished", "final", "cached", "admitted"]),
+    ),
+    min_size=1,
+    max_size=5,
+)
 
 
 def words(content: list[int]) -> memoryview:
@@ -86,7 +95,7 @@ class Machine(RuleBasedStateMachine):
         self.tail: list[Event] = []
         self.memory = Memory()
         self.content: dict[str, tuple[Any, list[int]]] = {}
-        self.names = 0
+        self.names = self.upheaval = 0
         self.most_pins = 0
 
     def do(self, command: Any) -> list[Event] | CommandRejected:
@@ -133,6 +142,13 @@ class Machine(RuleBasedStateMachine):
 
     def live(self) -> bool:
         return bool(self.content)
+
+    def quiet(self) -> bool:
+        """Whether enough was served since the last upheaval: what is lost all the time is never shared, or swapped."""
+        return self.names >= self.upheaval + 12
+
+    def upset(self) -> None:
+        self.upheaval = self.names
 
     @rule(prompt=PROMPTS, namespace=NAMESPACES, extra=st.integers(0, 2), limit=st.integers(0, 8))
     def admit(self, prompt: list[int], namespace: bytes, extra: int, limit: int) -> None:
@@ -187,18 +203,30 @@ class Machine(RuleBasedStateMachine):
         if isinstance(self.do(Match(key, words(prompt), namespace, 99)), list):
             self.content[key] = (namespace, generation), prompt
 
-    @rule(requests=st.lists(st.tuples(PROMPTS, NAMESPACES, st.integers(0, 2), ENDS), min_size=1, max_size=5))
+    @rule(requests=REQUESTS)
     def serve(self, requests: list[tuple[list[int], bytes, int, str]]) -> None:
         """What an engine does most: whole requests, some of which go on running. Other rules come in between."""
         for prompt, namespace, extra, end in requests:
             self.admit(prompt, namespace, extra, len(prompt))
             key = f"r{self.names:05}"
-            if key not in self.content or not self.settled(key):
+            if key not in self.content:
+                if self.content:  # no room: the oldest one gives way
+                    self.release_named(min(self.content), False, ReleaseReason.PREEMPTED)
                 continue
-            if end != "admitted":
-                self.cache(sorted(self.content).index(key), len(prompt), [])
+            if end == "admitted" or not self.settled(key):
+                continue
+            self.cache(sorted(self.content).index(key), len(prompt), [])
+            if self.state.policy == HostPolicy.WRITE_THROUGH:
+                self.do(Backup(self.state.requests[self.state.keys[key]].leaf.id))
             if end in ("finished", "final"):
                 self.release_named(key, end == "final", ReleaseReason.FINISHED)
+
+    @rule(requests=REQUESTS, number=KEYS)
+    def serve_while_a_worker_copies(self, requests: list[tuple[list[int], bytes, int, str]], number: int) -> None:
+        self.serve(requests)
+        ids = sorted(self.memory.todo)
+        if ids:
+            self.memory.copy(ids[number % len(ids)])
 
     def settled(self, key: str) -> bool:
         """Let the copies end that a request waits for; whether it waits for nothing now."""
@@ -386,8 +414,10 @@ class Machine(RuleBasedStateMachine):
             assert isinstance(done, list)
             assert [b for e in done if isinstance(e, BlocksEvicted) for b in e.blocks] == self.oracle.evict(blocks)
 
+    @precondition(quiet)
     @rule(force=st.booleans())
     def clear(self, force: bool) -> None:
+        self.upset()
         if isinstance(self.do(Clear(force)), list):
             while self.do(Evict(Tier.HOST, 1 << 16)):
                 pass
@@ -425,9 +455,10 @@ class Machine(RuleBasedStateMachine):
             for key in waiters:
                 assert transfer.id not in self.state.requests[self.state.keys[key]].waits
 
-    @precondition(lambda self: self.oracle is None)
+    @precondition(lambda self: self.oracle is None and self.quiet())
     @rule(tier=st.sampled_from(Tier), blocks=st.integers(4, 14))
     def resize(self, tier: Tier, blocks: int) -> None:
+        self.upset()
         if tier == Tier.DEVICE or self.state.policy != HostPolicy.OFF:
             self.do(Resize(tier, blocks))
 
@@ -444,8 +475,10 @@ class Machine(RuleBasedStateMachine):
                 for block in node.device:
                     self.memory.write(block, ("never written",))
 
+    @precondition(quiet)
     @rule()
     def restart(self) -> None:
+        self.upset()
         self.poison()
         done = self.do(StartEpoch(self.state.epoch + 1, len(self.tail)))
         assert isinstance(done, list) and not self.state.requests
@@ -466,9 +499,10 @@ class Machine(RuleBasedStateMachine):
                 self.do(FinishTransfer(id, Outcome.FAILED, 0))
         assert not self.state.transfers
 
-    @precondition(lambda self: self.oracle is None)
+    @precondition(lambda self: self.oracle is None and self.quiet())
     @rule(again=st.booleans())
     def lose_the_host_tier(self, again: bool) -> None:
+        self.upset()
         self.end_everything(requests=False)
         assert isinstance(self.do(LoseTier(Tier.HOST, "gone", "new" if again else "")), list)
         assert not self.state.host_resident and len(self.state.host.free) == self.state.host.capacity
@@ -476,9 +510,10 @@ class Machine(RuleBasedStateMachine):
         if not again:
             assert self.state.policy == HostPolicy.OFF
 
-    @precondition(lambda self: self.oracle is None)
+    @precondition(lambda self: self.oracle is None and self.quiet())
     @rule()
     def lose_the_device_tier(self) -> None:
+        self.upset()
         self.end_everything(requests=True)
         assert isinstance(self.do(LoseTier(Tier.DEVICE, "gone", "new")), list)
         assert len(self.state.device.free) == self.state.device.capacity and not self.state.evictable

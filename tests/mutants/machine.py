@@ -104,6 +104,7 @@ MUTANTS = [
         "    del state.transfers[transfer.id]\n    state.device.free.extend(transfer.held)\n",
         "    del state.transfers[transfer.id]\n    state.device.free.extend(transfer.held)\n"
         "    state.device.free.extend(transfer.held)\n",
+        "tests/test_golden.py::test_story[timed-out swap-in]",
         EXCLUSIVE,
     ),
     mutant(
@@ -118,6 +119,7 @@ MUTANTS = [
         "statemachine/apply_requests.py",
         "        if transfer.direction != Direction.SWAP_IN:\n",
         "        if False:\n",
+        "tests/test_golden.py::test_story[released while its blocks are copied out]",
         EXCLUSIVE,
     ),
     mutant(
@@ -148,6 +150,7 @@ MUTANTS = [
         "statemachine/apply_requests.py",
         "        del request.waits[id]\n        del state.transfers[id].waiters[request.id]\n",
         "        pass\n",
+        "tests/test_golden.py::test_story[trimmed while its blocks are copied out]",
         EXCLUSIVE,
     ),
     mutant(
@@ -179,6 +182,7 @@ MUTANTS = [
         "statemachine/tree.py",
         "        and (node.host is None) == (parent.host is None)\n",
         "",
+        "tests/test_golden.py::test_story[no merge across copies]",
         THROUGH,
     ),
     mutant(
@@ -186,6 +190,7 @@ MUTANTS = [
         "statemachine/tree.py",
         "        and parent.transfer is None\n",
         "",
+        "tests/test_golden.py::test_story[no merge with what is in flight]",
         THROUGH,
     ),
     mutant(
@@ -257,6 +262,7 @@ MUTANTS = [
         "statemachine/apply_requests.py",
         "        if stop > plain:\n",
         "        if False:\n",
+        "tests/test_golden.py::test_story[swap out and in]",
         EXCLUSIVE,
     ),
     mutant(
@@ -264,6 +270,7 @@ MUTANTS = [
         "statemachine/apply_transfers.py",
         "    if outcome == Outcome.TIMED_OUT:\n",
         "    if False:\n",
+        "tests/test_golden.py::test_story[timed out]",
         EXCLUSIVE,
     ),
     mutant(
