@@ -28,7 +28,7 @@ soak: $(VENV)/installed
 
 # Faults planted on purpose, some minutes; every one has to be found by a test. Writes the table of docs/testing.md.
 mutants: $(VENV)/tested
-	$(VENV)/bin/python -m tests.mutants --write
+	$(VENV)/bin/python -m tests.mutants
 
 $(VENV)/tested: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'

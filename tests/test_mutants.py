@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import ROOT, NotInTheCode, all_mutants, mutant, mutated
-from tests.mutants.__main__ import IGNORED, PAGE, isolation, plant, rows
+from tests.mutants.__main__ import IGNORED, PAGE, isolation, page, plant
 
 MUTANTS = {each.name: each for each in all_mutants()}
 SHORT = [
@@ -63,4 +63,4 @@ def test_all_can_be_planted() -> None:
 
 
 def test_the_page_lists_them_all() -> None:
-    assert [row[0] for row in rows(PAGE.read_text())] == list(MUTANTS), "run make mutants"
+    assert PAGE.read_text() == page(), "run python -m tests.mutants --write"
