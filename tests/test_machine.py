@@ -627,3 +627,31 @@ def test_forgetting_is_derived_from_the_deepest_run() -> None:
         do(Release(key, ReleaseReason.FINISHED, False))
     deepest = max(state.nodes.values(), key=lambda node: node.start)
     assert len(do(Forget(deepest.id))) == 2 and not state.nodes
+
+
+@pytest.mark.parametrize("direction", [Direction.SWAP_OUT, Direction.SWAP_IN])
+def test_what_a_late_copy_may_still_write_stays_quarantined(direction: Direction) -> None:
+    state = genesis(LedgerOpened(1, 5, 4, 4, HostPolicy.EXCLUSIVE, 1, "", ""))
+
+    def do(command: Any) -> set[int]:
+        """Targets of the copies that it orders."""
+        events = decide(state, command)
+        for event in events:
+            apply(state, event)
+        return {block for event in events if isinstance(event, TransferStarted) for block in event.targets}
+
+    do(Admit("a", words([1, 2, 3, 4]), b"", 0, 4))
+    do(Cache("a", 4, b""))
+    do(Release("a", ReleaseReason.FINISHED, False))
+    written = do(Admit("b", words([7, 8, 9]), b"", 0, 3))
+    pool = state.host
+    if direction == Direction.SWAP_IN:
+        do(FinishTransfer(1, Outcome.DONE, 2))
+        do(Release("b", ReleaseReason.FINISHED, False))
+        written = do(Admit("c", words([1, 2, 3, 4]), b"", 4, 4))
+        pool = state.device
+    (transfer,) = state.transfers
+    do(FinishTransfer(transfer, Outcome.TIMED_OUT, 0))
+    assert len(written) == 2 and not written & set(pool.free)
+    do(EndQuarantine(transfer))
+    assert written <= set(pool.free) and not check(state)

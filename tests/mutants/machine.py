@@ -37,6 +37,7 @@ MUTANTS = [
         "statemachine/apply_cache.py",
         "        run.pins += 1\n    position = 0\n",
         "    position = 0\n",
+        "tests/test_golden.py::test_story[duplicate]",
         ONE_TIER,
     ),
     mutant(
@@ -112,6 +113,7 @@ MUTANTS = [
         "statemachine/state.py",
         "        for start, stop in reversed(self.duplicates):\n            own = table[start:stop] + own\n",
         "",
+        "tests/test_golden.py::test_story[duplicate]",
         ONE_TIER,
     ),
     mutant(
@@ -278,6 +280,7 @@ MUTANTS = [
         "statemachine/apply_transfers.py",
         "    elif transfer.direction == Direction.SWAP_IN:\n        state.host.free.extend(transfer.held_host)\n",
         "    elif transfer.direction != Direction.SWAP_IN:\n        state.host.free.extend(transfer.held_host)\n",
+        "tests/test_machine.py::test_what_a_late_copy_may_still_write_stays_quarantined",
         EXCLUSIVE,
     ),
     mutant(
