@@ -123,13 +123,19 @@ def create(ledger: str, epoch: int, index: int, size: int) -> mmap.mmap:
 
 
 def is_blank(ledger: str, epoch: int, index: int) -> bool:
-    """Whether a segment has no header at all: it was prepared and never used, or is gone."""
+    """Whether no record was ever written into a segment: it was prepared and never used, or it is gone.
+
+    Its writer may have died while it wrote the header, which comes before everything else in it.
+    """
     try:
         map = memory.attach(segment_name(ledger, epoch, index), write=False)
     except LedgerNotFound:
         return True
     try:
-        return len(map) < HEADER_BYTES or not any(map[: _HEADER.size + 4])
+        if len(map) < HEADER_BYTES:
+            return True
+        data, crc = map[: _HEADER.size], int.from_bytes(map[_HEADER.size : _HEADER.size + 4], "little")
+        return crc32c(data) != crc and not any(map[HEADER_BYTES:])
     finally:
         map.close()
 

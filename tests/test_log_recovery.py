@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ipc import LogCorrupt, LogReader, LogWriter, Overrun, Record, SharedMemoryFull, record_bytes, segment
+from ipc import LogCorrupt, LogReader, LogWriter, Overrun, Record, SharedMemoryFull, memory, record_bytes, segment
 from ipc.control import Control
 from ipc.names import remove_objects, segment_name, segments_of
 from ipc.processes import start_time
@@ -342,3 +342,29 @@ def test_a_writer_that_takes_over_without_room_drops_nothing(name: str, monkeypa
     assert heir._prepared.exception() is not None
     assert recover(name, 1, lambda records: None).last_sequence == last + 1
     heir.close(unlink=True)
+
+
+@pytest.mark.parametrize("written", [8, 40, 88])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_header_that_was_never_finished_is_no_damage(name: str, written: int, used: bool) -> None:
+    """Found by simulation: a writer killed while it began its next segment left a log that nobody could open."""
+    writer = LogWriter.create(name, schema_hash=1, segment_bytes=SMALL)
+    write(writer, 1)
+    writer._prepared.result()
+    begun = memory.attach(segment_name(name, 1, 1), write=True)
+    begun[:written] = bytes(writer._buffer[:written])  # the checksum of a header comes last
+    if used:  # then it had been finished once, and something stands behind it
+        begun[HEADER_BYTES] = 2
+    begun.close()
+    if used:
+        with pytest.raises(LogCorrupt, match="header is damaged"):
+            recover(name, 1, lambda records: None)
+    else:
+        assert recover(name, 1, lambda records: None).last_sequence == 1
+        control = Control.open(name)
+        heir = LogWriter.resume(control, 1, epoch=next_epoch(control), segment_bytes=SMALL)
+        assert (1, 1) not in segments_of(name)
+        write(heir, 2)
+        assert recover(name, 1, lambda records: None).last_sequence == 2
+        heir.close()
+    writer.close(unlink=True)

@@ -255,6 +255,20 @@ MUTANTS = [
         f"{RECOVERY}::test_a_prompt_that_looks_like_records_is_not_taken_for_corruption",
     ),
     mutant(
+        "a header that was never finished is damage",
+        "ipc/segment.py",
+        "        return crc32c(data) != crc and not any(map[HEADER_BYTES:])\n",
+        "        return not any(data) and not crc\n",
+        f"{RECOVERY}::test_a_header_that_was_never_finished_is_no_damage",
+    ),
+    mutant(
+        "a used segment with a damaged header is taken for an empty one",
+        "ipc/segment.py",
+        " and not any(map[HEADER_BYTES:])\n",
+        "\n",
+        f"{RECOVERY}::test_a_header_that_was_never_finished_is_no_damage",
+    ),
+    mutant(
         "an epoch is used twice",
         "ipc/writer.py",
         "    return max([control.current[0], *(epoch for epoch, _ in segments_of(control.ledger))]) + 1",
