@@ -7,6 +7,7 @@ writer that dies half-way leaves nothing that anybody would read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ def write(ledger: str, sequence: int, data: bytes) -> None:
     map[:_HEADER_BYTES] = header + crc32c(header).to_bytes(4, "little")
     map[_HEADER_BYTES:] = data
     map.close()
-    os.rename(SHM / partial[1:], SHM / snapshot_name(ledger, sequence)[1:])
+    with contextlib.suppress(FileNotFoundError):  # the ledger was removed meanwhile, and this with it
+        os.rename(SHM / partial[1:], SHM / snapshot_name(ledger, sequence)[1:])
 
 
 def read(ledger: str, sequence: int) -> bytes:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ipc import LedgerNotFound, LogCorrupt, snapshots
-from ipc.names import SHM, remove_objects
+from ipc.names import SHM, objects_of, remove_objects
 
 
 @pytest.fixture
@@ -50,3 +51,16 @@ def test_a_damaged_snapshot_is_passed_over(ledger: str, offset: int) -> None:
 def test_a_half_written_snapshot_is_not_seen(ledger: str) -> None:
     (SHM / f"{ledger}.snapshot.5.partial.1").write_bytes(b"half")
     assert snapshots.sequences(ledger) == []
+
+
+def test_a_ledger_that_is_removed_while_a_snapshot_is_written(ledger: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by simulation: its auditor ended with a traceback."""
+    rename = os.rename
+
+    def too_late(source: Path, target: Path) -> None:
+        remove_objects(ledger)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", too_late)
+    snapshots.write(ledger, 3, b"state")
+    assert snapshots.sequences(ledger) == [] and not objects_of(ledger)

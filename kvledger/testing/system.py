@@ -181,6 +181,8 @@ def _os(system: System) -> _Module:
 
     def rename(source: object, target: object) -> None:
         system.schedule.current().buffer.fence()
+        if str(source).rpartition("/")[2] not in system.names:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         system.names[str(target).rpartition("/")[2]] = system.names.pop(str(source).rpartition("/")[2])
 
     def status(shared: SharedObject) -> SimpleNamespace:
