@@ -239,7 +239,8 @@ class Simulation:
         self.outcome = Outcome(self.plan)
         self._rng = random.Random(self.plan.seed ^ 0x5EED)
         self._schedule = Schedule(self._rng, self.plan.order)
-        self._system = System(self._schedule, {"workers.transfer": self._worker})
+        programs = {"workers.transfer": self._worker, "workers.auditor": lambda _: self._follow()}
+        self._system = System(self._schedule, programs)
         self._next = 0
         self._finished = False
         self._full_until = 0
