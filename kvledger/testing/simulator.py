@@ -35,7 +35,7 @@ from ipc.names import remove_objects
 from kvledger.config import CacheConfig
 from kvledger.manager import CacheManager
 from kvledger.pattern import PatternEngine, Seeds, chain
-from kvledger.testing.schedule import Process, Schedule
+from kvledger.testing.schedule import Process, Schedule, one_core
 from kvledger.testing.system import CAPACITY, System, installed
 from kvledger.testing.weak_memory import Order
 from statemachine.check import check
@@ -255,9 +255,8 @@ class Simulation:
             whatever broke: ``WrongBytes``, ``InvariantViolation``, ``Diverged``, ``LogCorrupt``, a leftover, …
         """
         schedule = self._schedule
-        schedule.spawn("operator", self._operate)
-        schedule.spawn("auditor", self._audit)
         with (
+            one_core(),
             installed(self._system),
             mock.patch.object(numpy_pools, "copy_blocks", self._copy(numpy_pools.copy_blocks)),
             mock.patch.object(transfer, "_ACK_SEGMENT_BYTES", _SEGMENT_BYTES),
@@ -266,6 +265,8 @@ class Simulation:
             mock.patch.object(control, "READERS", _READERS),
             mock.patch.object(control, "_BYTES", control._LINES + 64 * _READERS),
         ):
+            schedule.spawn("operator", self._operate)
+            schedule.spawn("auditor", self._audit)
             schedule.run()
         left = [*self._system.names, *self._system.semaphores]
         assert not left, f"left in shared memory: {left}"
