@@ -655,3 +655,19 @@ def test_what_a_late_copy_may_still_write_stays_quarantined(direction: Direction
     assert len(written) == 2 and not written & set(pool.free)
     do(EndQuarantine(transfer))
     assert written <= set(pool.free) and not check(state)
+
+
+def test_a_new_epoch_gives_up_copies_of_untrusted_blocks() -> None:
+    """The dead engine's request had cached them; they may never have been written, and the copy has read them."""
+    state = genesis(LedgerOpened(1, 4, 4, 2, HostPolicy.WRITE_THROUGH, 1, "", ""))
+    commands = [Admit("a", words([1, 2]), b"", 0, 2), Cache("a", 2, b""), Backup(1), StartEpoch(2, 9)]
+    for command in commands:
+        events = decide(state, command)
+        for event in events:
+            apply(state, event)
+    ended = [event for event in events if isinstance(event, TransferFinished)]
+    assert [(event.transfer, event.outcome, event.valid) for event in ended] == [(1, Outcome.TIMED_OUT, 0)]
+    assert state.transfers[1].quarantined and not state.nodes and not check(state)
+    for event in decide(state, EndQuarantine(1)):
+        apply(state, event)
+    assert len(state.device.free) == 4 and len(state.host.free) == 6

@@ -170,8 +170,8 @@ MUTANTS = [
     mutant(
         "others may read",
         "ipc/memory.py",
-        "posix_ipc.O_CREX, mode=0o600",
-        "posix_ipc.O_CREX, mode=0o644",
+        "os.fchmod(memory.fd, 0o600)",
+        "os.fchmod(memory.fd, 0o644)",
         f"{LOG}::test_objects_are_private_and_gone_after_a_clean_stop",
     ),
     # retention

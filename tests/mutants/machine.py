@@ -335,6 +335,7 @@ MUTANTS = [
         "statemachine/decide_epoch.py",
         "    for id in sorted({node.transfer.id for node in suspects if node.transfer is not None}):\n",
         "    for id in ():\n",
+        "tests/test_machine.py::test_a_new_epoch_gives_up_copies_of_untrusted_blocks",
         THROUGH,
     ),
     mutant(
@@ -342,6 +343,7 @@ MUTANTS = [
         "statemachine/decide_epoch.py",
         "request.duplicates + request.joined):",
         "request.duplicates):",
+        "tests/test_engine_api.py::test_a_successor_keeps_what_others_vouch_for",
         ONE_TIER,
     ),
     # purity
