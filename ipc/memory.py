@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import stat
+from pathlib import Path
 
 import posix_ipc
 
@@ -14,6 +15,7 @@ from ipc.errors import LedgerError, LedgerExists, LedgerNotFound, NotPrivate, Sh
 from ipc.names import SHM, unlink
 
 _MADV_POPULATE_WRITE = 23
+_CGROUP = Path("/sys/fs/cgroup")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -74,6 +76,50 @@ def _refused(name: str, error: OSError) -> LedgerError:
     return LedgerError(f"shared memory {name} cannot be opened: {error.strerror}")
 
 
+def available_memory() -> int:
+    """Bytes that the kernel can still give before it kills somebody: of the machine, and of a container's limit.
+
+    A tmpfs may be larger than the memory that holds it, so its free space alone says too much. Containers see their
+    limit as the root of cgroup v2; page cache that was not used lately counts as free in both (Linux, ``proc(5)`` and
+    ``cgroup-v2.rst``).
+    """
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        machine = {line.split()[0]: int(line.split()[1]) << 10 for line in lines}
+    available = machine["MemAvailable:"] + machine["SwapFree:"]
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if limit != "max":
+            cache = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+            available = min(available, max(int(limit) - int(used) + int(cache["inactive_file"]), 0))
+    except FileNotFoundError:  # no container, or one of cgroup v1
+        pass
+    return available
+
+
+def _check_room(name: str, size: int) -> None:
+    """Refuse what cannot fit before a page of it is taken: reserving pages that do not exist gets a process killed."""
+    free = os.statvfs(SHM)
+    if size > free.f_bavail * free.f_frsize:
+        raise _full(name, size)
+    try:
+        available = available_memory()
+    except OSError as error:
+        raise _refused(name, error) from error
+    if size > available:
+        raise SharedMemoryFull(
+            f"{name} needs {size:,} bytes, {available:,} of memory are free: make the pools or segments smaller, or "
+            f"give the machine or container more ({SHM} may be larger than the memory behind it)"
+        )
+
+
+def _full(name: str, size: int) -> SharedMemoryFull:
+    free = os.statvfs(SHM)
+    return SharedMemoryFull(
+        f"{name} needs {size:,} bytes, {SHM} has {free.f_bavail * free.f_frsize:,} free: "
+        "make the pools or segments smaller, remove dead ledgers, or remount it with a larger size="
+    )
+
+
 def create(name: str, size: int) -> mmap.mmap:
     """Create an object of ``size`` zero bytes, mode 0600, and map it for writing.
 
@@ -82,11 +128,9 @@ def create(name: str, size: int) -> mmap.mmap:
         LedgerExists: the name is taken.
         TooManyFiles
     """
+    _check_room(name, size)
     memory = open_new(name)
     try:
-        free = os.statvfs(SHM)
-        if size > free.f_bavail * free.f_frsize:  # do not fill the machine's memory only to find that out
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # ftruncate alone would succeed on a full tmpfs and kill the process at the first touch
         os.posix_fallocate(memory.fd, 0, size)
         return mmap.mmap(memory.fd, size)
@@ -98,11 +142,7 @@ def create(name: str, size: int) -> mmap.mmap:
             raise SharedMemoryFull(f"{name} needs {size:,} bytes, this process may not map them (ulimit -v)") from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise _refused(name, error) from error
-        free = os.statvfs(SHM)
-        raise SharedMemoryFull(
-            f"{name} needs {size:,} bytes, {SHM} has {free.f_bavail * free.f_frsize:,} free: "
-            "make the pools or segments smaller, remove dead ledgers, or remount it with a larger size="
-        ) from error
+        raise _full(name, size) from error
     finally:
         memory.close_fd()
 

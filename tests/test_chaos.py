@@ -76,7 +76,7 @@ def test_what_cannot_crash_is_refused(tmp_path: Path) -> None:
         (["--crash", "worker:2@3"], "2 workers"),
         (["--crash", "worker:0@3", "--no-data"], "0 workers"),
         (["--crash", "engine@3", "--per-request", str(tmp_path / "rows")], "--per-request"),
-        (["--crash", "engine@3", "--device-blocks", str(2**26)], "needs"),
+        (["--crash", "engine@3", "--device-blocks", str(2**26), "--block-bytes", str(2**20)], "needs"),
         (["--crash", "engine@3", "--name", "a/b"], "a/b"),
         (["--crash", "engine@3", str(bad)], "not JSON"),
     ):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -260,6 +261,32 @@ def test_full_shared_memory_is_an_error_that_leaves_nothing(name: str) -> None:
     with pytest.raises(SharedMemoryFull):
         LogWriter.create(name, schema_hash=1, segment_bytes=too_much)
     assert not objects_of(name)
+
+
+def test_more_than_the_memory_behind_a_larger_shm_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tmpfs may be larger than the machine's memory: reserving that much gets the process killed."""
+    there = memory.available_memory()
+    assert there > 1 << 20
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=there * 4, f_frsize=1))
+    with pytest.raises(SharedMemoryFull, match=r"of memory are free.*machine or container"):
+        memory.create(f"/{name}.huge", there * 2)
+    assert not objects_of(name)
+
+
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    machine = memory.available_memory()
+    for file, text in (
+        ("memory.max", "max\n"),
+        ("memory.current", "9000\n"),
+        ("memory.stat", "anon 1\ninactive_file 500\n"),
+    ):
+        (tmp_path / file).write_text(text)
+    assert abs(memory.available_memory() - machine) < machine // 2
+    (tmp_path / "memory.max").write_text("10000\n")
+    assert memory.available_memory() == 1500
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory.available_memory() == 0
 
 
 def test_no_room_for_the_next_segment_refuses_until_there_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,8 +131,9 @@ def test_a_failed_run_is_recorded_to_its_end_and_a_refused_one_not_at_all(
 ) -> None:
     record = tmp_path / "run.kvlog"
     options = RunOptions(**{**vars(TIGHT), "record": record})
+    too_large = {"device_blocks": 2**26, "block_bytes": 2**20}
     with pytest.raises(SharedMemoryFull):
-        Run(sample.generate(20), RunOptions(**{**vars(options), "device_blocks": 2**26})).execute()
+        Run(sample.generate(20), RunOptions(**{**vars(options), **too_large})).execute()
     assert not record.exists()
     verify = PatternEngine.verify
 

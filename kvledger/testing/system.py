@@ -359,6 +359,8 @@ def installed(system: System) -> Iterator[None]:
                     put(module, attribute, SimpleNamespace(TemporaryFile=io.BytesIO))
                 elif attribute == "populate":
                     put(module, attribute, lambda map: None)
+                elif attribute == "available_memory":  # statvfs says what is left of the simulated one
+                    put(module, attribute, lambda: system.capacity)
     try:
         yield
     finally:
