@@ -17,7 +17,7 @@ from statemachine.apply import expect_possible
 from statemachine.check import check
 from statemachine.events import Direction, HostPolicy, IntArray, LedgerOpened
 from statemachine.order import Order
-from statemachine.state import NO_CHILDREN, Node, Part, Request, State, Transfer
+from statemachine.state import COUNTERS, NO_CHILDREN, Node, Part, Request, State, Transfer
 
 MAGIC = b"kvlstate3"
 """Names the encoding: a change of it changes every digest, and takes the next number."""
@@ -243,7 +243,7 @@ class _Reader:
         for _ in range(workers):
             rank, incarnation = self._unpack("<II")
             state.workers[rank] = incarnation
-        names = state.counters.__slots__
+        names = COUNTERS
         for name, value in zip(names, self._unpack(f"<{len(names)}Q"), strict=True):
             setattr(state.counters, name, value)
         state.device.free = self._array("i")

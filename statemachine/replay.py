@@ -29,7 +29,7 @@ class Diverged(Contradiction):
     """The replay has another state than the engine had."""
 
 
-MISFITS = (AssertionError, ArithmeticError, AttributeError, LookupError, ValueError)
+MISFITS = (AssertionError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What ``apply`` or the codec raise when a log is not one of a sound state machine."""
 
 

@@ -275,24 +275,28 @@ class State:
         yield from self.retired
 
 
+COUNTERS = (
+    "allocated_blocks",
+    "backed_up_blocks",
+    "cached_blocks",
+    "device_evicted_blocks",
+    "device_hit_blocks",
+    "duplicate_blocks",
+    "failed_transfers",
+    "host_evicted_blocks",
+    "host_hit_blocks",
+    "queried_blocks",
+    "requests",
+    "swapped_in_blocks",
+    "swapped_out_blocks",
+)
+"""Names of the totals, in the order of their encoding."""
+
+
 class Counters:
     """Totals since genesis; they are part of the state, so two replays can compare them cheaply."""
 
-    __slots__ = (
-        "allocated_blocks",
-        "backed_up_blocks",
-        "cached_blocks",
-        "device_evicted_blocks",
-        "device_hit_blocks",
-        "duplicate_blocks",
-        "failed_transfers",
-        "host_evicted_blocks",
-        "host_hit_blocks",
-        "queried_blocks",
-        "requests",
-        "swapped_in_blocks",
-        "swapped_out_blocks",
-    )
+    __slots__ = COUNTERS
     requests: int
     queried_blocks: int
     device_hit_blocks: int
@@ -308,9 +312,9 @@ class Counters:
     failed_transfers: int
 
     def __init__(self) -> None:
-        for name in self.__slots__:
+        for name in COUNTERS:
             setattr(self, name, 0)
 
     def as_dict(self) -> dict[str, int]:
         """All totals by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in COUNTERS}
