@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from benchmarks.peers import Contestant, Entry, make
 from benchmarks.streams import STREAMS, Stream
 
 PHASES = ("admit", "cache", "grow", "finish")
+SAME = "the same blocks"
 _PEERS = 5.0
 _VLLM_16 = 10.0
 _LONG = 20.0
@@ -45,7 +47,9 @@ class Lap(NamedTuple):
         return sum(self.costs) / len(self.costs)
 
 
-def drive(contestant: Contestant, stream: Stream, block_size: int) -> tuple[list[float], dict[str, float], list[int], float]:
+def drive(
+    contestant: Contestant, stream: Stream, block_size: int
+) -> tuple[list[float], dict[str, float], list[int], float]:
     """Put the stream through a contestant; returns costs, phases, hits and the longest call, in ns."""
     count = len(stream.requests)
     costs, hits = [0.0] * count, [0] * count
@@ -144,12 +148,12 @@ def _agreement(ours: Lap, theirs: Lap) -> str:
     """Do both find the same blocks, request by request?"""
     differ = sum(own != other for own, other in zip(ours.hits, theirs.hits))
     if not differ:
-        return "the same blocks"
+        return SAME
     return f"{differ} of {len(ours.hits)} requests differ, {sum(theirs.hits) / max(sum(ours.hits), 1) - 1:+.1%} blocks"
 
 
-def contest(quick: bool, names: list[str] | None = None) -> tuple[list[f.Figure], list[str]]:
-    """All figures, and who was skipped."""
+def figures(quick: bool, names: Sequence[str] = ()) -> tuple[list[f.Figure], list[str]]:
+    """All figures of these streams (default: of all), and who was skipped."""
     made: list[f.Figure] = []
     own_means: dict[tuple[str, int], list[float]] = {}
     with Field() as field:
@@ -195,17 +199,23 @@ def main() -> None:
     names = [argument for argument in sys.argv[1:] if argument != "--quick"]
     if not set(names) <= set(STREAMS):
         sys.exit(f"a stream is one of {', '.join(STREAMS)}, not {', '.join(set(names) - set(STREAMS))}")
-    made, skipped = contest("--quick" in sys.argv, names)
+    made, skipped = figures("--quick" in sys.argv, names)
     f.show("whole life of a request", made, skipped)
+    told = set()
     for one in made:
         for whose, details in one.details.items():
+            who = f"{one.name}, {'kvledger' if whose == 'ours' else one.against}"
+            if who in told:
+                continue
+            told.add(who)
             if whose == "hits":
-                print(f"  {one.name}, {one.against}: {details}")
+                if details != SAME:
+                    print(f"{one.name}, {one.against}: {details}")
             else:
                 phases = ", ".join(f"{phase} {us:.0f}" for phase, us in details["phases_us"].items())
                 print(
-                    f"  {one.name}, {'kvledger' if whose == 'ours' else one.against}: p50 {details['p50_us']:.0f} µs, "
-                    f"p99 {details['p99_us']:.0f} µs, longest call {details['longest_call_ms']:.2f} ms, "
+                    f"{who}: p50 {details['p50_us']:.0f} µs, p99 {details['p99_us']:.0f} µs, "
+                    f"longest call {details['longest_call_ms']:.2f} ms, "
                     f"collection {details['longest_collection_ms']:.2f} ms, {details['hit_blocks']:,} hits; {phases}"
                 )
 

@@ -30,6 +30,7 @@ class Field:
         self._turn = 0
         context = multiprocessing.get_context("spawn")
         missing = set()
+        started = []
         for entry in entries:
             if entry.peer and not _installed(entry.peer):
                 missing.add(entry.peer)
@@ -38,6 +39,8 @@ class Field:
             process = context.Process(target=_serve, args=(entry, theirs), daemon=True)
             process.start()
             theirs.close()
+            started.append((entry, process, ours))
+        for entry, process, ours in started:
             try:
                 problem = ours.recv()
             except EOFError:

@@ -74,7 +74,9 @@ def faster(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [other / own for own, other in zip(ours, theirs, strict=True)]
 
 
-def figure_of(name: str, unit: str, ours: Sequence[float], against: str, theirs: Sequence[float], **more: Any) -> Figure:
+def figure_of(
+    name: str, unit: str, ours: Sequence[float], against: str, theirs: Sequence[float], **more: Any
+) -> Figure:
     """A figure from costs by repetition (less is better)."""
     return Figure(
         name=name,
@@ -114,7 +116,14 @@ def show(title: str, figures: Sequence[Figure], skipped: Sequence[str] = ()) -> 
         table.add_column(name, justify="right" if name in ("kvledger", "ratio") else "left")
     for one in figures:
         table.add_row(
-            one.name, one.unit, number(one.ours), one.against, number(one.theirs), number(one.ratio), one.goal, verdict(one)
+            one.name,
+            one.unit,
+            number(one.ours),
+            one.against,
+            number(one.theirs),
+            number(one.ratio),
+            one.goal,
+            verdict(one),
         )
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table)
@@ -122,12 +131,12 @@ def show(title: str, figures: Sequence[Figure], skipped: Sequence[str] = ()) -> 
         console.print(f"skipped: {reason}")
 
 
-def alone(title: str, figures: Callable[[bool], Sequence[Figure]]) -> None:
+def alone(title: str, figures: Callable[[bool], tuple[list[Figure], list[str]]]) -> None:
     """``python -m benchmarks.NAME [--quick]`` for a benchmark without other arguments."""
     unknown = [argument for argument in sys.argv[1:] if argument != "--quick"]
     if unknown:
         sys.exit(f"usage: python -m benchmarks.NAME [--quick], not {' '.join(unknown)}")
-    show(title, figures("--quick" in sys.argv))
+    show(title, *figures("--quick" in sys.argv))
 
 
 def machine() -> dict[str, Any]:

@@ -55,7 +55,7 @@ def chat(block_size: int, quick: bool) -> Stream:
 
 
 def mixed(block_size: int, quick: bool) -> Stream:
-    """Lengths from 1 k to 128 k, evenly on a logarithmic scale; beginnings of a dozen documents, some far more popular."""
+    """Lengths from 1 k to 128 k, evenly on a logarithmic scale; they begin like one of a dozen documents."""
     rng = np.random.default_rng(2)
     documents = [_tokens(rng, 131_072) for _ in range(12)]
     requests = []

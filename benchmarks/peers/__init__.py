@@ -34,6 +34,9 @@ class Contestant(Protocol):
     def grow(self, handles: list[Any]) -> None:
         """One scheduler step in which each of these requests begins another block."""
 
+    def step(self, handles: list[Any]) -> None:
+        """One scheduler step in which each of these requests gets one more token, published if that is its way."""
+
     def finish(self, handle: Any) -> None:
         """Publish what was generated, and release the request."""
 
@@ -42,7 +45,7 @@ class Contestant(Protocol):
 
 
 class Entry(NamedTuple):
-    """How to make a contestant: ``module.make(block_size, blocks, setting)``."""
+    """How to make a contestant: ``module.make(block_size, blocks, setting, longest)``."""
 
     name: str
     module: str
@@ -63,13 +66,22 @@ ENTRIES = (
 )
 """``SGLang Rust`` is its default, ``Python`` the same tree in Python, ``classic`` its older ``RadixCache``."""
 
+BEST = tuple(entry for entry in ENTRIES if entry.name in ("kvledger", "vLLM xxhash", "SGLang Rust"))
+"""kvledger and each peer in its best setting."""
+
+LONGEST = 140_000
+"""Tokens of the longest request of any stream."""
+
 NOT_COMPARED = (
     "FastDeploy: its wheels are not on PyPI (the distributions of that name there are other or much older software)",
     "SGLang's C++ tree: no longer part of its wheel",
 )
 
 
-def make(entry: Entry, block_size: int, blocks: int) -> Contestant:
-    """A fresh manager with so many blocks. Raises whatever a package that does not work here raises."""
-    contestant: Contestant = import_module(entry.module).make(block_size, blocks, entry.setting)
+def make(entry: Entry, block_size: int, blocks: int, longest: int = LONGEST) -> Contestant:
+    """A fresh manager with so many blocks, for requests of up to ``longest`` tokens.
+
+    Raises whatever a package that does not work here raises.
+    """
+    contestant: Contestant = import_module(entry.module).make(block_size, blocks, entry.setting, longest)
     return contestant

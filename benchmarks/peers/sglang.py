@@ -21,9 +21,10 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from benchmarks.peers import Tokens
 
-_ROWS = 1 << 8
-_LONGEST = 140_000
-"""Tokens of a request, a row of the table of slots."""
+_MOST_ROWS = 1 << 14
+_TABLE = 1 << 26
+"""Slots in the table of all rows: 256 MB."""
+
 
 class _Handle:
     __slots__ = ("allocated", "lock", "output", "prompt", "protected", "row", "tokens")
@@ -44,14 +45,15 @@ class _Handle:
 class SGLang:
     """One tree over one pool of token slots on the CPU."""
 
-    def __init__(self, page_size: int, pages: int, setting: str) -> None:
+    def __init__(self, page_size: int, pages: int, setting: str, longest: int) -> None:
         core, _, kind = setting.partition(", ")
         self._as_list = kind == "list"
         self._page = page_size
+        self._running: list[_Handle] | None = None
         self.allocator = PagedTokenToKVPoolAllocator(
             pages * page_size, page_size, torch.float16, "cpu", kvcache=None, need_sort=False
         )
-        self._rows = ReqToTokenPool(_ROWS, _LONGEST, "cpu", False)
+        self._rows = ReqToTokenPool(min(_MOST_ROWS, _TABLE // longest), longest, "cpu", False)
         params = CacheInitParams(
             disable=False,
             req_to_token_pool=self._rows,
@@ -128,6 +130,24 @@ class SGLang:
             )
             handle.allocated = end
 
+    def step(self, handles: list[_Handle]) -> None:
+        """Its scheduler keeps the lengths of the batch as tensors, and the slots go into the rows in one write."""
+        lengths, last = self._batch(handles)
+        slots = self.allocator.alloc_decode(lengths + 1, lengths + 1, last)
+        if slots is None:
+            raise MemoryError("SGLang has no room for another token")
+        self._rows.write((self._batch_rows, lengths), slots.to(torch.int32))
+        self._last, self._lengths = slots, lengths + 1
+
+    def _batch(self, handles: list[_Handle]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengths and last slots of the running batch, which is made once, as long as it is the same."""
+        if self._running is not handles:
+            self._running = handles
+            self._batch_rows = torch.tensor([handle.row for handle in handles])
+            self._lengths = torch.tensor([len(handle.prompt) for handle in handles])
+            self._last = self._rows.req_to_token[self._batch_rows, self._lengths - 1].to(torch.int64)
+        return self._lengths, self._last
+
     def finish(self, handle: _Handle) -> None:
         if self._as_list:
             handle.output = array("q", handle.output)
@@ -148,8 +168,8 @@ def _words(tokens: Tokens) -> array[int]:
     return words
 
 
-def make(block_size: int, blocks: int, setting: str) -> Any:
+def make(block_size: int, blocks: int, setting: str, longest: int) -> Any:
     """``setting`` is the tree (``rust``, ``python``, ``classic``), with ``, list`` if prompts come as lists."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    return SGLang(block_size, blocks, setting)
+    return SGLang(block_size, blocks, setting, longest)

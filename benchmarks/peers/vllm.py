@@ -35,7 +35,7 @@ class _Handle:
 class VLLM:
     """One attention group, prefix caching on."""
 
-    def __init__(self, block_size: int, blocks: int, hash_name: str) -> None:
+    def __init__(self, block_size: int, blocks: int, hash_name: str, longest: int) -> None:
         hash_function = get_hash_fn_by_name(hash_name)
         init_none_hash(hash_function)
         self._block_size = block_size
@@ -47,7 +47,7 @@ class VLLM:
             kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
         )
         self.manager = KVCacheManager(
-            config, max_model_len=1 << 20, scheduler_block_size=block_size, hash_block_size=block_size
+            config, max_model_len=longest, scheduler_block_size=block_size, hash_block_size=block_size
         )
         self._sampling = SamplingParams(max_tokens=1 << 20)
 
@@ -71,6 +71,10 @@ class VLLM:
         for handle in handles:
             self._append(handle, handle.written + self._block_size)
 
+    def step(self, handles: list[_Handle]) -> None:
+        for handle in handles:
+            self._append(handle, handle.written + 1)
+
     def _append(self, handle: _Handle, end: int) -> None:
         request = handle.request
         tokens = handle.output[handle.written : end]
@@ -90,6 +94,6 @@ class VLLM:
         """Nothing outlives the process."""
 
 
-def make(block_size: int, blocks: int, setting: str) -> Any:
+def make(block_size: int, blocks: int, setting: str, longest: int) -> Any:
     """``setting`` names the hash."""
-    return VLLM(block_size, blocks, setting)
+    return VLLM(block_size, blocks, setting, longest)
