@@ -1,9 +1,9 @@
 """What a decode step costs: one more token for each of 1 to 1,024 running requests.
 
-``python -m benchmarks.decode [--quick]``: blocks of 16 tokens, prompts of about 1,000 tokens whose ends are spread over a
-block, so that a sixteenth of them begins a block in each step. kvledger (one allocation per step) and vLLM (one call per
-request) publish blocks as they fill; SGLang's allocator takes the whole batch and publishes nothing before the end, so
-beside it kvledger does the same.
+``python -m benchmarks.decode [--quick]``: blocks of 16 tokens, prompts of about 1,000 tokens whose ends are spread over
+a block, so that a sixteenth of them begins a block in each step. kvledger (one allocation per step) and vLLM (one call
+per request) publish blocks as they fill; SGLang's allocator takes the whole batch and publishes nothing before the end,
+so beside it kvledger does the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def steps(entry: Entry, running: int) -> tuple[float, float]:
     """In the contestant's process: mean µs of a step, and the longest."""
     rng = np.random.default_rng(0)
     blocks = running * (_PROMPT + 2 * _STEPS) // _BLOCK + 2 * running + 64
-    contestant = make(entry, _BLOCK, blocks, 2048)
+    contestant = make(entry, _BLOCK, blocks, longest=2048, requests=running)
     handles = []
     for number in range(running):
         prompt = rng.integers(0, 128_000, _PROMPT + number % _BLOCK, np.int32)

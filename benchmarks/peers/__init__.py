@@ -45,7 +45,7 @@ class Contestant(Protocol):
 
 
 class Entry(NamedTuple):
-    """How to make a contestant: ``module.make(block_size, blocks, setting, longest)``."""
+    """How to make a contestant: ``module.make(block_size, blocks, setting, longest, requests)``."""
 
     name: str
     module: str
@@ -69,19 +69,16 @@ ENTRIES = (
 BEST = tuple(entry for entry in ENTRIES if entry.name in ("kvledger", "vLLM xxhash", "SGLang Rust"))
 """kvledger and each peer in its best setting."""
 
-LONGEST = 140_000
-"""Tokens of the longest request of any stream."""
-
 NOT_COMPARED = (
     "FastDeploy: its wheels are not on PyPI (the distributions of that name there are other or much older software)",
     "SGLang's C++ tree: no longer part of its wheel",
 )
 
 
-def make(entry: Entry, block_size: int, blocks: int, longest: int = LONGEST) -> Contestant:
-    """A fresh manager with so many blocks, for requests of up to ``longest`` tokens.
+def make(entry: Entry, block_size: int, blocks: int, *, longest: int = 140_000, requests: int = 64) -> Contestant:
+    """A fresh manager with so many blocks, for so many requests of up to ``longest`` tokens at a time.
 
     Raises whatever a package that does not work here raises.
     """
-    contestant: Contestant = import_module(entry.module).make(block_size, blocks, entry.setting, longest)
+    contestant: Contestant = import_module(entry.module).make(block_size, blocks, entry.setting, longest, requests)
     return contestant

@@ -64,13 +64,14 @@ class Ledger:
             handle.published = end
 
     def finish(self, handle: _Request) -> None:
-        self.manager.cache(handle.key, generated=handle.output[handle.published :])
+        if handle.published < len(handle.output):
+            self.manager.cache(handle.key, generated=handle.output[handle.published :])
         self.manager.release(handle.key)
 
     def close(self) -> None:
         self.manager.close()
 
 
-def make(block_size: int, blocks: int, setting: str, longest: int) -> Ledger:
-    """``setting`` is the type of the prompts: ``int32`` or ``list``; ``int32, at the end`` publishes no block before."""
+def make(block_size: int, blocks: int, setting: str, longest: int, requests: int) -> Ledger:
+    """``setting`` is the type of the prompts, ``int32`` or ``list``; ``int32, at the end``: steps publish nothing."""
     return Ledger(block_size, blocks, setting)

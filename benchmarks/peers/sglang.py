@@ -1,7 +1,7 @@
 """SGLang's prefix trees with its paged allocator and its table of token slots, as its scheduler drives them.
 
-Prompts are ``array('q')``, which is what its keys hold; it hashes nothing. A finished request inserts once (SGLang itself
-inserts a second time to split at the prompt's end, which is not needed here: the prompt was inserted before).
+Prompts are ``array('q')``, which is what its keys hold; it hashes nothing. A finished request inserts once: SGLang
+itself inserts again to split at the prompt's end, which is not needed here, because the prompt was inserted before.
 """
 
 from __future__ import annotations
@@ -20,10 +20,6 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from benchmarks.peers import Tokens
-
-_MOST_ROWS = 1 << 14
-_TABLE = 1 << 26
-"""Slots in the table of all rows: 256 MB."""
 
 
 class _Handle:
@@ -45,7 +41,7 @@ class _Handle:
 class SGLang:
     """One tree over one pool of token slots on the CPU."""
 
-    def __init__(self, page_size: int, pages: int, setting: str, longest: int) -> None:
+    def __init__(self, page_size: int, pages: int, setting: str, longest: int, requests: int) -> None:
         core, _, kind = setting.partition(", ")
         self._as_list = kind == "list"
         self._page = page_size
@@ -53,7 +49,7 @@ class SGLang:
         self.allocator = PagedTokenToKVPoolAllocator(
             pages * page_size, page_size, torch.float16, "cpu", kvcache=None, need_sort=False
         )
-        self._rows = ReqToTokenPool(min(_MOST_ROWS, _TABLE // longest), longest, "cpu", False)
+        self._rows = ReqToTokenPool(requests, longest, "cpu", False)
         params = CacheInitParams(
             disable=False,
             req_to_token_pool=self._rows,
@@ -168,8 +164,8 @@ def _words(tokens: Tokens) -> array[int]:
     return words
 
 
-def make(block_size: int, blocks: int, setting: str, longest: int) -> Any:
+def make(block_size: int, blocks: int, setting: str, longest: int, requests: int) -> Any:
     """``setting`` is the tree (``rust``, ``python``, ``classic``), with ``, list`` if prompts come as lists."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    return SGLang(block_size, blocks, setting, longest)
+    return SGLang(block_size, blocks, setting, longest, requests)

@@ -94,6 +94,6 @@ class VLLM:
         """Nothing outlives the process."""
 
 
-def make(block_size: int, blocks: int, setting: str, longest: int) -> Any:
+def make(block_size: int, blocks: int, setting: str, longest: int, requests: int) -> Any:
     """``setting`` names the hash."""
     return VLLM(block_size, blocks, setting, longest)
