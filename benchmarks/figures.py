@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,9 @@ class Figure:
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with what follows from the rest."""
         return {**asdict(self), "ratio": self.ratio, "goal": self.goal, "reached": self.reached}
+
+
+FIELDS = frozenset(one.name for one in fields(Figure))
 
 
 def faster(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
