@@ -73,7 +73,11 @@ def figures(quick: bool) -> tuple[list[f.Figure], list[str]]:
                 )
             if not costs:
                 means = [[mean for mean, _ in who] for who in (publishing, at_the_end)]
-                made.append(f.figure_of(name, "µs per step", means[0], "published at the end", means[1]))
+                made.append(
+                    f.figure_of(
+                        f"{name}, published as blocks fill", "µs per step", means[0], "own at the end", means[1]
+                    )
+                )
         return made, field.skipped
 
 

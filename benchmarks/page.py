@@ -42,7 +42,7 @@ validation or tiers: what the ledger costs. Blocks of 64 tokens.""",
     "roundtrip": """\
 From an order to its event: append, transfer worker, copy, acknowledgement, `TransferFinished`. ZeroMQ's processes only
 echo a message: they decide, copy and record nothing. With more ranks than cores nobody can spin.""",
-    "swap": "The transfer worker's copy beside one memcpy of the same bytes, by block size, layers and order of the ids.",
+    "swap": "The transfer worker's copy beside one memcpy of the same bytes, by block bytes, layers and order of ids.",
     "replay": "Recordings of the Mooncake conversation trace (the generated sample where that is not at hand).",
     "recovery": "An engine killed with SIGKILL; the next one opens its ledger. One core.",
     "debugger": "Questions about a recording of a cache of 65,536 blocks.",
@@ -53,14 +53,14 @@ nobody continues are released as `final`.""",
 }
 
 
-def write(report: dict[str, Any]) -> None:
+def write(report: dict[str, Any], folder: Path = DOCS) -> None:
     """Write the page and the plots of its parts."""
     parts = report["parts"]
-    pictures = plots.draw(parts, DOCS / "images")
+    pictures = plots.draw(parts, folder / "images")
     chapters = [_INTRODUCTION, _machines(parts), _goals(parts)]
     for name, part in parts.items():
         chapters.append(_chapter(name, part, pictures.get(name, [])))
-    (DOCS / "benchmarks.md").write_text("\n".join(chapters))
+    (folder / "benchmarks.md").write_text("\n".join(chapters))
 
 
 def _machines(parts: dict[str, Any]) -> str:
@@ -70,8 +70,9 @@ def _machines(parts: dict[str, Any]) -> str:
         machine = part["machine"]
         packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
         text = (
-            f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
-            f"Python {machine['python']}; {packages}. Commit {part['commit']}, load {machine['load']} at the start."
+            f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+            f"Linux {machine['kernel']}, Python {machine['python']}; {packages}. "
+            f"Commit {part['commit']}, load {machine['load']} at the start."
             + (" A quick run: digits mean nothing." if part["quick"] else "")
         )
         told.setdefault(text, []).append(name)
@@ -142,7 +143,7 @@ def _contestants(part: dict[str, Any]) -> str:
     if not differences:
         return text + "\nAll contestants hit the same blocks, request by request.\n"
     return text + (
-        "\nAll others hit the same blocks as kvledger, request by request; these differ, because they choose other victims "
+        "\nAll others hit the same blocks as kvledger, request by request; these differ, as they choose other victims "
         "(SGLang evicts whole leaves of its tree, by the time of their last use):\n\n"
         + "\n".join(dict.fromkeys(differences))
         + "\n"

@@ -38,14 +38,15 @@ def _contest(figures: list[dict[str, Any]], folder: Path) -> list[str]:
     import matplotlib.pyplot as plt
 
     made = []
-    sizes = sorted({int(found[1]) for one in figures if (found := re.search(r"block (\d+)$", one["name"]))})
+    sizes = sorted({int(found[1]) for one in figures if (found := re.search(r"block (\d+)(, list)?$", one["name"]))})
     for size in sizes:
         costs: dict[str, dict[str, float]] = {}
         for one in figures:
             stream, _, rest = one["name"].partition(f", block {size}")
-            if rest or stream == one["name"] or one["name"].endswith("list"):
-                continue
-            costs.setdefault(stream, {"kvledger": one["ours"]})[one["against"]] = one["theirs"]
+            if rest == ", list" and one["against"] == "own int32":
+                costs.setdefault(stream, {"kvledger": one["theirs"]})["kvledger, list"] = one["ours"]
+            elif not rest and stream != one["name"]:
+                costs.setdefault(stream, {"kvledger": one["ours"]})[one["against"]] = one["theirs"]
         names = list(dict.fromkeys(name for group in costs.values() for name in group))
         figure, axes = plt.subplots(figsize=(8, 3.2))
         width = 0.8 / len(names)
