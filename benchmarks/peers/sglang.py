@@ -7,10 +7,19 @@ itself inserts again to split at the prompt's end, which is not needed here, bec
 from __future__ import annotations
 
 import logging
+import sys
 from array import array
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
+import transformers  # noqa: F401  # looks for torchvision: before the next lines, which are for SGLang alone
+
+# SGLang's configurations of vision models import torchvision, whose wheels do not go with a CPU build of torch. Nothing
+# that is used here needs it, so something empty takes its place.
+for _name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+    sys.modules.setdefault(_name, MagicMock())
+
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
