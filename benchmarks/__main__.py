@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -50,6 +51,7 @@ def run(name: str, quick: bool) -> dict[str, Any]:
 
 def part(name: str, quick: bool) -> None:
     """In that process: measure, and print the figures as the last line."""
+    logging.disable(logging.WARNING)  # a log without a follower that writes snapshots grows, and says so
     made, skipped = importlib.import_module(f"benchmarks.{name}").figures(quick)
     print(json.dumps({"figures": [one.as_dict() for one in made], "skipped": skipped}))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import multiprocessing
 import os
 import time
@@ -131,6 +132,7 @@ def _installed(distribution: str) -> bool:
 
 def _serve(entry: Entry, pipe: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    logging.disable(logging.WARNING)  # a log without a follower that writes snapshots grows, and says so
     if entry.peer:  # what they print when they find no GPU is not ours to show
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)

@@ -15,7 +15,13 @@ def draw(parts: dict[str, Any], folder: Path) -> dict[str, list[str]]:
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update(
-        {"svg.hashsalt": "kvledger", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+        {
+            "svg.hashsalt": "kvledger",
+            "svg.fonttype": "none",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
     )
     folder.mkdir(exist_ok=True)
     made: dict[str, list[str]] = {}

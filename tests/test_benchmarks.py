@@ -49,6 +49,7 @@ def test_every_part_has_figures_each_with_a_ratio(report: dict[str, Any]) -> Non
 
 
 def test_the_page_shows_all_figures_and_its_pictures(report: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "performance.md").write_text(f"before\n{page._BEGIN}\nold\n{page._END}\nafter\n")
     page.write(report, tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
     for part in report["parts"].values():
@@ -58,6 +59,21 @@ def test_the_page_shows_all_figures_and_its_pictures(report: dict[str, Any], tmp
     for picture in ("requests-16", "decode", "hit-rates"):
         assert f"images/benchmarks-{picture}.svg" in text
         assert (tmp_path / "images" / f"benchmarks-{picture}.svg").read_text().startswith("<?xml")
+    goals = (tmp_path / "performance.md").read_text()
+    assert goals.startswith("before\n") and goals.endswith("\nafter\n") and "old" not in goals
+    wanted = [one for part in report["parts"].values() for one in part["figures"] if one["goal"]]
+    assert all(f"{one['name']} |" in goals for one in wanted)
+
+
+def test_a_stream_is_judged_by_its_fastest_peer() -> None:
+    def beside(against: str, ratio: float) -> dict[str, Any]:
+        figure = Figure(name="chat, block 16", unit="µs", ours=1, against=against, theirs=ratio, ratios=[ratio])
+        return {**figure.as_dict(), "goal": "some"}
+
+    figures = [beside("slow", 9.0), beside("fast", 2.0), beside("vLLM xxhash", 12.0), beside("vLLM sha256", 14.0)]
+    first, second = page.goals({"contest": {"title": "", "figures": figures}}).splitlines()[2:]
+    assert "| fast, the fastest peer | 1 µs | 2 | ≥ 5 × | **not reached**, 2.5 × too slow |" in first
+    assert "| vLLM xxhash | 1 µs | 12 | ≥ 10 × | reached |" in second
 
 
 def test_a_ratio_that_fell_is_told_and_one_within_the_noise_is_not(report: dict[str, Any], tmp_path: Path) -> None:
