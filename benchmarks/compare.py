@@ -3,7 +3,7 @@
 Only ratios are compared, each against a peer or a floor of its own run, so that a slower machine or a busy minute does
 not count. With ``--base`` the working tree and the other commit (with the benchmarks of the working tree) take turns.
 A ratio is *worse* if its median fell by more than a tenth, and by more than the repetitions differ among themselves.
-Exit code: 0 nothing is worse, 1 something is, 2 wrong use.
+Exit code: 0 nothing is worse, 1 something is, 2 wrong use, or nothing could be measured.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ _ROUNDS = 2
 
 Ratios = dict[tuple[str, str, str], list[float]]
 """By part, name and opponent: a ratio per repetition."""
+
+
+class CannotMeasure(Exception):
+    """The benchmarks did not run; what they said stands above."""
 
 
 class Change(NamedTuple):
@@ -90,6 +94,8 @@ def measured(base: str, parts: str, rounds: int, quick: bool) -> tuple[Ratios, R
                 path.unlink(missing_ok=True)
                 command = [sys.executable, "-m", "benchmarks", "--no-page", "--only", parts, "--json", str(path)]
                 subprocess.run(command + ["--quick"] * quick, cwd=tree, stdout=subprocess.DEVNULL)
+                if not path.exists():
+                    raise CannotMeasure(f"python -m benchmarks --only {parts} measured nothing in {tree}")
                 for key, more in ratios_of(json.loads(path.read_text())).items():
                     ratios.setdefault(key, []).extend(more)
     return before, after
@@ -113,7 +119,12 @@ def main() -> int:
         )
         if named.returncode:
             parser.error(f"there is no commit {options.base}")
-        before, after = measured(options.base, options.only, options.rounds, options.quick)
+        if options.rounds < 1:
+            parser.error(f"--rounds is a whole number from 1, not {options.rounds}")
+        try:
+            before, after = measured(options.base, options.only, options.rounds, options.quick)
+        except CannotMeasure as error:
+            parser.error(str(error))
     else:
         try:
             before, after = (ratios_of(json.loads(path.read_text())) for path in options.files)
