@@ -54,6 +54,7 @@ def _contest(figures: list[dict[str, Any]], folder: Path) -> list[str]:
             elif not rest and stream != one["name"]:
                 costs.setdefault(stream, {"kvledger": one["ours"]})[one["against"]] = one["theirs"]
         names = list(dict.fromkeys(name for group in costs.values() for name in group))
+        names.sort(key=lambda name: not name.startswith("kvledger"))
         figure, axes = plt.subplots(figsize=(8, 3.2))
         width = 0.8 / len(names)
         for index, name in enumerate(names):
@@ -64,7 +65,8 @@ def _contest(figures: list[dict[str, Any]], folder: Path) -> list[str]:
         axes.set_xticks(range(len(costs)), list(costs))
         axes.set_ylabel("µs per request")
         axes.set_title(f"whole life of a request, blocks of {size} tokens (logarithmic)", loc="left")
-        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
+        axes.set_ylim(10, 8 * max(cost for group in costs.values() for cost in group.values()))
+        axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper left")
         made.append(_save(figure, folder, f"benchmarks-requests-{size}.svg"))
     return made
 
@@ -110,7 +112,7 @@ def _growth(figures: list[dict[str, Any]], folder: Path) -> list[str]:
         if not one["against"].startswith("own"):
             series.setdefault(one["against"], []).append((count, one["theirs"]))
     words = ("a request of 32 blocks into a full cache", "blocks cached", "µs per request, p50")
-    return _lines(series, folder, "benchmarks-growth.svg", words)
+    return [] if len(series.get("kvledger", ())) < 2 else _lines(series, folder, "benchmarks-growth.svg", words)
 
 
 def _hit_rates(figures: list[dict[str, Any]], folder: Path) -> list[str]:

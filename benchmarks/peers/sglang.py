@@ -54,6 +54,7 @@ class SGLang:
         core, _, kind = setting.partition(", ")
         self._as_list = kind == "list"
         self._page = page_size
+        self._within = torch.arange(page_size)
         self._running: list[_Handle] | None = None
         self.allocator = PagedTokenToKVPoolAllocator(
             pages * page_size, page_size, torch.float16, "cpu", kvcache=None, need_sort=False
@@ -127,13 +128,13 @@ class SGLang:
         handle.protected = len(key)
 
     def grow(self, handles: list[_Handle]) -> None:
-        slots = self._take(len(handles))
-        for number, handle in enumerate(handles):
-            end = handle.allocated + self._page
-            self._rows.write(
-                (handle.row, slice(handle.allocated, end)), slots[number * self._page : (number + 1) * self._page]
-            )
-            handle.allocated = end
+        """A page for each in one allocation and one write, as its decode steps do it token by token."""
+        slots = self._take(len(handles)).view(len(handles), self._page)
+        rows = torch.tensor([handle.row for handle in handles])
+        starts = torch.tensor([handle.allocated for handle in handles])
+        self._rows.write((rows[:, None], starts[:, None] + self._within), slots.to(torch.int32))
+        for handle in handles:
+            handle.allocated += self._page
 
     def step(self, handles: list[_Handle]) -> None:
         """Its scheduler keeps the lengths of the batch as tensors, and the slots go into the rows in one write."""
