@@ -26,7 +26,8 @@ OURS = ENTRIES[0]
 
 
 def suite(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=page.DOCS.parent)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_a_ratio_that_fell_is_told_and_one_within_the_noise_is_not(report: dict[
     new.write_text(json.dumps(report))
     for files, code in (((old, old), 0), ((old, new), 1), ((new, old), 0), ((old,), 2), ((old, Path(__file__)), 2)):
         command = [sys.executable, "-m", "benchmarks.compare", *map(str, files)]
-        assert subprocess.run(command, capture_output=True).returncode == code, files
+        assert subprocess.run(command, capture_output=True, cwd=page.DOCS.parent).returncode == code, files
 
 
 def test_noise_among_repetitions_is_no_change() -> None:
