@@ -182,7 +182,7 @@ def _contestants(part: dict[str, Any]) -> str:
     if not differences:
         return text + "\nAll contestants hit the same blocks, request by request.\n"
     return text + (
-        "\nAll others hit the same blocks as kvledger, request by request. These differ, because they choose other victims: "
+        "\nAll others hit the same blocks as kvledger, request by request. These differ, as they choose other victims: "
         "SGLang evicts whole leaves of its tree by their last use, vLLM and kvledger block by block:\n\n"
         + "\n".join(dict.fromkeys(differences))
         + "\n"
