@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test check chaos soak mutants clean
+.PHONY: run test check chaos soak mutants bench bench-compare clean
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
@@ -30,6 +30,34 @@ soak: $(VENV)/installed
 mutants: $(VENV)/tested
 	$(VENV)/bin/python -m tests.mutants
 
+# The benchmarks beside their peers, a quarter of an hour on an idle machine; writes docs/benchmarks.json and .md.
+# ONLY=contest,decode runs some parts. What cannot be installed is skipped, and named in the output.
+BENCH_VENV ?= .venv-bench
+# The releases the adapters were written for. vLLM and SGLang want a GPU build of torch; a CPU build is enough here.
+TORCH ?= torch==2.13.0
+VLLM ?= vllm==0.33.0
+SGLANG ?= sglang==0.5.23
+BENCH_PIP = $(BENCH_VENV)/bin/python -m pip install --quiet
+bench: $(BENCH_VENV)/installed
+	$(BENCH_VENV)/bin/python -m benchmarks $(if $(ONLY),--only $(ONLY))
+
+# Which ratios the working tree changes against another commit, by turns, some minutes.
+BASE ?= HEAD
+bench-compare: $(BENCH_VENV)/installed
+	$(BENCH_VENV)/bin/python -m benchmarks.compare --base $(BASE) $(if $(ONLY),--only $(ONLY))
+
+$(BENCH_VENV)/installed: pyproject.toml benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_PIP) --upgrade pip
+	$(BENCH_PIP) --editable '.[bench]'
+	$(BENCH_PIP) '$(TORCH)' --requirement benchmarks/peers/requirements.txt || \
+	  $(BENCH_PIP) torch --requirement benchmarks/peers/requirements.txt || \
+	  echo 'what vLLM and SGLang import cannot be installed: they will be skipped'
+	for peer in '$(VLLM)' '$(SGLANG)'; do \
+	  $(BENCH_PIP) --no-deps "$$peer" || echo "$$peer cannot be installed: it will be skipped"; \
+	done
+	touch $@
+
 $(VENV)/tested: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
 	touch $@
@@ -42,4 +70,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

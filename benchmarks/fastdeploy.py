@@ -1,7 +1,7 @@
 """Microseconds of a request's whole life in the FastDeploy drop-in, beside the same life in ``CacheManager``.
 
-``python -m benchmarks.fastdeploy``: match + allocate + cache + release (with their share of eviction, log on), the way
-each API asks for it. The two take turns, request by request, in one process.
+``python -m benchmarks.fastdeploy [--quick]``: match + allocate + cache + release (with their share of eviction, log
+on), the way each API asks for it. The two take turns, request by request, in one process.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import figures as f
 from benchmarks.lifecycle import prompts
 from kvledger import CacheConfig, CacheManager
 from kvledger.fastdeploy import PrefixCacheManager
 
 BLOCK = 64
+_CASES = ((32, 0.5, False), (128, 0.5, False), (32, 0.5, True), (128, 0.5, True))
+"""Blocks of a prompt, share that hits, whether it is a list."""
 OUTPUT = 3
 """Blocks that a request decodes into; the drop-in hands them out one by one."""
 
@@ -54,9 +57,10 @@ def dropped_in(manager: PrefixCacheManager) -> Callable[[str, Any], None]:
     return life
 
 
-def main() -> None:
-    print(f"{'blocks':>7} {'hit':>5} {'prompt':>7} {'CacheManager µs':>16} {'drop-in µs':>11} {'ratio':>6}")
-    for blocks, hit, as_list in ((32, 0.5, False), (128, 0.5, False), (32, 0.5, True), (128, 0.5, True)):
+def figures(quick: bool) -> tuple[list[f.Figure], list[str]]:
+    """What the other interface adds, by length and type of the prompt."""
+    made = []
+    for blocks, hit, as_list in _CASES[:1] if quick else _CASES:
         pool = 10_000
         config = SimpleNamespace(cache_config=SimpleNamespace(total_block_num=pool, num_cpu_blocks=0, block_size=BLOCK))
         name = f"fastdeploy-bench-{os.getpid()}"
@@ -66,7 +70,7 @@ def main() -> None:
         ):
             lives = (direct(manager), dropped_in(drop_in))
             times: tuple[list[int], list[int]] = ([], [])
-            for number, prompt in enumerate(prompts(1500, blocks, hit, 1)):
+            for number, prompt in enumerate(prompts(40 if quick else 1500, blocks, hit, 1)):
                 for life, taken in zip(lives, times):
                     tokens: Any = prompt.tolist() if as_list else np.array(prompt)
                     begun = time.perf_counter_ns()
@@ -74,8 +78,10 @@ def main() -> None:
                     taken.append(time.perf_counter_ns() - begun)
         one, other = (statistics.median(taken[len(taken) // 4 :]) / 1e3 for taken in times)
         kind = "list" if as_list else "int32"
-        print(f"{blocks:7} {hit:5.0%} {kind:>7} {one:16.1f} {other:11.1f} {other / one:6.2f}")
+        title = f"drop-in, {blocks} blocks, {hit:.0%} hits, {kind}"
+        made.append(f.figure_of(title, "µs per request, p50", [other], "CacheManager", [one], least_ratio=0.5))
+    return made, []
 
 
 if __name__ == "__main__":
-    main()
+    f.alone("FastDeploy drop-in", figures)

@@ -1,6 +1,6 @@
 """From the engine's append to a worker that sees it, one way, beside what engines use today.
 
-``python -m benchmarks.handoff`` (ZeroMQ: after ``pip install "kvledger[bench]"``). Times are stamped with the
+``python -m benchmarks.handoff [--quick]`` (ZeroMQ: after ``pip install "kvledger[bench]"``). Times are stamped with the
 machine's monotonic clock in both processes; a message every 200 µs, so that the spinning reader finds an empty log.
 Last, what two transfer workers cost that have nothing to do.
 """
@@ -15,10 +15,11 @@ import time
 from multiprocessing.managers import BaseManager
 from typing import Any
 
+from benchmarks import figures as f
 from ipc import LogReader, LogWriter
 from kvledger import CacheConfig, CacheManager, HostPolicy
 
-COUNT = 3000
+_COUNT = 3000
 _WARM_UP = 500
 """Until the kernel has given both processes a core."""
 _PERIOD_NS = 200_000
@@ -30,26 +31,26 @@ def _pace(next_at: int) -> int:
     return next_at + _PERIOD_NS
 
 
-def _read_log(ledger: str, pipe: Any) -> None:
+def _read_log(ledger: str, count: int, pipe: Any) -> None:
     reader = LogReader(ledger)
     pipe.send("ready")
     delays: list[int] = []
-    while len(delays) < COUNT:
+    while len(delays) < count:
         for record in reader.poll():
             delays.append(time.monotonic_ns() - struct.unpack("<Q", record.args[:8])[0])
     reader.close()
     pipe.send(delays)
 
 
-def log() -> list[int]:
+def log(count: int) -> list[int]:
     ledger = f"handoff-{os.getpid()}"
     writer = LogWriter.create(ledger, schema_hash=1)
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_read_log, args=(ledger, theirs))
+    process = multiprocessing.get_context("spawn").Process(target=_read_log, args=(ledger, count, theirs))
     process.start()
     ours.recv()
     at = time.monotonic_ns()
-    for i in range(COUNT):
+    for i in range(count):
         at = _pace(at)
         writer.append([(1, i, struct.pack("<Q", time.monotonic_ns()), b"")])
     delays: list[int] = ours.recv()
@@ -58,36 +59,36 @@ def log() -> list[int]:
     return delays
 
 
-def _read_queue(queue: Any, pipe: Any) -> None:
+def _read_queue(queue: Any, count: int, pipe: Any) -> None:
     pipe.send("ready")
     delays = []
-    for _ in range(COUNT):
+    for _ in range(count):
         sent = queue.get()
         delays.append(time.monotonic_ns() - sent)
     pipe.send(delays)
 
 
-def queue() -> list[int]:
+def queue(count: int) -> list[int]:
     context = multiprocessing.get_context("spawn")
     channel = context.Queue()
-    return _through(context, channel, channel.put)
+    return _through(context, channel, channel.put, count)
 
 
-def manager_queue() -> list[int]:
+def manager_queue(count: int) -> list[int]:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         assert isinstance(manager, BaseManager)
         channel = manager.Queue()
-        return _through(context, channel, channel.put)
+        return _through(context, channel, channel.put, count)
 
 
-def _through(context: Any, channel: Any, put: Any) -> list[int]:
+def _through(context: Any, channel: Any, put: Any, count: int) -> list[int]:
     ours, theirs = context.Pipe()
-    process = context.Process(target=_read_queue, args=(channel, theirs))
+    process = context.Process(target=_read_queue, args=(channel, count, theirs))
     process.start()
     ours.recv()
     at = time.monotonic_ns()
-    for _ in range(COUNT):
+    for _ in range(count):
         at = _pace(max(at, time.monotonic_ns()))
         put(time.monotonic_ns())
     delays: list[int] = ours.recv()
@@ -95,20 +96,20 @@ def _through(context: Any, channel: Any, put: Any) -> list[int]:
     return delays
 
 
-def _read_zmq(address: str, pipe: Any) -> None:
+def _read_zmq(address: str, count: int, pipe: Any) -> None:
     import zmq
 
     socket = zmq.Context().socket(zmq.PULL)
     socket.connect(address)
     pipe.send("ready")
     delays = []
-    for _ in range(COUNT):
+    for _ in range(count):
         (sent,) = struct.unpack("<Q", socket.recv())
         delays.append(time.monotonic_ns() - sent)
     pipe.send(delays)
 
 
-def zeromq() -> list[int]:
+def zeromq(count: int) -> list[int]:
     import zmq
 
     context = multiprocessing.get_context("spawn")
@@ -116,11 +117,11 @@ def zeromq() -> list[int]:
     socket = zmq.Context().socket(zmq.PUSH)
     socket.bind(address)
     ours, theirs = context.Pipe()
-    process = context.Process(target=_read_zmq, args=(address, theirs))
+    process = context.Process(target=_read_zmq, args=(address, count, theirs))
     process.start()
     ours.recv()
     at = time.monotonic_ns()
-    for _ in range(COUNT):
+    for _ in range(count):
         at = _pace(at)
         socket.send(struct.pack("<Q", time.monotonic_ns()))
     delays: list[int] = ours.recv()
@@ -147,22 +148,32 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def main() -> None:
-    rows = {"kvledger log, spinning": log, "multiprocessing.Queue": queue, "BaseManager queue": manager_queue}
+def figures(quick: bool) -> tuple[list[f.Figure], list[str]]:
+    """One way beside each peer, by repetitions that take turns; then what idling costs."""
+    ways = {"": log, "multiprocessing.Queue": queue, "BaseManager queue": manager_queue}
+    skipped = []
     try:
         import zmq  # noqa: F401
 
-        rows["ZeroMQ ipc"] = zeromq
+        ways["ZeroMQ ipc"] = zeromq
     except ImportError:
-        print("ZeroMQ is not installed: pip install 'kvledger[bench]'")
-    ours = 0.0
-    for name, measure in rows.items():
-        delays = sorted(measure()[_WARM_UP:])
-        p50, p99 = statistics.median(delays) / 1e3, delays[len(delays) * 99 // 100] / 1e3
-        ours = ours or p50
-        print(f"{name:26} p50 {p50:8.1f} µs  p99 {p99:8.1f} µs  {p50 / ours:6.1f} x")
-    print(f"an idle transfer worker takes {idle():.2%} of a core")
+        skipped.append("ZeroMQ is not installed: pip install 'kvledger[bench]'")
+    p50s: dict[str, list[float]] = {}
+    p99s: dict[str, list[float]] = {}
+    for _ in range(1 if quick else 3):
+        for name, measure in ways.items():
+            delays = measure(_WARM_UP + 200 if quick else _COUNT)[_WARM_UP:]
+            p50s.setdefault(name, []).append(statistics.median(delays) / 1e3)
+            p99s.setdefault(name, []).append(f.quantile(delays, 0.99) / 1e3)
+    ours, ours_99 = p50s.pop(""), p99s.pop("")
+    made = []
+    for peer, theirs in p50s.items():
+        made.append(f.figure_of("one way, p50", "µs", ours, peer, theirs, at_most=4.0))
+        made.append(f.figure_of("one way, p99", "µs", ours_99, peer, p99s[peer]))
+    share = max(idle(1.0 if quick else 10.0), 1e-4)
+    made.append(f.figure_of("an idle transfer worker", "% of a core", [100 * share], "a core", [100.0], at_most=1.0))
+    return made, skipped
 
 
 if __name__ == "__main__":
-    main()
+    f.alone("hand-off", figures)

@@ -1,8 +1,8 @@
 """Microseconds of a request's whole life in the manager, beside the same decisions on a bare state without events' log.
 
-``python -m benchmarks.lifecycle``: match + allocate + cache + release with their share of eviction, int32, log on.
-The baseline is :class:`Bare`, a run-compressed tree that gives the same answers through the same three calls, and does
-nothing else: no events, no log, no validation, no transfers, no tiers.
+``python -m benchmarks.lifecycle [--quick]``: match + allocate + cache + release with their share of eviction, int32,
+log on. The baseline is :class:`Bare`, a run-compressed tree that gives the same answers through the same three calls,
+and does nothing else: no events, no log, no validation, no transfers, no tiers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,19 @@ from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks import figures as f
 from kvledger import CacheConfig, CacheManager
 
 BLOCK = 64
+_CASES: tuple[tuple[int, float, int, int, dict[str, float]], ...] = (
+    (32, 0.5, 10_000, 2000, {"least_ratio": 0.2}),
+    (128, 0.5, 10_000, 1500, {"least_ratio": 0.2}),
+    (256, 0.5, 20_000, 800, {"least_ratio": 0.2}),
+    (256, 0.5, 1_000_000, 800, {}),
+    (2000, 0.95, 40_000, 300, {"at_most": 120}),
+    (2000, 0.0, 40_000, 150, {"at_most": 300}),
+)
+"""Blocks of a prompt, share that hits, pool, requests, goals."""
 
 
 class _Run:
@@ -131,33 +141,18 @@ def measure(lives: list[Callable[[np.ndarray], None]], work: list[np.ndarray]) -
     return [statistics.median(taken[len(taken) // 4 :]) / 1e3 for taken in times]
 
 
-def main() -> None:
-    print(f"{'blocks':>7} {'hit':>5} {'pool':>9} {'kvledger µs':>12} {'bare µs':>8} {'ratio':>6}")
-    for blocks, hit, pool, count in (
-        (32, 0.5, 10_000, 2000),
-        (128, 0.5, 10_000, 1500),
-        (256, 0.5, 20_000, 800),
-        (256, 0.5, 1_000_000, 800),
-        (2000, 0.95, 40_000, 300),
-        (2000, 0.0, 40_000, 150),
-    ):
-        work = prompts(count, blocks, hit, 1)
+def figures(quick: bool) -> tuple[list[f.Figure], list[str]]:
+    """By prompt, hits and pool."""
+    made = []
+    for blocks, hit, pool, count, goals in _CASES[:1] if quick else _CASES:
+        work = prompts(50 if quick else count, blocks, hit, 1)
         config = CacheConfig(block_size=BLOCK, device_blocks=pool)
         with CacheManager.create(f"lifecycle-{os.getpid()}", config) as manager:
-            with_log, without = measure([through(manager), through(Bare(pool))], work)
-        print(f"{blocks:7} {hit:5.0%} {pool:9,} {with_log:12.1f} {without:8.1f} {with_log / without:6.1f}")
-    config = CacheConfig(block_size=BLOCK, device_blocks=100_000)
-    with CacheManager.create(f"lifecycle-{os.getpid()}", config) as manager:
-        for i in range(256):
-            manager.admit(str(i), np.arange(BLOCK, dtype=np.int32) + i)
-        step = {str(i): 1 for i in range(256)}
-        times = []
-        for _ in range(200):
-            begun = time.perf_counter_ns()
-            manager.allocate(step)
-            times.append(time.perf_counter_ns() - begun)
-        print(f"one block each to 256 requests in one call: {statistics.median(times) / 1e3:.0f} µs")
+            ours, bare = measure([through(manager), through(Bare(pool))], work)
+        name = f"{blocks:,} blocks, {hit:.0%} hits, pool of {pool:,}"
+        made.append(f.figure_of(name, "µs per request, p50", [ours], "bare tree", [bare], **goals))
+    return made, []
 
 
 if __name__ == "__main__":
-    main()
+    f.alone("life cycle beside a bare tree", figures)

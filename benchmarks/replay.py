@@ -1,6 +1,7 @@
 """Events per second of a replay, and the time to any state of a long recording.
 
-``python -m benchmarks.replay [TRACE]``: replays recordings of the trace (default: the sample), one tier and two.
+``python -m benchmarks.replay [--quick] [TRACE]``: replays recordings of the trace (default: Mooncake's conversations
+where they are at hand, else the sample), one tier and two, and jumps around in a recording of 200,000 events.
 ``python -m benchmarks.replay --seek [EVENTS]``: records so many events of a cache of 65,536 blocks (default: 10
 million; 7 GB of disk, ten minutes), opens the recording, and jumps around in it.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import figures as f
 from ipc import KvlogReader, KvlogWriter, LogReader
 from kvledger import CacheConfig, CacheManager, sample, traces
 from kvledger.recording import Recording
@@ -27,27 +29,30 @@ from statemachine.events import HostPolicy
 from statemachine.replay import replay
 
 _BLOCKS, _BLOCK = 65_536, 16
+_CONVERSATION = Path(__file__).resolve().parents[2] / "shared" / "traces" / "conversation_trace.jsonl"
 
 
-def rate(trace: traces.Trace, policy: HostPolicy) -> None:
+def rate(trace: traces.Trace, policy: HostPolicy, times: int = 5) -> tuple[list[float], list[float], int]:
+    """Events per second applied, records per second only read, and events."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.kvlog"
-        options = RunOptions(device_blocks=5000, host_blocks=25000, host_policy=policy, data=False, record=path)
-        Run(trace, options).execute()
-        reader = KvlogReader(path)
-        begun = time.perf_counter()
-        while reader.poll():
-            pass
-        floor = time.perf_counter() - begun
-        rates = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            replayed = replay(KvlogReader(path))
-            rates.append(replayed.events / (time.perf_counter() - begun))
-        print(
-            f"host tier {policy.name.lower():10} {replayed.events:,} events: {statistics.median(rates):,.0f} events/s, "
-            f"{replayed.events / floor:,.0f} records/s read without applying them"
+        with_host = policy != HostPolicy.OFF
+        options = RunOptions(
+            device_blocks=5000, host_blocks=25000 * with_host, host_policy=policy, data=False, record=path
         )
+        Run(trace, options).execute()
+        applied, read = [], []
+        for _ in range(times):
+            reader = KvlogReader(path)
+            begun = time.perf_counter()
+            while reader.poll():
+                pass
+            floor = time.perf_counter() - begun
+            begun = time.perf_counter()
+            events = replay(KvlogReader(path)).events
+            applied.append(events / (time.perf_counter() - begun))
+            read.append(events / floor)
+        return applied, read, events
 
 
 def record(path: Path, events: int) -> None:
@@ -101,13 +106,63 @@ def seek(events: int) -> None:
         recording.close()
 
 
+def seeks(events: int) -> tuple[list[float], float]:
+    """ms to each of 30 states of a recording of so many events, and ms of replaying it from its beginning."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "long.kvlog"
+        record(path, events)
+        with Recording(path) as recording:
+            rng = random.Random(0)
+            times = []
+            for _ in range(30):
+                target = rng.randint(recording.last // 10, recording.last)
+                begun = time.perf_counter()
+                recording.at(target)
+                times.append((time.perf_counter() - begun) * 1e3)
+        begun = time.perf_counter()
+        replay(KvlogReader(path))
+        return times, (time.perf_counter() - begun) * 1e3
+
+
+def figures(quick: bool, trace: traces.Trace | None = None) -> tuple[list[f.Figure], list[str]]:
+    """Replay rates beside reading alone, seeks beside a replay."""
+    trace = trace or conversation(quick)
+    made = []
+    for policy in (HostPolicy.OFF, HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH):
+        applied, read, events = rate(trace, policy, 1 if quick else 5)
+        tiers = "one tier" if policy == HostPolicy.OFF else f"host tier {policy.name.lower().replace('_', '-')}"
+        made.append(
+            f.Figure(
+                name=f"replay, {tiers}",
+                unit="events/s",
+                ours=statistics.median(applied),
+                against="reading alone",
+                theirs=statistics.median(read),
+                ratios=f.faster(read, applied),
+                at_least=150_000,
+                details={"events": events},
+            )
+        )
+    events = 2_000 if quick else 200_000
+    times, whole = seeks(events)
+    name = f"any state of {events:,} events, p50"
+    made.append(f.figure_of(name, "ms", [statistics.median(times)], "replaying all", [whole], at_most=200.0))
+    return made, []
+
+
+def conversation(quick: bool = False) -> traces.Trace:
+    """The Mooncake conversation trace where it is at hand, else the generated sample."""
+    return (
+        traces.load(_CONVERSATION) if _CONVERSATION.exists() and not quick else sample.generate(100 if quick else 3000)
+    )
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--seek"]:
         seek(int(sys.argv[2]) if len(sys.argv) > 2 else 10_000_000)
         return
-    trace = traces.load(Path(sys.argv[1])) if len(sys.argv) > 1 else sample.generate(3000)
-    for policy in (HostPolicy.OFF, HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH):
-        rate(trace, policy)
+    paths = [Path(argument) for argument in sys.argv[1:] if argument != "--quick"]
+    f.show("replay", *figures("--quick" in sys.argv, traces.load(paths[0]) if paths else None))
 
 
 if __name__ == "__main__":

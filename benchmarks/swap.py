@@ -1,55 +1,71 @@
 """Bytes per second of the transfer worker's copy, beside one memcpy of the same bytes.
 
-``python -m benchmarks.swap``
+``python -m benchmarks.swap [--quick]``: by block size, layers and how scattered the block ids are.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from array import array
 from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks import figures as f
 from ipc.names import remove_objects
 from statemachine.events import Direction
 from workers import PoolLayout
 from workers.numpy_pools import copy_blocks
 from workers.pools import create_pools
 
-
-def best(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(7):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return min(times)
+_SHAPES = ((4096, 8), (65_536, 8), (262_144, 8), (65_536, 1), (65_536, 32))
+"""Bytes per block and layer, layers."""
 
 
-def main() -> None:
-    print(f"{'block bytes':>11} {'layers':>6} {'ids':>10} {'memcpy GB/s':>11} {'swap out':>9} {'swap in':>8}")
+def spent(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def figures(quick: bool) -> tuple[list[f.Figure], list[str]]:
+    """Both directions, by block size, layers and order of the ids, in GB/s; memcpy and copy take turns."""
+    made = []
     ledger = f"swap-{os.getpid()}"
-    for block_bytes, layers in ((4096, 8), (65536, 8), (262144, 8)):
-        blocks = (192 << 20) // (block_bytes * layers)
+    for block_bytes, layers in _SHAPES[:1] if quick else _SHAPES:
+        blocks = ((8 if quick else 192) << 20) // (block_bytes * layers)
         (pools,) = create_pools(ledger, PoolLayout(1, layers, block_bytes, blocks, blocks))
         pools.device[:], pools.host[:] = 1, 2
         count = blocks // 2
         size = count * block_bytes * layers
         source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
-        floor = size / best(lambda: np.copyto(target, source)) / 1e9
-        rng = np.random.default_rng(0)
-        orders = {"scattered": rng.permutation(blocks)[:count], "in order": np.arange(count)}
+        orders = {
+            "scattered": np.random.default_rng(0).permutation(blocks)[:count],
+            "runs of 8": np.random.default_rng(0).permutation(blocks // 8).repeat(8)[:count] * 8 + np.arange(count) % 8,
+            "in order": np.arange(count),
+        }
         for name, order in orders.items():
             ids, others = array("i", order.tolist()), array("i", range(count))
-            rates = [
-                size / best(lambda: copy_blocks(pools, direction, ids, others)) / 1e9 / floor
-                for direction in (Direction.SWAP_OUT, Direction.SWAP_IN)
-            ]
-            print(f"{block_bytes:11,} {layers:6} {name:>10} {floor:11.1f} {rates[0]:9.0%} {rates[1]:8.0%}")
+            for direction in (Direction.SWAP_OUT, Direction.SWAP_IN):
+                ours, floor = [], []
+                for _ in range(2 if quick else 7):
+                    floor.append(size / spent(lambda: np.copyto(target, source)) / 1e9)
+                    ours.append(size / spent(lambda: copy_blocks(pools, direction, ids, others)) / 1e9)
+                made.append(
+                    f.Figure(
+                        name=f"{direction.name.lower().replace('_', ' ')}, {block_bytes:,} B, {layers} layers, {name}",
+                        unit="GB/s",
+                        ours=statistics.median(ours),
+                        against="memcpy",
+                        theirs=statistics.median(floor),
+                        ratios=f.faster(floor, ours),
+                    )
+                )
         remove_objects(ledger)
+    return made, []
 
 
 if __name__ == "__main__":
-    main()
+    f.alone("swap", figures)

@@ -1,0 +1,107 @@
+"""What concerns the interpreter: garbage collections, comparing bytes, import time.
+
+``python -m benchmarks.interpreter [--quick]``: the longest collection while a cache of a million blocks fills, beside
+vLLM's and SGLang's, and that of a whole collection afterwards; matching a cached prompt of 128 k tokens beside
+``memcmp`` of the same bytes; ``import kvledger`` beside ``import numpy``, which it contains.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from benchmarks import figures as f
+from benchmarks.field import Field, Pauses
+from benchmarks.growth import Lives
+from benchmarks.peers import BEST, Entry, make
+from kvledger import CacheConfig, CacheManager
+
+_BLOCK, _RUN = 16, 32
+_TOKENS = 131_072
+
+
+def collections(entry: Entry, blocks: int) -> tuple[float, float]:
+    """In the contestant's process: ms of the longest collection while the cache fills, and of a whole one after."""
+    contestant = make(entry, _BLOCK, blocks, longest=1024, requests=4)
+    lives = Lives(contestant, _RUN)
+    with Pauses() as pauses:
+        for _ in range(blocks // _RUN + 1000):
+            lives.one()
+        longest = pauses.longest_ms
+        begun = time.perf_counter()
+        gc.collect()
+        whole = (time.perf_counter() - begun) * 1e3
+    contestant.close()
+    return longest, whole
+
+
+def matching(runs: int, times: int) -> tuple[list[float], list[float]]:
+    """µs of finding a cached prompt of 128 k tokens that lies in so many runs, and of ``memcmp``, in turns."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 128_000, _TOKENS, np.int32)
+    ours, floor = [], []
+    config = CacheConfig(block_size=_BLOCK, device_blocks=_TOKENS // _BLOCK + 1000)
+    with CacheManager.create(f"matching-{os.getpid()}", config) as manager:
+        for part in range(1, runs + 1):  # each ends elsewhere, so that the next one cuts the path there
+            key = f"part {part}"
+            end = _TOKENS * part // runs // _BLOCK * _BLOCK
+            branch = np.concatenate([tokens[:end], rng.integers(0, 128_000, _BLOCK, np.int32)])
+            manager.admit(key, branch)
+            manager.cache(key)
+            manager.release(key)
+        stored, copy = tokens.tobytes(), tokens.copy()
+        for _ in range(times):
+            prompt = copy.copy()
+            other = prompt.tobytes()
+            begun = time.perf_counter_ns()
+            assert other == stored
+            between = time.perf_counter_ns()
+            found, _ = manager.peek(prompt)
+            ours.append((time.perf_counter_ns() - between) / 1e3)
+            floor.append((between - begun) / 1e3)
+            assert found == _TOKENS // _BLOCK
+    return ours, floor
+
+
+def importing(module: str) -> float:
+    """ms of an import in a fresh interpreter."""
+    code = f"import time; t = time.perf_counter(); import {module}; print((time.perf_counter() - t) * 1e3)"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def figures(quick: bool) -> tuple[list[f.Figure], list[str]]:
+    """Collections, matching, import."""
+    made = []
+    blocks = 2_000 if quick else 1_000_000
+    with Field(BEST) as field:
+        found = field.turn(collections, blocks)
+        skipped = field.skipped
+    longest, whole = found.pop("kvledger")
+    least = 1e-3  # no collection at all: a microsecond
+    for peer, (theirs, theirs_whole) in found.items():
+        name = f"longest collection while {blocks:,} blocks fill"
+        made.append(f.figure_of(name, "ms", [max(longest, least)], peer, [max(theirs, least)], at_most=1.0))
+        name = f"a whole collection with {blocks:,} blocks"
+        made.append(f.figure_of(name, "ms", [max(whole, least)], peer, [max(theirs_whole, least)]))
+    if not found:
+        name = f"longest collection while {blocks:,} blocks fill"
+        made.append(f.figure_of(name, "ms", [max(longest, least)], "a whole one", [max(whole, least)], at_most=1.0))
+    for runs in (1, 32):
+        ours, floor = matching(runs, 20 if quick else 300)
+        medians = [statistics.median(ours)], "memcmp", [statistics.median(floor)]
+        name = f"matching 128 k tokens in {runs} run{'s' * (runs > 1)}"
+        made.append(f.figure_of(name, "µs", *medians, least_ratio=0.5))
+    pairs = [(importing("kvledger"), importing("numpy")) for _ in range(2 if quick else 9)]
+    ours, floor = [own for own, _ in pairs], [other for _, other in pairs]
+    made.append(f.figure_of("import kvledger", "ms", ours, "import numpy", floor, at_most=150.0))
+    return made, skipped
+
+
+if __name__ == "__main__":
+    f.alone("interpreter", figures)
