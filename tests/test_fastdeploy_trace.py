@@ -5,6 +5,7 @@ Every byte of every block table is verified after each step.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Sequence
@@ -39,10 +40,10 @@ def served(it: Any, requests: Sequence[TraceRequest], budget: int, most: int, ki
 @pytest.mark.parametrize("policy", ["write_back", "write_through", "write_through_selective"])
 def test_the_sample(policy: str) -> None:
     requests = [entry for entry in sample.generate(100, seed=5).requests if not entry.namespace]
-    with manager(320, 400, 2, block_size=16, write_policy=policy) as it:
-        done = served(it, requests, budget=640, most=8, kill_at=40)
+    with manager(210, 400, 2, block_size=16, write_policy=policy) as it:
+        done = served(it, requests, budget=640, most=16, kill_at=40)
         stats = it.manager.stats()
-        assert done.engine.verified_bytes > 5 * 10**6 and done.hits > 1000 and done.host_hits > 100
+        assert done.engine.verified_bytes > 3 * 10**6 and done.hits > 1000 and done.host_hits > 100
         assert stats["swapped_in_blocks"] > 0 and done.preempted > 0
 
 
@@ -54,13 +55,18 @@ def test_the_conversation_trace() -> None:
         assert done.hits > 500 and done.host_hits > 200 and done.engine.verified_bytes > 10**7
 
 
-def test_the_command_serves_the_sample_in_small_pools(capsys: pytest.CaptureFixture[str]) -> None:
-    done, other = serving.main(
-        ["--gpu-blocks", "600", "--cpu-blocks", "900", "--running", "8", "--layers", "2", "--block-bytes", "64"]
-    )
-    assert done.served == other.requests > 300 and not other.bypassed
-    assert done.hits > 1000 and done.host_hits > 1000 and done.engine.verified_bytes > other.verified_bytes > 10**7
-    assert abs(done.hits + done.host_hits - other.device_hit_blocks - other.host_hit_blocks) < 0.02 * done.blocks
+def test_the_command_hits_as_kvledger_run_does(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    # no answers in it, whose blocks the two would cache at different times
+    path = tmp_path / "trace.jsonl"
+    with open(path, "w") as file:
+        for number, entry in enumerate(sample.generate(150, seed=3).requests):
+            file.write(json.dumps({"timestamp": number, "tokens": entry.tokens.tolist()}) + "\n")
+    sizes = ["--gpu-blocks", "300", "--cpu-blocks", "500", "--running", "4", "--layers", "2", "--block-bytes", "64"]
+    done, other = serving.main([str(path), *sizes])
+    assert done.served == other.requests == 150 and done.blocks == other.blocks
+    assert (done.hits, done.host_hits) == (other.device_hit_blocks, other.host_hit_blocks)
+    assert done.hits > 1000 and done.host_hits > 300 and other.stats["host_evicted_blocks"] > 300
+    assert done.engine.verified_bytes > other.verified_bytes > 10**6
     assert f"{done.hits:,}" in capsys.readouterr().out
 
 
@@ -72,5 +78,7 @@ def test_a_wrong_byte_is_seen_and_its_request_named() -> None:
         scheduler.step()
         wrong = scheduler.running[0].task.block_tables[3]
         it.manager.pools[1].tensor(1, "kv").view(np.uint8)[wrong, 5] ^= 1
-        with pytest.raises(WrongBytes, match=f"request {requests[0].number}: block {wrong}, position 3 .*rank 1, layer 1"):
+        with pytest.raises(
+            WrongBytes, match=f"request {requests[0].number}: block {wrong}, position 3 .*rank 1, layer 1"
+        ):
             scheduler.step()
