@@ -261,7 +261,7 @@ def metrics_page() -> str:
     values: dict[str, tuple[str, ...]] = {}
     for metric in METRICS:
         for label, of in metric.labels.items():
-            values.setdefault(f"`{label}` of `{metric.name}`" if label == "reason" else f"`{label}`", of)
+            values.setdefault(f"`{label}` of `{metric.name}`" if label in ("reason", "outcome") else f"`{label}`", of)
     lines += [
         f"- {label}: {', '.join(f'`{value}`' for value in of) or 'numbers of the ranks, from 0'}"
         for label, of in values.items()
