@@ -33,6 +33,13 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "workers.pushes": ("Address",),
         "workers.progress": ("LayerProgress",),
     },
+    "Instead of FastDeploy's manager": {
+        "kvledger.fastdeploy": ("PrefixCacheManager", "CacheStatus", "BlockNode", "CacheMetrics", "IPCSignal"),
+        "kvledger.fastdeploy.transfer_queue": ("EngineCacheQueue", "OrderedByTheLedger"),
+        "kvledger.fastdeploy.split": ("SplitInstance",),
+        "kvledger.fastdeploy.pool": ("DevicePool",),
+        "kvledger.fastdeploy.collector": ("GaugesCollector",),
+    },
     "Content": {"statemachine.content": ("words_of",)},
     "Metrics, spans, notices": {
         "kvledger.metrics.collectors": ("ManagerCollector",),
