@@ -15,6 +15,7 @@ import typer
 import yaml
 
 from kvledger.cli import app
+from kvledger.fastdeploy import SIGNALS
 from kvledger.metrics.table import BY_NAME
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,12 @@ def test_the_steps_of_integrating_run_in_order() -> None:
     space: dict[str, object] = {}
     for number, step in enumerate(steps, 1):
         exec(compile(step, f"integrating.md, snippet {number}", "exec"), space)
+
+
+def test_the_table_of_signals_is_that_of_the_code() -> None:
+    page = (ROOT / "docs" / "integrating.md").read_text().partition("### Signals")[2]
+    rows = [tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [(f"`{name}`", *signal) for name, signal in SIGNALS.items()]
 
 
 def test_the_reference_is_up_to_date() -> None:

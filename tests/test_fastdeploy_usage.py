@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +12,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from kvledger import ConfigError, OutOfBlocks
-from kvledger.fastdeploy import EngineCacheQueue, PrefixCacheManager
+from kvledger.fastdeploy import SIGNALS, EngineCacheQueue, IPCSignal, PrefixCacheManager
 from kvledger.fastdeploy.collector import GaugesCollector
 from kvledger.fastdeploy.metrics import GAUGES, MainProcessMetrics
-from tests.fastdeploy_engine import config, finish, manager, request, serve
+from tests.fastdeploy_engine import config, finish, manager, port, request, serve
 
 
 @pytest.mark.parametrize(
@@ -114,3 +116,29 @@ def test_the_gauges_of_an_engine_are_set() -> None:
     with PrefixCacheManager(config(8), gauges=theirs) as it:
         serve(it, "a", list(range(4)))
     assert set(theirs.seen) == set(GAUGES) and theirs.seen["free_gpu_block_num"][-1] == 6
+
+
+def test_every_signal_is_what_python_s_own_shared_memory_sees() -> None:
+    suffix = port()
+    for name in SIGNALS:
+        signal = IPCSignal(name, np.array([7, -2], np.int32), np.int32, suffix)
+        other = IPCSignal(name=name, array=np.zeros(2, np.int32), dtype=np.int32, suffix=suffix, create=False)
+        theirs = SharedMemory(f"{name}.{suffix}")
+        assert theirs.size == 8 and bytes(theirs.buf) == np.array([7, -2], np.int32).tobytes()
+        theirs.buf[:4] = (11).to_bytes(4, "little")
+        assert signal.value.tolist() == other.value.tolist() == [11, -2]
+        theirs.close()
+        theirs.unlink()  # which also takes it from the resource tracker of this process
+
+
+def test_a_launch_makes_the_signals_that_are_missing_with_their_shapes() -> None:
+    suffix, ranks = port(), 2
+    kept = IPCSignal("prefix_tree_status", np.zeros(1, np.int32), np.int32, suffix)  # the engine's own
+    with manager(8, 4, ranks, launch=False) as it:
+        it.launch_cache_manager(it.cache_config, ranks, [0, 1], "127.0.0.1", suffix, "", True)
+        made = {path.name.removesuffix(f".{suffix}"): path.stat() for path in Path("/dev/shm").glob(f"*.{suffix}")}
+        words = {name: 4 * (ranks if SIGNALS[name].shape == "tp" else 1) for name in list(SIGNALS)[:4]}
+        assert {name: stat.st_size for name, stat in made.items()} == words
+        assert all(stat.st_mode & 0o777 == 0o600 for stat in made.values())
+    assert [path.name for path in Path("/dev/shm").glob(f"*.{suffix}")] == [f"prefix_tree_status.{suffix}"]
+    kept.clear()
