@@ -33,6 +33,13 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "workers.pushes": ("Address",),
         "workers.progress": ("LayerProgress",),
     },
+    "Instead of FastDeploy's manager": {
+        "kvledger.fastdeploy": ("PrefixCacheManager", "CacheStatus", "BlockNode", "CacheMetrics", "IPCSignal"),
+        "kvledger.fastdeploy.transfer_queue": ("EngineCacheQueue", "OrderedByTheLedger"),
+        "kvledger.fastdeploy.split": ("SplitInstance",),
+        "kvledger.fastdeploy.pool": ("DevicePool",),
+        "kvledger.fastdeploy.collector": ("GaugesCollector",),
+    },
     "Content": {"statemachine.content": ("words_of",)},
     "Metrics, spans, notices": {
         "kvledger.metrics.collectors": ("ManagerCollector",),
@@ -261,7 +268,7 @@ def metrics_page() -> str:
     values: dict[str, tuple[str, ...]] = {}
     for metric in METRICS:
         for label, of in metric.labels.items():
-            values.setdefault(f"`{label}` of `{metric.name}`" if label == "reason" else f"`{label}`", of)
+            values.setdefault(f"`{label}` of `{metric.name}`" if label in ("reason", "outcome") else f"`{label}`", of)
     lines += [
         f"- {label}: {', '.join(f'`{value}`' for value in of) or 'numbers of the ranks, from 0'}"
         for label, of in values.items()

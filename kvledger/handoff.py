@@ -119,7 +119,7 @@ class PeerLog:
         """Why nothing will come any more."""
         self._next_look = 0.0
         try:
-            self._reader = _from_the_oldest(pushes.log_name(ledger))
+            self._reader = read_from_the_oldest(pushes.log_name(ledger), "decode")
         except LedgerError as error:
             raise HandoffError(f"no sender runs on ledger {ledger!r}: {error}") from error
         if self._reader.schema_hash != pushes.SCHEMA_HASH:
@@ -153,10 +153,15 @@ class PeerLog:
         self._reader.close()
 
 
-def _from_the_oldest(log: str) -> LogReader:
+def read_from_the_oldest(log: str, name: str) -> LogReader:
+    """A reader of a log of pushes, from the oldest record that is still there.
+
+    Raises:
+        ipc.LedgerNotFound
+    """
     oldest = 1
     while True:
         try:
-            return LogReader(log, from_sequence=oldest, name="decode")
+            return LogReader(log, from_sequence=oldest, name=name)
         except Overrun as overrun:
             oldest = overrun.available

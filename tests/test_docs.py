@@ -15,6 +15,7 @@ import typer
 import yaml
 
 from kvledger.cli import app
+from kvledger.fastdeploy import SIGNALS
 from kvledger.metrics.table import BY_NAME
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,12 @@ def test_the_steps_of_integrating_run_in_order() -> None:
     space: dict[str, object] = {}
     for number, step in enumerate(steps, 1):
         exec(compile(step, f"integrating.md, snippet {number}", "exec"), space)
+
+
+def test_the_table_of_signals_is_that_of_the_code() -> None:
+    page = (ROOT / "docs" / "integrating.md").read_text().partition("### Signals")[2]
+    rows = [tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [(f"`{name}`", *signal) for name, signal in SIGNALS.items()]
 
 
 def test_the_reference_is_up_to_date() -> None:
@@ -124,6 +131,23 @@ def test_alerts_fire_when_they_should() -> None:
     for arguments in (["check", "rules", "docs/grafana/alerts.yml"], ["test", "rules", "tests/alerts_test.yml"]):
         done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's package prometheus")
+def test_the_queries_of_the_dashboard_are_promql(tmp_path: Path) -> None:
+    """Each as a rule of its own, after Grafana has put its variables in."""
+    dashboard = json.loads((ROOT / "docs" / "grafana" / "kvledger.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    assert len(queries) > 40
+    put_in = [query.replace("$__rate_interval", "5m").replace("$ledger", "engine-1") for query in queries]
+    assert not any("$" in query for query in put_in)
+    rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(put_in)]
+    path = tmp_path / "queries.yml"
+    for broken in ("", "sum by (tier) rate(x[5m])"):
+        more = [{"record": "broken", "expr": broken}] if broken else []
+        path.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules + more}]}))
+        done = subprocess.run(["promtool", "check", "rules", path], capture_output=True, text=True, timeout=120)
+        assert (done.returncode != 0) == bool(broken), done.stdout + done.stderr
 
 
 def test_the_runbook_names_metrics_and_commands_that_exist() -> None:

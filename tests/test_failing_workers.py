@@ -121,7 +121,13 @@ def test_who_waits_for_a_failed_copy_is_told(name: str, monkeypatch: pytest.Monk
             manager.poll()
         admission = manager.admit("waits", prompt(0))
         assert not admission.ready and admission.host_blocks
-        progress = [entry for entry in manager.wait("waits") if entry.key == "waits"]
+        copies = [*manager.state.transfers]
+        assert not manager.match("shares it", prompt(0)).ready and [*manager.state.transfers] == copies
+        told = {entry.key: entry for entry in manager.wait("waits")}
+        assert told["shares it"].shortened and told["shares it"].cached_blocks == admission.device_blocks
+        assert manager.ready("shares it")
+        manager.release("shares it")
+        progress = [told["waits"]]
         assert progress[-1].shortened and progress[-1].cached_blocks == admission.device_blocks
         assert len(manager.block_table("waits")) == progress[-1].cached_blocks + 1
         manager.allocate({"waits": admission.host_blocks})

@@ -8,6 +8,7 @@ from kvledger.cli.explain import explain_command
 from kvledger.cli.export import export
 from kvledger.cli.log import log
 from kvledger.cli.metrics import metrics
+from kvledger.cli.pushes import pushes
 from kvledger.cli.record import record
 from kvledger.cli.redact import redact
 from kvledger.cli.replay import diff, replay, shrink_command
@@ -40,6 +41,7 @@ app.command()(record)
 app.command()(redact)
 app.command()(metrics)
 app.command()(spans)
+app.command()(pushes)
 for command in (log, show, check, bisect, diff, replay, what_if, export, top, view):
     app.command(rich_help_panel="Debugger")(command)
 app.command("explain", rich_help_panel="Debugger")(explain_command)

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
+GAUGES = {
+    "max_gpu_block_num": "Blocks of the device pool",
+    "max_cpu_block_num": "Blocks of the host pool",
+    "available_gpu_block_num": "Blocks of the device pool that the manager may hand out",
+    "free_gpu_block_num": "Free blocks of the device pool",
+    "available_gpu_resource": "Share of the device pool that is free",
+    "hit_req_rate": "Share of the requests that found something cached",
+    "hit_token_rate": "Share of their tokens that was cached",
+    "cpu_hit_token_rate": "Share of their tokens that was cached on the host",
+    "gpu_hit_token_rate": "Share of their tokens that was cached on the device",
+}
+"""By name: what each means. The rates count since the last reset of :class:`CacheMetrics`."""
+
 
 class Gauge:
     """A number that goes up and down; the engine's exporter reads ``value``."""
@@ -22,19 +37,23 @@ class Gauge:
         self.value -= amount
 
 
+class Gauges(Protocol):
+    """Has the attributes of :data:`GAUGES`, each with ``set(value)``; FastDeploy's ``main_process_metrics`` does."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
 class MainProcessMetrics:
-    """The gauges that the prefix cache manager sets, by FastDeploy's names."""
+    """The gauges that the prefix cache manager sets, by FastDeploy's names: a :class:`Gauge` for each of them."""
 
     def __init__(self) -> None:
-        self.max_gpu_block_num = Gauge()
-        self.max_cpu_block_num = Gauge()
-        self.available_gpu_block_num = Gauge()
-        self.free_gpu_block_num = Gauge()
-        self.available_gpu_resource = Gauge()
-        self.hit_req_rate = Gauge()
-        self.hit_token_rate = Gauge()
-        self.cpu_hit_token_rate = Gauge()
-        self.gpu_hit_token_rate = Gauge()
+        self._gauges = {name: Gauge() for name in GAUGES}
+
+    def __getattr__(self, name: str) -> Gauge:
+        try:
+            return self.__dict__["_gauges"][name]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 main_process_metrics = MainProcessMetrics()
@@ -68,7 +87,7 @@ class CacheMetrics:
         self.matched_token_num = self.total_cpu_matched_token_num + self.total_gpu_matched_token_num
         self.total_token_num += tokens
 
-    def update_history_hit_metrics(self, gauges: MainProcessMetrics) -> None:
+    def update_history_hit_metrics(self, gauges: Gauges) -> None:
         """Set the rates."""
         total = max(self.total_token_num, 1)
         self.hit_req_ratio = self.hit_req_count / max(self.req_count, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
+import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -14,10 +15,10 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 import numpy as np
 
 from kvledger import waiting
-from kvledger.config import CacheConfig
+from kvledger.config import CacheConfig, ConfigError
 from kvledger.fastdeploy.cache_data import BlockNode, CacheStatus
 from kvledger.fastdeploy.launch import Launched, envs
-from kvledger.fastdeploy.metrics import CacheMetrics, main_process_metrics
+from kvledger.fastdeploy.metrics import CacheMetrics, Gauges, main_process_metrics
 from kvledger.fastdeploy.raw_blocks import RawBlocks
 from kvledger.fastdeploy.views import FreeList, run_of
 from kvledger.manager import CacheManager
@@ -29,6 +30,13 @@ R = TypeVar("R")
 S = TypeVar("S", bound="DevicePool")
 
 _numbers = itertools.count()
+_ROLES = ("mixed", "prefill", "decode")
+_WRITE_POLICIES = {
+    "write_back": (HostPolicy.EXCLUSIVE, 1),
+    "write_through": (HostPolicy.WRITE_THROUGH, 1),
+    "write_through_selective": (HostPolicy.WRITE_THROUGH, 2),
+}
+"""By FastDeploy's name: the policy of the host tier, and at which use a block is backed up."""
 
 Match = tuple[list[int], list[int], list[int], BlockNode, int, int]
 """``(gpu block ids, cpu block ids, ids of the nodes to swap in, last node, gpu tokens, cpu tokens)``."""
@@ -88,9 +96,13 @@ class DevicePool:
         local_data_parallel_id: int = 0,
         *,
         attention_backend: Callable[..., Any] | None = None,
+        gauges: Gauges = main_process_metrics,
     ) -> None:
+        if splitwise_role not in _ROLES:
+            raise ConfigError(f"splitwise_role must be one of {', '.join(_ROLES)}, not {splitwise_role!r:.80}")
         self.config = config
         self.cache_config = config.cache_config
+        self._gauges = gauges
         self.speculative_config = getattr(config, "speculative_config", None)
         self.tensor_parallel_size = tensor_parallel_size
         self.splitwise_role = splitwise_role
@@ -99,7 +111,7 @@ class DevicePool:
         self.attention_backend = attention_backend
         self.metrics = CacheMetrics()
         self.num_gpu_blocks = self._wanted_gpu_blocks()
-        self.num_cpu_blocks = int(self.cache_config.num_cpu_blocks)
+        self.num_cpu_blocks = _blocks_of(self.cache_config, "num_cpu_blocks")
         self.request_release_lock = threading.RLock()
         self.task_swapping_event: dict[str, threading.Event] = {}
         self.gpu_free_task_future: _Freeing | None = None
@@ -117,16 +129,18 @@ class DevicePool:
         atexit.register(self.close)
 
     def _wanted_gpu_blocks(self) -> int:
-        cache = self.cache_config
-        return int(cache.total_block_num if envs.ENABLE_V1_KVCACHE_SCHEDULER else cache.prefill_kvcache_block_num)
+        new = envs.ENABLE_V1_KVCACHE_SCHEDULER
+        return _blocks_of(self.cache_config, "total_block_num" if new else "prefill_kvcache_block_num")
 
     def _ledger_config(self, **more: Any) -> CacheConfig:
         cache = self.cache_config
         policy, backup_after = HostPolicy.OFF, 1
         if self.num_cpu_blocks and getattr(cache, "enable_hierarchical_cache", True):
             written = getattr(cache, "write_policy", "write_back")
-            policy = HostPolicy.EXCLUSIVE if written == "write_back" else HostPolicy.WRITE_THROUGH
-            backup_after = 2 if written == "write_through_selective" else 1
+            if written not in _WRITE_POLICIES:
+                known = ", ".join(_WRITE_POLICIES)
+                raise ConfigError(f"cache_config.write_policy must be one of {known}, not {written!r:.80}")
+            policy, backup_after = _WRITE_POLICIES[written]
         return CacheConfig(
             block_size=getattr(cache, "block_size", 64),
             device_blocks=self.num_gpu_blocks,
@@ -168,7 +182,7 @@ class DevicePool:
         """Whether so many blocks could be allocated now, with what can be evicted; nothing is evicted yet."""
         if not try_free_gpu_blocks:
             return num_blocks <= len(self.gpu_free_block_list)
-        return self._manager.can_allocate(num_blocks)
+        return self._manager.can_allocate(operator.index(num_blocks))
 
     @own
     def allocate_gpu_blocks(self, num_blocks: int) -> list[int]:
@@ -177,7 +191,7 @@ class DevicePool:
         Raises:
             OutOfBlocks
         """
-        blocks = self._raw.allocate(num_blocks)
+        blocks = self._raw.allocate(operator.index(num_blocks))
         self._set_gauges()
         return blocks
 
@@ -219,7 +233,7 @@ class DevicePool:
             self.gpu_free_task_future.result()
             self.gpu_free_task_future = None
         before = set(self._manager.state.transfers)
-        self._manager.make_room(need_block_num)
+        self._manager.make_room(operator.index(need_block_num))
         started = set(self._manager.state.transfers) - before
         if started:
             self.gpu_free_task_future = _Freeing(self, started)
@@ -228,7 +242,7 @@ class DevicePool:
     @own
     def free_cpu_block_ids(self, need_block_num: int) -> int:
         """Drop so many unused blocks from the host; returns how many went."""
-        return self._manager.evict(Tier.HOST, need_block_num)
+        return self._manager.evict(Tier.HOST, operator.index(need_block_num))
 
     @own
     def free_nodes_directly(self, node: BlockNode) -> None:
@@ -336,14 +350,23 @@ class DevicePool:
         self.close()
 
     def _set_gauges(self) -> None:
-        gauges = main_process_metrics
+        gauges = self._gauges
         free = len(self.gpu_free_block_list)
         gauges.free_gpu_block_num.set(free)
         gauges.available_gpu_resource.set(free / self.num_gpu_blocks)
 
     def _set_all_gauges(self) -> None:
-        gauges = main_process_metrics
+        gauges = self._gauges
         gauges.max_gpu_block_num.set(self.num_gpu_blocks)
         gauges.max_cpu_block_num.set(self.num_cpu_blocks)
         gauges.available_gpu_block_num.set(self.num_gpu_blocks)
         self._set_gauges()
+
+
+def _blocks_of(cache_config: Any, name: str) -> int:
+    """A number of blocks that the configuration gives."""
+    value = getattr(cache_config, name, None)
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"cache_config.{name} must be a whole number, not {value!r:.80}") from None

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from kvledger import waiting
 from kvledger.fastdeploy.cache_data import BlockNode
 from kvledger.fastdeploy.matching import item_around, items_of, tokens_of
-from kvledger.fastdeploy.metrics import main_process_metrics
 from kvledger.fastdeploy.pool import Live, Match, own
 from kvledger.fastdeploy.signals import PrefixTreeStatus
 from kvledger.fastdeploy.split import SplitInstance
@@ -45,6 +44,9 @@ class PrefixCacheManager(SplitInstance):
             ``disable_chunked_mm_input``, and of kvledger's own ``kv_tensors`` and ``kv_backend`` (``docs/pools.md``).
         tensor_parallel_size, splitwise_role, local_data_parallel_id: as in the original.
         attention_backend: class with ``get_kv_cache_shape``, see :meth:`_get_kv_cache_shape`.
+        gauges: where the gauges are set; default: :data:`main_process_metrics`, which
+            :class:`kvledger.fastdeploy.collector.GaugesCollector` shows to Prometheus. An engine that exports
+            FastDeploy's own ``main_process_metrics`` passes that.
 
     Raises:
         kvledger.ConfigError: naming the setting.
@@ -70,10 +72,7 @@ class PrefixCacheManager(SplitInstance):
     def _match(
         self, req_id: str, tokens: npt.NDArray[np.int32], items: list[Item], block_size: int, blocks: int | None = None
     ) -> Match:
-        if block_size != self._block_size:
-            raise InvalidCommand(
-                f"a block has {self._block_size} tokens, not {block_size}: set cache_config.block_size"
-            )
+        self._expect_block_size(block_size)
         live = self._live.get(req_id)
         if live is not None:
             return live.match
@@ -87,6 +86,12 @@ class PrefixCacheManager(SplitInstance):
         match = self._described(self._request(req_id), admission)
         self._live[req_id] = Live(match, full, 0)
         return match
+
+    def _expect_block_size(self, block_size: int) -> None:
+        if block_size != self._block_size:
+            raise InvalidCommand(
+                f"a block has {self._block_size} tokens, not {block_size}: set cache_config.block_size"
+            )
 
     def _described(self, request: Request, admission: Admission) -> Match:
         leaf = leaf_view(self._manager.state, request.leaf)
@@ -118,7 +123,6 @@ class PrefixCacheManager(SplitInstance):
         """
         self._restart(task.request_id)
         tokens = tokens_of(task)
-        self.metrics.req_count += 1
         match = self._match(task.request_id, tokens, items_of(task), block_size)
         common = self._settled(task.request_id)
         task.cached_block_num = len(common)
@@ -175,10 +179,11 @@ class PrefixCacheManager(SplitInstance):
         """Tokens found on the device and on the host, also counted in the metrics."""
         gpu = min(match[4], common * self._block_size)
         cpu = min(match[5], common * self._block_size - gpu)
+        self.metrics.req_count += 1
         if common:
             self.metrics.hit_req_count += 1
         self.metrics.calculate_hit_metrics(req_id, cpu, gpu, tokens)
-        self.metrics.update_history_hit_metrics(main_process_metrics)
+        self.metrics.update_history_hit_metrics(self._gauges)
         if self.metrics.req_count % _RESET_METRICS_EVERY == 0:
             self.metrics.reset_metrics()
         return gpu, cpu
@@ -207,6 +212,7 @@ class PrefixCacheManager(SplitInstance):
 
         ``last_node`` and ``num_cached_tokens`` are known to the ledger.
         """
+        self._expect_block_size(block_size)
         blocks = num_computed_tokens // block_size
         known = self._live_request(request.request_id).tokens // block_size
         tokens = tokens_of(request) if blocks > known else None
@@ -225,6 +231,7 @@ class PrefixCacheManager(SplitInstance):
         reverved_dec_block_num: int,
     ) -> BlockNode:
         """Give a matched request ``gpu_block_ids`` and cache its full blocks; returns the last node."""
+        self._expect_block_size(block_size)
         tokens = tokens_of(_Prompt(input_ids))
         table = self._request(req_id).table.tolist()
         table += [block for block in gpu_block_ids if block in self._raw]

@@ -68,7 +68,7 @@ SIGNALS: dict[str, Signal] = {
     "need_block_num_signal": Signal("max_num_seqs", "local_data_parallel_id", "blocks that the model asks for"),
     "launched_cache_manager_signal": Signal("1", "engine_worker_queue_port", "1 once the cache manager was launched"),
     "loaded_model_signal": Signal("1", "engine_worker_queue_port", "1 once the model is loaded"),
-    "get_profile_block_num": Signal("1", "engine_worker_queue_port", "blocks that profiling found room for"),
+    "get_profile_block_num": Signal("1 or workers", "engine_worker_queue_port", "blocks that profiling found room for"),
     "splitwise_complete_prefilled_step": Signal("1", "gpu id", "step whose layers are being computed, mod 100003"),
     "splitwise_complete_prefilled_layer": Signal("1", "gpu id", "last layer that is computed"),
     "worker_ready_signal": Signal("workers", "engine_worker_queue_port", "1 where a model worker is ready"),

@@ -43,7 +43,8 @@ class EngineCacheQueue:
 
     Args:
         address: name of the ledger (:attr:`PrefixCacheManager.ledger`), where the original has a host and a port.
-        authkey, is_server, num_client, client_id, local_data_parallel_id: as in the original; not needed here.
+        authkey, is_server, num_client, client_id, local_data_parallel_size, local_data_parallel_id: as in the
+            original; not needed here.
 
     Raises:
         ipc.LedgerNotFound
@@ -55,7 +56,8 @@ class EngineCacheQueue:
         authkey: bytes = b"cache_queue_service",
         is_server: bool = False,
         num_client: int = 1,
-        client_id: int = 0,
+        client_id: int = -1,
+        local_data_parallel_size: int = 1,
         local_data_parallel_id: int = 0,
     ) -> None:
         self.address = address

@@ -96,7 +96,7 @@ class Derivation:
         self.histograms = {
             (metric.name, labels): Histogram(metric.buckets)
             for metric in METRICS
-            if metric.kind == Kind.HISTOGRAM
+            if metric.kind == Kind.HISTOGRAM and not metric.pushes
             for labels in label_sets(metric, 0)
         }
         self.go_on(state, sequence)
@@ -312,7 +312,7 @@ class Derivation:
         if state is None:
             return
         for metric in METRICS:
-            if metric.kind == Kind.COUNTER and (metric.name != _SWAP_BYTES or self._block_bytes):
+            if metric.kind == Kind.COUNTER and not metric.pushes and (metric.name != _SWAP_BYTES or self._block_bytes):
                 for labels in label_sets(metric, state.opened.ranks):
                     yield Sample(metric.name, labels, self.totals[metric.name, labels])
         for tier in Tier:

@@ -17,6 +17,7 @@ from ipc import Control, LogCorrupt, Overrun
 from ipc.names import SHM, segment_name, segments_of
 from kvledger.metrics.collectors import Histograms
 from kvledger.metrics.derivation import Derivation, Sample
+from kvledger.metrics.pushes import PushMetrics
 from statemachine.codec import CodecError
 from statemachine.errors import InvariantViolation
 from workers import auditor
@@ -51,6 +52,7 @@ class Exporter:
         self.derivation = Derivation(self.follower.state, self.follower.sequence)
         self.contradiction = 0
         """The first event that contradicts the state before it; 0: none has."""
+        self._pushes = PushMetrics(ledger)
         self._behind_s = 0.0
         self._picture = self._take()
 
@@ -104,8 +106,12 @@ class Exporter:
 
     def _take(self) -> Picture:
         now = time.time_ns()
-        samples = [*self.derivation.samples(now), *self._surroundings()]
-        return Picture(now, self._behind_s, samples, copy.deepcopy(self.derivation.histograms))
+        self._pushes.look()
+        samples = [*self.derivation.samples(now), *self._surroundings(), *self._pushes.samples()]
+        histograms = copy.deepcopy(self.derivation.histograms)
+        if self._pushes.known:
+            histograms["kvledger_push_seconds", ()] = copy.deepcopy(self._pushes.histogram)
+        return Picture(now, self._behind_s, samples, histograms)
 
     def _surroundings(self) -> Iterator[Sample]:
         """What does not stand in the log."""
@@ -132,6 +138,7 @@ class Exporter:
 
     def close(self) -> None:
         """Stop following."""
+        self._pushes.close()
         self._control.close()
         self.follower.close()
 

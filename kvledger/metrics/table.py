@@ -32,6 +32,8 @@ class Metric(NamedTuple):
     buckets: tuple[float, ...] = ()
     engine: bool = False
     """Whether the collector in the engine's process has it too."""
+    pushes: bool = False
+    """Whether it follows from the log of pushes, and not from the ledger's own."""
 
 
 def label_sets(metric: Metric, ranks: int) -> list[tuple[str, ...]]:
@@ -48,6 +50,7 @@ def value_of(member: Tier | Direction | Outcome | EvictReason | ReleaseReason) -
 TIERS = tuple(map(value_of, Tier))
 DIRECTIONS = tuple(map(value_of, Direction))
 OUTCOMES = tuple(map(value_of, Outcome))
+PUSH_OUTCOMES = tuple(map(value_of, (Outcome.DONE, Outcome.FAILED, Outcome.TIMED_OUT)))
 SWAPPED_OUT = "swapped_out"
 EVICT_REASONS = (*map(value_of, EvictReason), SWAPPED_OUT)
 RELEASE_REASONS = tuple(map(value_of, ReleaseReason))
@@ -163,6 +166,31 @@ METRICS: tuple[Metric, ...] = (
         _RANK,
     ),
     Metric("kvledger_lost_tiers_total", _C, "How often every copy on a tier was lost.", _TIER),
+    # Split prefill and decode: what a prefill instance pushes. Absent for a ledger that never had a sender.
+    Metric(
+        "kvledger_pushes_total",
+        _C,
+        "Requests that were pushed to a decode instance, by outcome. As all metrics of pushes: absent before there is "
+        "a sender.",
+        {"outcome": PUSH_OUTCOMES},
+        pushes=True,
+    ),
+    Metric(
+        "kvledger_push_bytes_total", _C, "Bytes of the pushes that were done, over all layers and ranks.", pushes=True
+    ),
+    Metric(
+        "kvledger_push_seconds",
+        _H,
+        "From the order of a push to its end, for those that were done. It includes the computation of the layers that "
+        "were not written yet.",
+        buckets=_SHORT,
+        pushes=True,
+    ),
+    Metric("kvledger_pushes_in_flight", _G, "Pushes that have not ended.", pushes=True),
+    Metric("kvledger_messagers", _G, "Ranks whose messager runs; there should be one per rank.", pushes=True),
+    Metric(
+        "kvledger_messager_lag_records", _G, "Records of the log of pushes a messager has not read.", _RANK, pushes=True
+    ),
     # The log and who reads it
     Metric("kvledger_events_total", _C, "Events in the log, by kind.", {"event": EVENTS}),
     Metric("kvledger_epoch", _G, "Number of the engine process that writes the ledger; grows with each restart."),

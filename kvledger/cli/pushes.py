@@ -1,0 +1,43 @@
+"""``kvledger pushes``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvledger.cli.debugging import Json, one_line_errors
+
+
+def pushes(
+    name: Annotated[str, typer.Argument(help="Ledger of a prefill instance on this machine")],
+    most: Annotated[int, typer.Option("--most", min=1, help="So many pushes, the newest")] = 50,
+    as_json: Json = False,
+) -> None:
+    """List what a prefill instance pushes to decode instances, and how it ended."""
+    from rich.table import Table
+
+    from kvledger.debugger.places import clock
+    from kvledger.debugger.pushes import pushes as pushes_of
+
+    with one_line_errors():
+        found = pushes_of(name)
+    shown = found[-most:]
+    if as_json:
+        for push in shown:
+            print(json.dumps(push._asdict(), ensure_ascii=False))
+        return
+    if not found:
+        print("nothing has been pushed")
+        return
+    if len(shown) < len(found):
+        print(f"… {len(found) - len(shown)} older ones")
+    table = Table("push", "ordered", "request", "to", "blocks", "step", "ms", "outcome")
+    for push in shown:
+        taken = f"{push.seconds * 1e3:.1f}" if push.seconds is not None else ""
+        outcome = f"{push.outcome}: {push.reason}" if push.reason else push.outcome or "under way"
+        numbers = str(push.blocks), str(push.step or ""), taken
+        table.add_row(str(push.push), clock(push.started_ns), push.request, push.to, *numbers, outcome)
+    Console(highlight=False, markup=False).print(table)
