@@ -59,6 +59,18 @@ class Place(NamedTuple):
     crc: int
 
 
+class _Chunk(NamedTuple):
+    """A chunk of a file whose own bytes are intact."""
+
+    kind: int
+    sequence: int
+    chain: int
+    """The CRC chain before it."""
+    raw: bytes
+    end: int
+    """Where the next one begins."""
+
+
 class KvlogWriter:
     """Writes records to a new file, mode 0600 (they contain users' prompts).
 
@@ -191,6 +203,8 @@ class KvlogReader:
         """The state before the first record, in a file that does not begin with the first event of its ledger."""
         self.cursor = max(from_sequence, self.base_sequence)
         """Sequence of the next record."""
+        self.unpacked = 0
+        """Bytes of all the chunks that were read so far, as they were before they were compressed."""
         if self.base_sequence > 1:
             chunk = self._read_chunk()
             if chunk is None or chunk[0] != _SNAPSHOT:
@@ -203,6 +217,21 @@ class KvlogReader:
         self.place = place
         self.cursor = place.sequence
         self.damage = None
+
+    def unpack(self, start: int, stop: int) -> bytes:
+        """What the chunks between two offsets hold, unpacked, as one piece. :attr:`place` stays where it is.
+
+        Raises:
+            LogCorrupt: a chunk is damaged, or none begins there.
+        """
+        parts = []
+        while start < stop:
+            chunk = self._chunk_at(start)
+            if chunk is None:
+                raise LogCorrupt(str(self.path), start, "damaged since it was read the last time")
+            start, raw = chunk.end, chunk.raw
+            parts.append(raw)
+        return b"".join(parts)
 
     def poll(self, limit: int = 1 << 20) -> list[Record]:
         """The next records, about ``limit`` at most (whole chunks, of 256 KiB or so); none at the end."""
@@ -225,16 +254,24 @@ class KvlogReader:
     def _read_chunk(self) -> tuple[int, bytes] | None:
         """Kind and content of the chunk at :attr:`place`, which then names the next one; ``None``: damaged."""
         offset, sequence, chain = self.place
+        chunk = self._chunk_at(offset)
+        if chunk is None or (chunk.sequence, chunk.chain) != (sequence, chain):
+            return None
+        self.place = Place(chunk.end, sequence, chain)
+        self.unpacked += len(chunk.raw)
+        return chunk.kind, chunk.raw
+
+    def _chunk_at(self, offset: int) -> _Chunk | None:
+        """The chunk that begins there; ``None``: it is damaged."""
         body = offset + _CHUNK_BYTES
-        if body > len(self._buffer):
+        if offset < 0 or body > len(self._buffer):
             return None
         header = bytes(self._buffer[offset : body - 4])
-        kind, raw_bytes, stored_bytes, seed, first, crc = _CHUNK.unpack(header)
+        kind, raw_bytes, stored_bytes, chain, sequence, crc = _CHUNK.unpack(header)
         stored = self._buffer[body : body + stored_bytes]
         if (
             crc32c(header) != int.from_bytes(self._buffer[body - 4 : body], "little")
             or len(stored) != stored_bytes
-            or (first, seed) != (sequence, chain)
             or raw_bytes > max(_LARGE_BYTES, _LARGEST_RATIO * stored_bytes)
             or crc32c(stored) != crc
         ):
@@ -242,11 +279,9 @@ class KvlogReader:
         try:
             if zstandard.frame_content_size(stored) != raw_bytes:
                 return None
-            raw = self._unpacker.decompress(stored)
+            return _Chunk(kind, sequence, chain, self._unpacker.decompress(stored), body + stored_bytes)
         except zstandard.ZstdError:
             return None
-        self.place = Place(body + stored_bytes, sequence, chain)
-        return kind, raw
 
     def _end_here(self, offset: int) -> None:
         reason = f"cut off or damaged here; everything up to record {self.place.sequence - 1} was read"
