@@ -192,17 +192,19 @@ def stretches(read: Callable[[str], bytes], count: int, kind: Kind, id: int) -> 
     for number in range((count + _VOLUME - 1) // _VOLUME):
         packed = read(_name(kind, number))
         try:
-            with np.load(io.BytesIO(zstandard.ZstdDecompressor().decompress(packed)), allow_pickle=False) as arrays:
-                ids = arrays["ids"]
-                if id < 0:
-                    within = _NONE
-                elif ids.ndim == 2:
-                    within = np.flatnonzero(ids[:, id >> 3] >> (id & 7) & 1) if id >> 3 < ids.shape[1] else _NONE
-                else:
-                    within = np.unique(np.searchsorted(arrays["ends"], np.flatnonzero(ids == id), side="right"))
-        except (zstandard.ZstdError, KeyError, OSError) as error:
+            file = io.BytesIO(zstandard.ZstdDecompressor().decompress(packed))
+            ids, ends = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
+        except (zstandard.ZstdError, EOFError, OSError) as error:
             raise ValueError(f"not a table of mentions: {error}") from error
+        if id < 0:
+            within = _NONE
+        elif ids.ndim == 2:
+            within = np.flatnonzero(ids[:, id >> 3] >> (id & 7) & 1) if id >> 3 < ids.shape[1] else _NONE
+        else:
+            within = np.unique(np.searchsorted(ends, np.flatnonzero(ids == id), side="right"))
         found += (number * _VOLUME + within).tolist()
+    if found and found[-1] >= count:
+        raise ValueError("not a table of mentions: it names stretches that do not exist")
     return found
 
 
@@ -222,15 +224,16 @@ def _rows(parts: list[npt.NDArray[np.uint8]]) -> bytes:
     rows = np.zeros((len(parts), max(len(bits) for bits in parts)), np.uint8)
     for row, bits in zip(rows, parts):
         row[: len(bits)] = bits
-    return _packed(ids=rows)
+    return _packed(rows, _NONE)
 
 
 def _lists(parts: list[npt.NDArray[Any]]) -> bytes:
     """The lists one behind the other, and where each ends."""
-    return _packed(ids=np.concatenate(parts), ends=np.cumsum([len(part) for part in parts], dtype=np.int64))
+    return _packed(np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64))
 
 
-def _packed(**arrays: npt.NDArray[Any]) -> bytes:
+def _packed(*arrays: npt.NDArray[Any]) -> bytes:
     file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **arrays)
+    for values in arrays:
+        np.save(file, values, allow_pickle=False)
     return zstandard.ZstdCompressor(level=1).compress(file.getvalue())

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,8 @@ from statemachine.replay import Contradiction, Replay
 from statemachine.state import State
 from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
 
+_REMEMBERED = 64
+
 
 class Recording:
     """States of a recording, by event sequence.
@@ -48,6 +51,8 @@ class Recording:
         self.path = path
         self._reader = KvlogReader(path)
         self._archive: zipfile.ZipFile | None = None
+        self._asked: OrderedDict[tuple[Kind, int], list[int]] = OrderedDict()
+        """What was asked lately: the stretches that mention it."""
         try:
             self._upcast = self._upcaster()
             self.digests_comparable = digests_comparable(self._reader.schema_hash)
@@ -161,15 +166,24 @@ class Recording:
         Raises:
             ipc.LogCorrupt: the index is damaged.
         """
-        assert self._archive is not None
-        try:
-            numbers = stretches(self._archive.read, len(self._sequences), kind, id)
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
+        numbers = self._stretches(kind, id)
         if self.contradiction and len(self._sequences) - 1 not in numbers:
-            numbers.append(len(self._sequences) - 1)
+            numbers = [*numbers, len(self._sequences) - 1]
         ends = [*(sequence - 1 for sequence in self._sequences[1:]), self.last]
         return [(self._sequences[number], ends[number]) for number in numbers]
+
+    def _stretches(self, kind: Kind, id: int) -> list[int]:
+        asked = self._asked
+        if (kind, id) not in asked:
+            assert self._archive is not None
+            try:
+                asked[kind, id] = stretches(self._archive.read, len(self._sequences), kind, id)
+            except (KeyError, ValueError, zipfile.BadZipFile) as error:
+                why = f"{error}: remove this file, it is made anew"
+                raise LogCorrupt(str(self._archive.filename), 0, why) from error
+            if len(asked) > _REMEMBERED:
+                asked.popitem(last=False)
+        return asked[kind, id]
 
     def base(self) -> State | None:
         """The state that the first event meets; ``None`` where it is the first of its ledger."""

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 from kvledger.brought import hash_number
 from kvledger.debugger.filters import request_numbers
-from kvledger.debugger.hashes import Content, find_hash, last_brought
+from kvledger.debugger.hashes import Content, find_hash
 from kvledger.debugger.owners import Owner, content, describe, owners_of, short, tokens
 from kvledger.debugger.source import Entry, Source, SourceError
 from kvledger.debugger.wording import DIRECTIONS, Wording, block_name, count, listed
-from kvledger.mentioned import Kind
 from statemachine.apply import apply, genesis
 from statemachine.events import (
     AllocationRefused,
@@ -151,7 +150,7 @@ def explain_hash(
     Raises:
         SourceError
     """
-    wanted = find_hash(source, text, at, progress)
+    wanted, brought = find_hash(source, text, at, progress)
     state = source.at(at)
     now = [f"it is position {wanted.position} of its path, tokens {tokens(wanted.own_words)}"]
     blocks = wanted.blocks(state)
@@ -159,7 +158,7 @@ def explain_hash(
         now += describe(state, tier, block)
     if not blocks:
         now.append("it is cached nowhere")
-    story = _HashStory(source, wanted, at, state)
+    story = _HashStory(source, wanted, at, state, brought)
     del state
     return _backwards(source, f"content {wanted.hash.hex()}", now, story, at, most)
 
@@ -172,13 +171,6 @@ class _Story:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._asked: dict[tuple[Kind, int], list[tuple[int, int]]] = {}
-
-    def mentioned(self, kind: Kind, id: int) -> list[tuple[int, int]]:
-        """See :meth:`Source.spans`, which is asked once."""
-        if (kind, id) not in self._asked:
-            self._asked[kind, id] = self.source.spans(kind, id)
-        return self._asked[kind, id]
 
     def spans(self) -> list[tuple[int, int]]:
         """The stretches that may hold facts, ascending; asked again before each, from the newest on backwards."""
@@ -249,7 +241,7 @@ class _BlockStory(_Story):
         """Whether the present event names the block, and whether it may move it."""
 
     def spans(self) -> list[tuple[int, int]]:
-        return self.mentioned("device" if self.tier == Tier.DEVICE else "host", self.block)
+        return self.source.spans("device" if self.tier == Tier.DEVICE else "host", self.block)
 
     def begin(self, state: State | None) -> None:
         self.transfers = set()
@@ -377,7 +369,7 @@ class _RequestStory(_Story):
         self.waits: set[int] = set()
 
     def spans(self) -> list[tuple[int, int]]:
-        return self.mentioned("request", self.number)
+        return self.source.spans("request", self.number)
 
     def begin(self, state: State | None) -> None:
         self.words = Wording.after(state) if state is not None else Wording()
@@ -417,7 +409,7 @@ class _TransferStory(_Story):
         self.waiters: list[str] = []
 
     def spans(self) -> list[tuple[int, int]]:
-        return self.mentioned("transfer", self.number)
+        return self.source.spans("transfer", self.number)
 
     def begin(self, state: State | None) -> None:
         self.words = Wording.after(state) if state is not None else Wording()
@@ -443,7 +435,7 @@ class _TransferStory(_Story):
 
 
 class _HashStory(_Story):
-    def __init__(self, source: Source, wanted: Content, at: int, state: State) -> None:
+    def __init__(self, source: Source, wanted: Content, at: int, state: State, brought: int | None) -> None:
         super().__init__(source)
         self.wanted = wanted
         self.words = Wording()
@@ -459,22 +451,19 @@ class _HashStory(_Story):
         self.fresh = False
         """Nobody has it there: if it is mentioned in this stretch, somebody brings it here."""
         self.begin(state)
-        self.gone: tuple[int, int] | None = None
+        self.gone = None if brought is None else self._gone(brought)
         """The stretch in which it was lost, if it is nowhere."""
-        if not self.there:
-            last = last_brought(source, wanted.hash.hex(), at)
-            self.gone = None if last is None else self._gone(last.sequence)
 
     def spans(self) -> list[tuple[int, int]]:
         """It is brought where its hash is mentioned, and moves where its blocks or its run are."""
-        found = set(self.mentioned("hash", hash_number(self.wanted.hash.hex())))
+        found = set(self.source.spans("hash", hash_number(self.wanted.hash.hex())))
         if self.waiting:
             starts = self.source.starts()
             found.update(zip(starts, [*(start - 1 for start in starts[1:]), self.source.last]))
         if self.run:
-            found.update(self.mentioned("node", self.run))
+            found.update(self.source.spans("node", self.run))
         for tier, block in self.there.items():
-            found.update(self.mentioned("device" if tier == Tier.DEVICE else "host", block))
+            found.update(self.source.spans("device" if tier == Tier.DEVICE else "host", block))
         if self.gone is not None:
             found = {span for span in found if span <= self.gone} | {self.gone}
         return sorted(found)

@@ -91,6 +91,15 @@ class Content(NamedTuple):
                 yield entry
 
 
+class Found(NamedTuple):
+    """What a hash stands for."""
+
+    content: Content
+    brought: int | None = None
+    """Of what is cached no more, or not yet: the last event that brought it. What the first state of a log that begins
+    in the middle holds counts as brought by the event before."""
+
+
 def hash_of(state: State, node: Node, offset: int) -> bytes:
     """The block hash of a cached block: SHA-256, chained, 128 bits."""
     words = path_words(node, offset + 1, state.block_bytes)
@@ -99,7 +108,7 @@ def hash_of(state: State, node: Node, offset: int) -> bytes:
 
 def find_hash(
     source: Source, text: str, at: int, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Content:
+) -> Found:
     """What a hash stands for: among what is cached after event ``at``, else in what requests brought before it.
 
     Args:
@@ -112,49 +121,34 @@ def find_hash(
     digits = text.lower().removeprefix("0x")
     if not LEAST_DIGITS <= len(digits) <= 2 * HASH_BYTES or any(digit not in "0123456789abcdef" for digit in digits):
         raise SourceError(f"{text!r} is no block hash: {LEAST_DIGITS} to {2 * HASH_BYTES} hexadecimal digits")
-    found = _held(source.at(at), digits)
+    state = source.at(at)
+    content = _cached(state, digits)
+    if content is not None and content.blocks(state):  # else it may be in a cleared tree that somebody still holds
+        return Found(content)
+    found = _brought_last(source, digits, at, progress)
     if found is None:
-        brought = last_brought(source, digits, at, progress)
-        if brought is None:
-            raise SourceError(f"no block up to event {at} of {source.name} has a hash that begins with {digits}")
-        found = brought.content
+        raise SourceError(f"no block up to event {at} of {source.name} has a hash that begins with {digits}")
     return found
 
 
-class Brought(NamedTuple):
-    """A content, and the last event that brought it into the log."""
-
-    content: Content
-    sequence: int
-
-
-def last_brought(
-    source: Source, digits: str, at: int, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Brought | None:
-    """Who brought the content with that hash last, up to event ``at``; see :mod:`kvledger.brought`.
-
-    What the first state of a log that begins in the middle holds counts as brought by the event before.
-    """
+def _brought_last(source: Source, digits: str, at: int, progress: Callable[[int, int], None]) -> Found | None:
+    """Searches backwards through the stretches that may bring it, see :mod:`kvledger.brought`."""
     for start, stop in reversed(source.spans("hash", hash_number(digits))):
-        found: Brought | None = None
         if start > at:
             continue
+        found: Found | None = None
         before = source.before(start) if start == source.first_state else None
         if before is not None:
-            content = _held(before, digits)
-            found = Brought(content, start - 1) if content is not None else None
+            content = _cached(before, digits) or _in_requests(before, digits)
+            found = Found(content, start - 1) if content is not None else None
         for entry, state in source.replay(start, min(stop, at)):
             content = _brought(state, entry.event, digits)
             if content is not None:
-                found = Brought(content, entry.sequence)
+                found = Found(content, entry.sequence)
         if found is not None:
             return found
         progress(at - start + 1, at)
     return None
-
-
-def _held(state: State, digits: str) -> Content | None:
-    return _cached(state, digits) or _in_requests(state, digits)
 
 
 def _cached(state: State, digits: str) -> Content | None:
