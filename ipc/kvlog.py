@@ -13,7 +13,6 @@ file that does not begin with the first event of its ledger opens with a chunk t
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
 import struct
@@ -57,6 +56,18 @@ class Place(NamedTuple):
     offset: int
     sequence: int
     crc: int
+
+
+class _Chunk(NamedTuple):
+    """A chunk of a file whose own bytes are intact."""
+
+    kind: int
+    sequence: int
+    chain: int
+    """The CRC chain before it."""
+    raw: bytes
+    end: int
+    """Where the next one begins."""
 
 
 class KvlogWriter:
@@ -145,15 +156,6 @@ class KvlogWriter:
         self.close()
 
 
-def _open_file(path: str, flags: int) -> int:
-    """A pipe or a device is refused instead of waited for."""
-    handle = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise ValueError("not a file")
-    return handle
-
-
 class KvlogReader:
     """Reads a ``.kvlog`` file. A damaged or cut file is read up to its last whole transaction; see :attr:`damage`.
 
@@ -167,21 +169,25 @@ class KvlogReader:
         self.damage: LogCorrupt | None = None
         """Why reading ended early, once it has."""
         try:
-            with open(path, "rb", opener=_open_file) as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe is not waited for
+        except OSError as error:
             raise LedgerError(f"cannot read {path}: {error}") from error
-        self._buffer = memoryview(self._map)
+        status = os.fstat(self._file)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise LedgerError(f"cannot read {path}: not a file")
+        self._size = status.st_size
         self._unpacker = zstandard.ZstdDecompressor()
-        header = bytes(self._buffer[: _HEADER.size])
-        crc = int.from_bytes(self._buffer[_HEADER.size : _HEADER.size + 4], "little")
-        if len(self._buffer) < _HEADER_BYTES or header[:8] != _MAGIC or crc32c(header) != crc:
+        head = self._read(0, _HEADER_BYTES)
+        header = head[: _HEADER.size]
+        crc = int.from_bytes(head[_HEADER.size : _HEADER.size + 4], "little")
+        if len(head) < _HEADER_BYTES or header[:8] != _MAGIC or crc32c(header) != crc:
             self.close()
             raise LogCorrupt(str(path), 0, "not a .kvlog file of this version, or its header is damaged")
         self.schema_hash: int
         self.base_sequence: int
         _, _, _, self.schema_hash, self.base_sequence = _HEADER.unpack(header)
-        program = bytes(self._buffer[_HEADER.size + 4 : _HEADER_BYTES])
+        program = head[_HEADER.size + 4 :]
         intact = crc32c(program[:-4]) == int.from_bytes(program[-4:], "little")
         self.program = program[:-4].rstrip(b"\0").decode(errors="replace") if intact else ""
         """Version of kvledger that wrote the file; empty if it does not say."""
@@ -191,6 +197,8 @@ class KvlogReader:
         """The state before the first record, in a file that does not begin with the first event of its ledger."""
         self.cursor = max(from_sequence, self.base_sequence)
         """Sequence of the next record."""
+        self.unpacked = 0
+        """Bytes of all the chunks that were read so far, as they were before they were compressed."""
         if self.base_sequence > 1:
             chunk = self._read_chunk()
             if chunk is None or chunk[0] != _SNAPSHOT:
@@ -204,10 +212,25 @@ class KvlogReader:
         self.cursor = place.sequence
         self.damage = None
 
+    def unpack(self, start: int, stop: int) -> bytes:
+        """What the chunks between two offsets hold, unpacked, as one piece. :attr:`place` stays where it is.
+
+        Raises:
+            LogCorrupt: a chunk is damaged, or none begins there.
+        """
+        parts = []
+        while start < stop:
+            chunk = self._chunk_at(start)
+            if chunk is None:
+                raise LogCorrupt(str(self.path), start, "damaged since it was read the last time")
+            start, raw = chunk.end, chunk.raw
+            parts.append(raw)
+        return b"".join(parts)
+
     def poll(self, limit: int = 1 << 20) -> list[Record]:
         """The next records, about ``limit`` at most (whole chunks, of 256 KiB or so); none at the end."""
         found: list[Record] = []
-        while self.damage is None and self.place.offset < len(self._buffer) and len(found) < limit:
+        while self.damage is None and self.place.offset < self._size and len(found) < limit:
             at = self.place
             chunk = self._read_chunk()
             if chunk is None or chunk[0] != _RECORDS:
@@ -225,28 +248,41 @@ class KvlogReader:
     def _read_chunk(self) -> tuple[int, bytes] | None:
         """Kind and content of the chunk at :attr:`place`, which then names the next one; ``None``: damaged."""
         offset, sequence, chain = self.place
-        body = offset + _CHUNK_BYTES
-        if body > len(self._buffer):
+        chunk = self._chunk_at(offset)
+        if chunk is None or (chunk.sequence, chunk.chain) != (sequence, chain):
             return None
-        header = bytes(self._buffer[offset : body - 4])
-        kind, raw_bytes, stored_bytes, seed, first, crc = _CHUNK.unpack(header)
-        stored = self._buffer[body : body + stored_bytes]
-        if (
-            crc32c(header) != int.from_bytes(self._buffer[body - 4 : body], "little")
-            or len(stored) != stored_bytes
-            or (first, seed) != (sequence, chain)
-            or raw_bytes > max(_LARGE_BYTES, _LARGEST_RATIO * stored_bytes)
-            or crc32c(stored) != crc
-        ):
+        self.place = Place(chunk.end, sequence, chain)
+        self.unpacked += len(chunk.raw)
+        return chunk.kind, chunk.raw
+
+    def _chunk_at(self, offset: int) -> _Chunk | None:
+        """The chunk that begins there; ``None``: it is damaged."""
+        head = self._read(offset, _CHUNK_BYTES)
+        header = head[:-4]
+        if len(head) != _CHUNK_BYTES or crc32c(header) != int.from_bytes(head[-4:], "little"):
+            return None
+        kind, raw_bytes, stored_bytes, chain, sequence, crc = _CHUNK.unpack(header)
+        if raw_bytes > max(_LARGE_BYTES, _LARGEST_RATIO * stored_bytes):
+            return None
+        body = offset + _CHUNK_BYTES
+        stored = self._read(body, stored_bytes)
+        if len(stored) != stored_bytes or crc32c(stored) != crc:
             return None
         try:
             if zstandard.frame_content_size(stored) != raw_bytes:
                 return None
-            raw = self._unpacker.decompress(stored)
+            return _Chunk(kind, sequence, chain, self._unpacker.decompress(stored), body + stored_bytes)
         except zstandard.ZstdError:
             return None
-        self.place = Place(body + stored_bytes, sequence, chain)
-        return kind, raw
+
+    def _read(self, offset: int, count: int) -> bytes:
+        """Bytes of the file, fewer at its end. Not mapped: what was read would count as this process's memory."""
+        if not 0 <= offset < self._size:
+            return b""
+        try:
+            return os.pread(self._file, min(count, self._size - offset), offset)
+        except OSError as error:
+            raise LedgerError(f"cannot read {self.path}: {error}") from error
 
     def _end_here(self, offset: int) -> None:
         reason = f"cut off or damaged here; everything up to record {self.place.sequence - 1} was read"
@@ -254,5 +290,6 @@ class KvlogReader:
 
     def close(self) -> None:
         """Close the file."""
-        self._buffer.release()
-        self._map.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1

@@ -1,7 +1,7 @@
 """A recording (a ``.kvlog`` file) as the sequence of states it adds up to: any of them at once.
 
-The first opening replays the file and keeps a snapshot every 10,000 events in ``FILE.kvlog.index``, a zip archive of
-zstd-compressed snapshots, mode 0600 like the recording itself (it holds users' prompts too). Whatever does not fit the
+The first opening replays the file and keeps the state after every 5,000 events in ``FILE.kvlog.index``, a zip archive
+(:mod:`kvledger.indexing`), mode 0600 like the recording itself: it holds users' prompts too. Whatever does not fit the
 recording any more is built anew; a half-written index is never seen, it appears when it is complete.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -23,17 +24,16 @@ import zstandard
 
 from ipc import KvlogReader, LogCorrupt, Record
 from ipc.kvlog import Place
-from kvledger.mentioned import Kind, Mentioned
-from kvledger.timeline import ROW_EVENTS, Timeline
+from kvledger import indexing
+from kvledger.mentioned import Kind, stretches
+from kvledger.timeline import Timeline
 from statemachine import codec
-from statemachine.encoding import MAGIC, SnapshotError, restore, snapshot
+from statemachine.encoding import MAGIC, SnapshotError, restore
 from statemachine.replay import Contradiction, Replay
 from statemachine.state import State
 from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
 
-SNAPSHOT_EVERY = 10_000
-_TABLE, _MENTIONED, _TIMELINE = "table.json", "mentioned", "timeline"
-_INDEX_VERSION = 6
+_REMEMBERED = 64
 
 
 class Recording:
@@ -51,6 +51,8 @@ class Recording:
         self.path = path
         self._reader = KvlogReader(path)
         self._archive: zipfile.ZipFile | None = None
+        self._asked: OrderedDict[tuple[Kind, int], list[int]] = OrderedDict()
+        """What was asked lately: the stretches that mention it."""
         try:
             self._upcast = self._upcaster()
             self.digests_comparable = digests_comparable(self._reader.schema_hash)
@@ -90,7 +92,8 @@ class Recording:
                 os.fchmod(handle, 0o600)  # whatever the umask is
                 with os.fdopen(handle, "w+b") as file:
                     try:
-                        self._build(file, identity, progress)
+                        size = self.path.stat().st_size
+                        indexing.build(self._reader, self._upcast, identity, file, lambda done: progress(done, size))
                     except BaseException:
                         with contextlib.suppress(FileNotFoundError):
                             os.unlink(name)
@@ -108,6 +111,7 @@ class Recording:
         self.contradiction: str = table["contradiction"]
         """What is wrong with event ``last_state + 1``; empty if every event has a state."""
         self._places = [Place(*place) for place in table["places"]]
+        self._contexts: list[int] = table["contexts"]
         self._sequences = [place.sequence for place in self._places]
 
     def _identity(self) -> str:
@@ -116,7 +120,7 @@ class Recording:
             ends = file.read(4096)
             file.seek(max(size - 4096, 0))
             ends += file.read()
-        return f"{_INDEX_VERSION}-{codec.SCHEMA_HASH:x}-{MAGIC.decode()}-{size}-{xxhash.xxh3_128_hexdigest(ends)}"
+        return f"{indexing.VERSION}-{codec.SCHEMA_HASH:x}-{MAGIC.decode()}-{size}-{xxhash.xxh3_128_hexdigest(ends)}"
 
     def _load(self, index: Path, identity: str) -> dict[str, Any] | None:
         try:
@@ -124,58 +128,12 @@ class Recording:
         except (OSError, zipfile.BadZipFile):
             return None
         with contextlib.suppress(KeyError, ValueError, TypeError, zipfile.BadZipFile):
-            table = json.loads(archive.read(_TABLE))
+            table = json.loads(archive.read(indexing.TABLE))
             if table["identity"] == identity:
                 self._archive = archive
                 return dict(table)
         archive.close()
         return None
-
-    def _build(self, file: Any, identity: str, progress: Callable[[int, int], None]) -> None:
-        reader = self._reader
-        size = self.path.stat().st_size
-        mentioned = Mentioned()
-        before = restore(reader.snapshot, expect_sound=False) if reader.snapshot else None
-        replay = Replay(before, compare=False, watch=mentioned.add)
-        places = [reader.place]
-        compressor = zstandard.ZstdCompressor(level=1)
-        indexed = 0
-        contradiction: Contradiction | None = None
-        timeline = Timeline()
-        with zipfile.ZipFile(file, "w") as archive:
-            while True:
-                place = reader.place
-                records = self._upcast(reader.poll(1))
-                if not records:
-                    break
-                if contradiction is not None:
-                    continue
-                if replay.events >= indexed + SNAPSHOT_EVERY:
-                    archive.writestr(str(place.sequence), compressor.compress(snapshot(replay.state)))
-                    places.append(place)
-                    mentioned.end_stretch()
-                    indexed = replay.events
-                    progress(place.offset, size)
-                try:
-                    for begin in range(0, len(records), ROW_EVENTS):
-                        _replay_row(replay, timeline, records[begin : begin + ROW_EVENTS])
-                except Contradiction as error:
-                    contradiction = error
-            last = reader.place.sequence - 1
-            damage = str(reader.damage or "")
-            table = {
-                "identity": identity,
-                "last": last,
-                "last_state": last if contradiction is None else contradiction.sequence - 1,
-                "contradiction": str(contradiction or ""),
-                "damage": damage,
-                "places": places,
-            }
-            mentioned.end_stretch()
-            for kind, packed in mentioned.pack().items():
-                archive.writestr(f"{_MENTIONED}.{kind}", packed)
-            archive.writestr(_TIMELINE, timeline.pack())
-            archive.writestr(_TABLE, json.dumps(table))
 
     def timeline(self) -> Timeline:
         """What the recording does over time, up to the last event that has a state.
@@ -185,7 +143,7 @@ class Recording:
         """
         assert self._archive is not None
         try:
-            return Timeline.unpack(self._archive.read(_TIMELINE), self.base())
+            return Timeline.unpack(self._archive.read(indexing.TIMELINE), self.base())
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
             raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
 
@@ -208,15 +166,24 @@ class Recording:
         Raises:
             ipc.LogCorrupt: the index is damaged.
         """
-        assert self._archive is not None
-        try:
-            numbers = Mentioned.stretches(self._archive.read(f"{_MENTIONED}.{kind}"), id)
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
+        numbers = self._stretches(kind, id)
         if self.contradiction and len(self._sequences) - 1 not in numbers:
-            numbers.append(len(self._sequences) - 1)
+            numbers = [*numbers, len(self._sequences) - 1]
         ends = [*(sequence - 1 for sequence in self._sequences[1:]), self.last]
         return [(self._sequences[number], ends[number]) for number in numbers]
+
+    def _stretches(self, kind: Kind, id: int) -> list[int]:
+        asked = self._asked
+        if (kind, id) not in asked:
+            assert self._archive is not None
+            try:
+                asked[kind, id] = stretches(self._archive.read, len(self._sequences), kind, id)
+            except (KeyError, ValueError, zipfile.BadZipFile) as error:
+                why = f"{error}: remove this file, it is made anew"
+                raise LogCorrupt(str(self._archive.filename), 0, why) from error
+            if len(asked) > _REMEMBERED:
+                asked.popitem(last=False)
+        return asked[kind, id]
 
     def base(self) -> State | None:
         """The state that the first event meets; ``None`` where it is the first of its ledger."""
@@ -236,11 +203,7 @@ class Recording:
         # What is kept under the number of an event is the state that it meets.
         number = bisect.bisect_right(self._sequences, sequence + 1) - 1
         place = self._places[number]
-        if number:
-            assert self._archive is not None
-            data = zstandard.ZstdDecompressor().decompress(self._archive.read(str(place.sequence)))
-        else:
-            data = self._reader.snapshot
+        data = self._kept(number) if number else self._reader.snapshot
         replay = Replay(restore(data, expect_sound=False) if data else None, compare=False)
         self._reader.go_to(place)
         left = sequence - place.sequence + 1
@@ -249,6 +212,15 @@ class Recording:
             replay.feed(records)
             left -= len(records)
         return replay.state
+
+    def _kept(self, number: int) -> bytes:
+        assert self._archive is not None
+        place = self._places[number]
+        try:
+            context = self._reader.unpack(self._contexts[number], place.offset)
+            return indexing.unpack(self._archive.read(str(place.sequence)), context)
+        except (KeyError, zstandard.ZstdError, zipfile.BadZipFile) as error:
+            raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
 
     def records(self, start: int) -> Iterator[list[Record]]:
         """The records from event ``start`` on, in whole transactions, a chunk at a time. Each call reads for itself."""
@@ -275,13 +247,3 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _replay_row(replay: Replay, timeline: Timeline, records: list[Record]) -> None:
-    """Replay a row's worth of records; those before a contradiction are a row of their own."""
-    before = replay.events
-    try:
-        replay.feed(records)
-    finally:
-        if done := records[: replay.events - before]:
-            timeline.add(done[-1].sequence, done[-1].time_ns, [record.kind for record in done], replay.state)

@@ -222,9 +222,9 @@ def test_bisect(chat: Path, rows: list[dict[str, Any]]) -> None:
 def test_bisect_by_halves_agrees_over_many_stretches(
     chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvledger import recording
+    from kvledger import indexing
 
-    monkeypatch.setattr(recording, "SNAPSHOT_EVERY", 50)
+    monkeypatch.setattr(indexing, "SNAPSHOT_EVERY", 50)
     path = tmp_path / "copy.kvlog"
     path.write_bytes(chat.read_bytes())
     with open_source(str(path)) as source:

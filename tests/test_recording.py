@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipc import KvlogReader, LedgerError
-from kvledger import recording, sample
+from kvledger import indexing, recording, sample
 from kvledger.recording import Recording
 from kvledger.run import Run, RunOptions
 from statemachine.encoding import state_digest
@@ -18,7 +18,7 @@ from statemachine.replay import Replay
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "SNAPSHOT_EVERY", 300)
+    monkeypatch.setattr(indexing, "SNAPSHOT_EVERY", 300)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def log(
             transfer=transfer,
             rank=rank,
         )
-        content = find_hash(source, hash, source.last_state, report) if hash is not None else None
+        content = find_hash(source, hash, source.last_state, report).content if hash is not None else None
         show = _Line(source, start, as_json)
         if follow:
             _follow(source, wanted, show, source.first if begin is None else start)

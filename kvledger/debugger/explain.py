@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from kvledger.brought import hash_number
 from kvledger.debugger.filters import request_numbers
 from kvledger.debugger.hashes import Content, find_hash
 from kvledger.debugger.owners import Owner, content, describe, owners_of, short, tokens
 from kvledger.debugger.source import Entry, Source, SourceError
 from kvledger.debugger.wording import DIRECTIONS, Wording, block_name, count, listed
-from kvledger.mentioned import Kind
 from statemachine.apply import apply, genesis
 from statemachine.events import (
     AllocationRefused,
@@ -41,6 +42,9 @@ MOST_FACTS = 30
 _GRANTS = 3
 _SWEEPING = (CacheCleared, PoolResized, TierLost)
 """They move blocks without naming them."""
+_STAYING = (RequestMatched, BlocksAllocated)
+"""They leave what is cached where it is."""
+_ENDING = (TransferFinished, QuarantineEnded, *_SWEEPING)
 
 
 class Fact(NamedTuple):
@@ -146,7 +150,7 @@ def explain_hash(
     Raises:
         SourceError
     """
-    wanted = find_hash(source, text, at, progress)
+    wanted, brought = find_hash(source, text, at, progress)
     state = source.at(at)
     now = [f"it is position {wanted.position} of its path, tokens {tokens(wanted.own_words)}"]
     blocks = wanted.blocks(state)
@@ -154,8 +158,9 @@ def explain_hash(
         now += describe(state, tier, block)
     if not blocks:
         now.append("it is cached nowhere")
+    story = _HashStory(source, wanted, at, state, brought)
     del state
-    return _backwards(source, f"content {wanted.hash.hex()}", now, _HashStory(source, wanted, blocks, at), at, most)
+    return _backwards(source, f"content {wanted.hash.hex()}", now, story, at, most)
 
 
 class _Story:
@@ -168,6 +173,7 @@ class _Story:
         self.source = source
 
     def spans(self) -> list[tuple[int, int]]:
+        """The stretches that may hold facts, ascending; asked again before each, from the newest on backwards."""
         raise NotImplementedError
 
     def begin(self, state: State | None) -> None:
@@ -184,15 +190,16 @@ class _Story:
 def _backwards(source: Source, subject: str, now: list[str], story: _Story, at: int, most: int) -> Explanation:
     """Tell stretch after stretch from the newest on, until the story is complete or long enough."""
     facts: list[Fact] = []
-    omitted = ""
-    spans = [span for span in story.spans() if span[0] <= at]
-    for number in range(len(spans) - 1, -1, -1):
-        first, last = spans[number]
-        facts = [*_tell(source, story, first, min(last, at)), *facts]
-        if len(facts) > most or (story.complete and number):
-            omitted = f"older facts are left out: explain it --at {facts[max(len(facts) - most, 0)].sequence - 1}"
+    start = at + 1
+    while spans := [span for span in story.spans() if span[0] < start]:
+        if len(facts) > most or story.complete:
             break
-    return Explanation(subject, at, now, facts[-most:], omitted)
+        start, last = spans[-1]
+        facts = [*_tell(source, story, start, min(last, at)), *facts]
+    told = facts[-most:]
+    left_out = len(facts) > most or (spans and told)
+    omitted = f"older facts are left out: explain it --at {told[0].sequence - 1}" if left_out else ""
+    return Explanation(subject, at, now, told, omitted)
 
 
 def _tell(source: Source, story: _Story, first: int, last: int) -> Iterator[Fact]:
@@ -230,6 +237,8 @@ class _BlockStory(_Story):
         self.grants = 0
         self.owners: list[Owner] = []
         self.holder = ""
+        self.named = self.involved = False
+        """Whether the present event names the block, and whether it may move it."""
 
     def spans(self) -> list[tuple[int, int]]:
         return self.source.spans("device" if self.tier == Tier.DEVICE else "host", self.block)
@@ -238,24 +247,29 @@ class _BlockStory(_Story):
         self.transfers = set()
         if state is not None:
             for transfer in state.transfers.values():
-                if self.block in transfer.sources or self.block in transfer.targets:
+                if self.block in (transfer.sources if self._is_source(transfer.direction) else transfer.targets):
                     self.transfers.add(transfer.id)
 
-    def _named(self, event: Event) -> bool:
-        found = mentions(event)
-        return self.block in (found.device if self.tier == Tier.DEVICE else found.host)
-
-    def _involved(self, event: Event) -> bool:
-        if isinstance(event, TransferFinished | QuarantineEnded):
-            return event.transfer in self.transfers
-        return self._named(event) or isinstance(event, _SWEEPING)
+    def _is_source(self, direction: int) -> bool:
+        """Whether a transfer that has the block copies it elsewhere, and not elsewhere to it."""
+        return (self.tier == Tier.HOST) == (direction == Direction.SWAP_IN)
 
     def before(self, state: State, event: Event) -> None:
-        self.owners = owners_of(state, self.tier, self.block) if self._involved(event) else []
+        found = mentions(event)
+        self.named = self.block in (found.device if self.tier == Tier.DEVICE else found.host)
+        self.involved = self.named or (type(event) in _ENDING and self._involved(event))
+        if self.involved:
+            self.owners = owners_of(state, self.tier, self.block)
         self.holder = ""
         if isinstance(event, RequestReleased | RequestExtended) and event.request in state.requests:
             request = state.requests[event.request]
             self.holder = request.key if self._holds(state, event.request) else ""
+
+    def _involved(self, event: Event) -> bool:
+        """Whether an event that names no block moves it."""
+        if isinstance(event, TransferFinished | QuarantineEnded):
+            return event.transfer in self.transfers
+        return True
 
     def _holds(self, state: State, request: int) -> bool:
         node = state.requests[request].leaf
@@ -268,15 +282,15 @@ class _BlockStory(_Story):
 
     def after(self, state: State, entry: Entry, purpose: Event) -> str:
         event = entry.event
-        if isinstance(event, TransferStarted) and self._named(event):
+        if isinstance(event, TransferStarted) and self.named:
             self.transfers.add(event.transfer)
         if isinstance(event, RequestMatched) and self._holds(state, event.request):
             return f"request {event.key!r} (number {event.request}) finds it in its prompt and holds it"
         if isinstance(event, RequestExtended) and not self.holder and self._holds(state, event.request):
             return f"request {state.requests[event.request].key!r} finds it between two chunks and holds it"
-        if isinstance(event, RequestReleased) and self.holder and not self._named(event):
+        if isinstance(event, RequestReleased) and self.holder and not self.named:
             return f"request {self.holder!r} ends and lets go of it"
-        if not self._involved(event):
+        if not self.involved:
             return ""
         owners = owners_of(state, self.tier, self.block)
         if isinstance(event, _SWEEPING) and [short(o) for o in owners] == [short(o) for o in self.owners]:
@@ -323,7 +337,7 @@ class _BlockStory(_Story):
 
     def _copied(self, state: State, event: TransferStarted, purpose: Event, now: str) -> str:
         inward = event.direction == Direction.SWAP_IN
-        is_source = (self.tier == Tier.HOST) == inward
+        is_source = self._is_source(event.direction)
         ids, others = (event.sources, event.targets) if is_source else (event.targets, event.sources)
         other = block_name(Tier(1 - self.tier), others[ids.index(self.block)])
         kind = f"{DIRECTIONS[Direction(event.direction)]} {event.transfer}"
@@ -364,24 +378,27 @@ class _RequestStory(_Story):
 
     def after(self, state: State, entry: Entry, purpose: Event) -> str:
         event = entry.event
-        text = self.words(event)
         request = state.requests.get(self.number)
         waits = set(request.waits) if request is not None else set()
         new, over, self.waits = waits - self.waits, self.waits - waits, waits
-        if isinstance(event, RequestMatched) and event.request == self.number:
+        arrived = isinstance(event, TransferFinished) and event.transfer in over
+        named = event.key == self.key if isinstance(event, AllocationRefused) else self._named(event)
+        if not arrived and not named:
+            self.words.learn(event)
+            return ""
+        text = self.words(event)
+        if isinstance(event, RequestMatched):
             self.key = event.key
             self.complete = True
             if request is not None and event.device_blocks + event.host_blocks:
                 runs = [f"{run.id} ({count(run.size, 'block')})" for run in state.path(request.leaf)]
                 text += f"; its path is run {listed(runs)}"
-        elif isinstance(event, TransferFinished) and event.transfer in over:
+        elif arrived:
             text += "; the request waits for it no longer"
-        elif isinstance(event, AllocationRefused):
-            if self.key != event.key:
-                return ""
-        elif self.number not in mentions(event).requests:
-            return ""
         return text + (f"; it waits for transfer {listed(map(str, sorted(new)))}" if new else "")
+
+    def _named(self, event: Event) -> bool:
+        return self.number in mentions(event).requests
 
 
 class _TransferStory(_Story):
@@ -404,6 +421,9 @@ class _TransferStory(_Story):
 
     def after(self, state: State, entry: Entry, purpose: Event) -> str:
         event = entry.event
+        if self.number not in mentions(event).transfers:
+            self.words.learn(event)
+            return ""
         text = self.words(event)
         if isinstance(event, TransferStarted) and event.transfer == self.number:
             self.complete = True
@@ -411,47 +431,89 @@ class _TransferStory(_Story):
         if isinstance(event, TransferFinished) and event.transfer == self.number:
             names = listed(map(repr, self.waiters))
             return text + (f"; request {names} can go on" if names else "; nobody waited for it")
-        return text if self.number in mentions(event).transfers else ""
+        return text
 
 
 class _HashStory(_Story):
-    def __init__(self, source: Source, wanted: Content, blocks: dict[Tier, int], at: int) -> None:
+    def __init__(self, source: Source, wanted: Content, at: int, state: State, brought: int | None) -> None:
         super().__init__(source)
         self.wanted = wanted
         self.words = Wording()
-        self.blocks = self.now = blocks
         self.at = at
+        self.blocks: dict[Tier, int] = {}
+        """Where it is, event by event."""
+        self.there: dict[Tier, int] = {}
+        """Where it is at the beginning of the stretch that was told last."""
+        self.run = 0
+        """The run that holds it there."""
+        self.waiting = False
+        """Only a request that is yet to cache it has it there."""
+        self.fresh = False
+        """Nobody has it there: if it is mentioned in this stretch, somebody brings it here."""
+        self.begin(state)
+        self.gone = None if brought is None else self._gone(brought)
+        """The stretch in which it was lost, if it is nowhere."""
 
     def spans(self) -> list[tuple[int, int]]:
+        """It is brought where its hash is mentioned, and moves where its blocks or its run are."""
+        found = set(self.source.spans("hash", hash_number(self.wanted.hash.hex())))
+        if self.waiting:
+            starts = self.source.starts()
+            found.update(zip(starts, [*(start - 1 for start in starts[1:]), self.source.last]))
+        if self.run:
+            found.update(self.source.spans("node", self.run))
+        for tier, block in self.there.items():
+            found.update(self.source.spans("device" if tier == Tier.DEVICE else "host", block))
+        if self.gone is not None:
+            found = {span for span in found if span <= self.gone} | {self.gone}
+        return sorted(found)
+
+    def _gone(self, brought: int) -> tuple[int, int]:
+        """The stretch in which the content was lost that nobody brought again after event ``brought``.
+
+        As long as nobody brings it again, what is gone stays gone: so this looks ahead in growing steps, then halves.
+        """
         starts = self.source.starts()
-        every = list(zip(starts, [*(start - 1 for start in starts[1:]), self.source.last]))
-        if not self.now:
-            return every
-        # Where it is came about where its blocks are mentioned; who used it lately is in the present stretch.
-        kinds: dict[Tier, Kind] = {Tier.DEVICE: "device", Tier.HOST: "host"}
-        named = {span for tier, block in self.now.items() for span in self.source.spans(kinds[tier], block)}
-        return sorted(named | {span for span in every if span[0] <= self.at <= span[1]})
+        low = bisect.bisect_right(starts, brought) - 1
+        end = bisect.bisect_right(starts, self.at)
+        high, step = low + 1, 1
+        while high < end and self._present(starts[high]):
+            low, high, step = high, high + 2 * step, 2 * step
+        high = min(high, end)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._present(starts[middle]) else (low, middle)
+        return starts[low], (starts[high] - 1 if high < len(starts) else self.source.last)
+
+    def _present(self, start: int) -> bool:
+        state = self.source.before(start)
+        return state is not None and self.wanted.present(state)
 
     def begin(self, state: State | None) -> None:
         self.words = Wording.after(state) if state is not None else Wording()
-        self.blocks = self.wanted.blocks(state) if state is not None else {}
-
-    def before(self, state: State, event: Event) -> None:
-        self.blocks = self.wanted.blocks(state)
+        held = self.wanted.found(state) if state is not None else None
+        self.run = 0 if held is None else held[0].id
+        self.blocks = self.there = {} if state is None else self.wanted.blocks(state)
+        self.fresh = state is None or not self.wanted.present(state)
+        self.waiting = held is None and not self.fresh
 
     def after(self, state: State, entry: Entry, purpose: Event) -> str:
         event = entry.event
-        text = self.words(event)
-        now = self.wanted.blocks(state)
         if isinstance(event, RequestMatched) and self.wanted.wanted(state, event):
+            self.words.learn(event)
+            self.complete = self.fresh
             length = event.device_blocks + event.host_blocks
             hit = "finds it cached" if self.wanted.position < length else "has it in its prompt and has to compute it"
             return f"request {event.key!r} (number {event.request}) {hit}"
-        if now == self.blocks:
+        before = self.blocks
+        if type(event) not in _STAYING:
+            self.blocks = self.wanted.blocks(state)
+        if self.blocks == before:
+            self.words.learn(event)
             return ""
-        where = listed(block_name(tier, block) for tier, block in now.items())
-        self.complete = self.complete or not self.blocks
-        return f"{text}; it is {f'in {where}' if now else 'nowhere'} then"
+        where = listed(block_name(tier, block) for tier, block in self.blocks.items())
+        self.complete = self.fresh
+        return f"{self.words(event)}; it is {f'in {where}' if self.blocks else 'nowhere'} then"
 
 
 def _blocks(values: Iterable[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from kvledger.brought import LEAST_DIGITS, hash_number
 from kvledger.debugger.source import Entry, Source, SourceError
 from statemachine import tree
 from statemachine.apply import apply, genesis
@@ -14,8 +15,6 @@ from statemachine.hashing import HASH_BYTES, block_hashes
 from statemachine.mentions import mentions
 from statemachine.replay import MISFITS, Contradiction, said
 from statemachine.state import Node, Request, State
-
-_LEAST_DIGITS = 8
 
 
 class Content(NamedTuple):
@@ -53,12 +52,20 @@ class Content(NamedTuple):
         copies = {Tier.DEVICE: node.device, Tier.HOST: node.host}
         return {tier: ids[offset] for tier, ids in copies.items() if ids is not None}
 
+    def present(self, state: State) -> bool:
+        """Whether it is cached, or a live request is yet to cache it (where it can be found: not in a cleared tree)."""
+        root = state.roots.get(self.namespace)
+        return bool(self.blocks(state)) or any(
+            request.leaf.end <= self.position and tree.root_of(request.leaf) is root and self._stands_in(request)
+            for request in state.requests.values()
+        )
+
+    def _stands_in(self, request: Request) -> bool:
+        return (path_words(request.leaf, 0, self.block_bytes) + request.words).startswith(self.words)
+
     def wanted(self, state: State, event: RequestMatched) -> bool:
         """Whether a request, just matched, has this content in its prompt."""
-        request = state.requests[event.request]
-        if event.namespace != self.namespace:
-            return False
-        return (path_words(request.leaf, 0, self.block_bytes) + request.words).startswith(self.words)
+        return event.namespace == self.namespace and self._stands_in(state.requests[event.request])
 
     def concerned(self, source: Source, start: int, stop: int) -> Iterator[Entry]:
         """The events of a stretch that touch a block which holds this content before or after, or that ask for it."""
@@ -84,6 +91,15 @@ class Content(NamedTuple):
                 yield entry
 
 
+class Found(NamedTuple):
+    """What a hash stands for."""
+
+    content: Content
+    brought: int | None = None
+    """Of what is cached no more, or not yet: the last event that brought it. What the first state of a log that begins
+    in the middle holds counts as brought by the event before."""
+
+
 def hash_of(state: State, node: Node, offset: int) -> bytes:
     """The block hash of a cached block: SHA-256, chained, 128 bits."""
     words = path_words(node, offset + 1, state.block_bytes)
@@ -92,7 +108,7 @@ def hash_of(state: State, node: Node, offset: int) -> bytes:
 
 def find_hash(
     source: Source, text: str, at: int, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Content:
+) -> Found:
     """What a hash stands for: among what is cached after event ``at``, else in what requests brought before it.
 
     Args:
@@ -103,22 +119,36 @@ def find_hash(
         SourceError: it is no hash, or nothing up to ``at`` has it.
     """
     digits = text.lower().removeprefix("0x")
-    if not _LEAST_DIGITS <= len(digits) <= 2 * HASH_BYTES or any(digit not in "0123456789abcdef" for digit in digits):
-        raise SourceError(f"{text!r} is no block hash: {_LEAST_DIGITS} to {2 * HASH_BYTES} hexadecimal digits")
+    if not LEAST_DIGITS <= len(digits) <= 2 * HASH_BYTES or any(digit not in "0123456789abcdef" for digit in digits):
+        raise SourceError(f"{text!r} is no block hash: {LEAST_DIGITS} to {2 * HASH_BYTES} hexadecimal digits")
     state = source.at(at)
-    found = _cached(state, digits) or _in_requests(state, digits)
-    starts = [start for start in source.starts() if start <= at]
-    stop = at
-    for start in reversed(starts):
-        if found is not None:
-            break
-        for entry, passing in source.replay(start, stop):
-            found = _brought(passing, entry.event, digits) or found
-        stop = start - 1
-        progress(at - stop, at)
+    content = _cached(state, digits)
+    if content is not None and content.blocks(state):  # else it may be in a cleared tree that somebody still holds
+        return Found(content)
+    found = _brought_last(source, digits, at, progress)
     if found is None:
         raise SourceError(f"no block up to event {at} of {source.name} has a hash that begins with {digits}")
     return found
+
+
+def _brought_last(source: Source, digits: str, at: int, progress: Callable[[int, int], None]) -> Found | None:
+    """Searches backwards through the stretches that may bring it, see :mod:`kvledger.brought`."""
+    for start, stop in reversed(source.spans("hash", hash_number(digits))):
+        if start > at:
+            continue
+        found: Found | None = None
+        before = source.before(start) if start == source.first_state else None
+        if before is not None:
+            content = _cached(before, digits) or _in_requests(before, digits)
+            found = Found(content, start - 1) if content is not None else None
+        for entry, state in source.replay(start, min(stop, at)):
+            content = _brought(state, entry.event, digits)
+            if content is not None:
+                found = Found(content, entry.sequence)
+        if found is not None:
+            return found
+        progress(at - start + 1, at)
+    return None
 
 
 def _cached(state: State, digits: str) -> Content | None:
