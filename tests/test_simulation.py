@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ipc import Control, LedgerNotFound, LogCorrupt, LogReader, LogWriter, reader, writer
+from ipc.names import remove_objects
 from ipc.recovery import recover
 from ipc.writer import next_epoch
 from kvledger.ranks import Ranks
@@ -113,6 +114,44 @@ def succeed(seed: int, order: Order) -> None:
         patch.setattr(writer, "_LEAST_SEGMENT", 8 << 10)
         schedule.run()
     assert got == sent == list(range(1, len(sent) + 1))
+
+
+def begin(seed: int, count: int = 20) -> None:
+    """Ledgers are created while somebody tries to open them: one is not there yet, or it is whole."""
+    schedule = Schedule(random.Random(seed), Order.WEAK)
+    opened = 0
+
+    def create() -> int:
+        for number in range(count):
+            control = Control.create(f"log{number}", schema_hash=7)
+            while opened == number:
+                schedule.sleep(1e-6)
+            remove_objects(f"log{number}")
+            control.close()
+        return 0
+
+    def look() -> int:
+        nonlocal opened
+        while opened < count:
+            try:
+                control = Control.open(f"log{opened}")
+            except LedgerNotFound:
+                schedule.sleep(1e-6)
+                continue
+            assert control.schema_hash == 7
+            control.close()
+            opened += 1
+        return 0
+
+    schedule.spawn("creator", create)
+    schedule.spawn("other", look)
+    with installed(System(schedule, {})):
+        schedule.run()
+
+
+def test_a_ledger_that_is_being_created_is_not_there_or_whole() -> None:
+    for seed in range(SEEDS):
+        begin(seed)
 
 
 def park(seed: int) -> None:

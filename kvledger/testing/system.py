@@ -259,6 +259,23 @@ class _Popen:
         return self._process.exit_code
 
 
+class _Lock:
+    """``threading.Lock``: released and taken again it is a fence (see :mod:`ipc.fence`), and nothing else is."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._released = False
+
+    def acquire(self) -> None:
+        process = self._schedule.current()
+        if self._released:
+            process.buffer.fence()
+
+    def release(self) -> None:
+        self._schedule.current()
+        self._released = True
+
+
 class _Poll:
     """``select.poll()`` for one process descriptor."""
 
@@ -296,10 +313,6 @@ class _InlineExecutor:
 
 def _replacements(system: System) -> dict[Any, Any]:
     schedule = system.schedule
-    lock_of_a_fence = SimpleNamespace(
-        acquire=lambda: schedule.current().buffer.fence(), release=lambda: schedule.current()
-    )
-
     def mapped(descriptor: int, length: int, access: int = mmap.ACCESS_WRITE) -> Any:
         write = access != mmap.ACCESS_READ
         return schedule.current().buffer.map(system.behind(descriptor), write=write)
@@ -327,7 +340,7 @@ def _replacements(system: System) -> dict[Any, Any]:
         ),
         select: _Module(select, poll=lambda: _Poll(system)),
         secrets: _Module(secrets, token_bytes=schedule.rng.randbytes),
-        threading: _Module(threading, Lock=lambda: lock_of_a_fence),
+        threading: _Module(threading, Lock=lambda: _Lock(schedule)),
     }
 
 
