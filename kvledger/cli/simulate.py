@@ -22,13 +22,14 @@ def simulate(
     Each seed draws traffic, faults and schedule. The same seed does the same thing. A run that fails is made smaller,
     and the command that repeats it is printed.
     """
+    from kvledger.testing.schedule import one_core
     from kvledger.testing.simulator import Plan, SimulationFailed, simulate_or_shrink
 
     logging.disable(logging.CRITICAL)  # what a simulated operator would be told
     console = Console(stderr=True)
     begun = time.monotonic()
     number = points = kills = engines = verified = 0
-    with console.status("simulating") as status:
+    with one_core(), console.status("simulating") as status:
         while time.monotonic() - begun < seconds if seconds is not None else number < runs:
             try:
                 outcome = simulate_or_shrink(Plan.draw(seed + number))
