@@ -8,7 +8,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from ipc.names import remove_objects
 from ipc.recovery import recover
 from ipc.writer import next_epoch
 from kvledger.ranks import Ranks
-from kvledger.testing.schedule import Schedule
+from kvledger.testing.schedule import Process, Schedule
 from kvledger.testing.simulator import Plan, SimulationFailed, simulate, simulate_or_shrink
 from kvledger.testing.system import System, installed
 from kvledger.testing.weak_memory import Order
@@ -293,6 +293,25 @@ def test_engines_workers_and_followers_survive_what_seeds_plan() -> None:
     # the faults strike where it hurts
     for place in ("the body of a transaction", "the publication of a transaction", "a copy", "recovery"):
         assert struck[place] >= 10, struck
+
+
+def test_lines_that_are_not_looked_at_store_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores are looked for behind lines that can have stored something only; this looks behind the others too."""
+    real = Process._line
+    skipped = 0
+
+    def line(self: Process, frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal skipped
+        if not self._storing and self._frame == id(frame):
+            skipped += 1
+            for map, before, _ in self.buffer._writable:
+                assert map == before, f"{frame.f_code.co_filename} stores something before line {frame.f_lineno}"
+        return real(self, frame, event, argument)
+
+    monkeypatch.setattr(Process, "_line", line)
+    for seed in range(20):
+        simulate(Plan.draw(seed))
+    assert skipped > 20_000
 
 
 def test_a_seed_does_the_same_thing_again() -> None:

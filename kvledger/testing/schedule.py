@@ -1,14 +1,12 @@
 """Simulated processes: threads of which exactly one runs, taking turns where a seed says so.
 
-A process gives up its turn between two lines of the code that shares memory (the modules of :data:`TRACED`), when it
+A process gives up its turn between two lines of the code that shares memory (:mod:`.points`), when it
 sleeps, and when it waits. It can be killed at any of these points; a killed process does nothing more, not even clean
 up. Time is virtual: it advances by a microsecond per traced line, and jumps when everybody sleeps.
 """
 
 from __future__ import annotations
 
-import dis
-import functools
 import os
 import random
 import sys
@@ -18,29 +16,12 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
+from kvledger.testing.points import is_traced, storing_lines
 from kvledger.testing.weak_memory import Buffer, Order
 
 _LINE_NS = 1_000
 _FIRST_PID = 100
 _MOST_POINTS = 3_000_000
-_SHARING = ("control", "memory", "reader", "segment", "signals", "snapshots", "writer")
-TRACED = (*(f"/ipc/{name}.py" for name in _SHARING), "/workers/transfer.py")
-"""Ends of the file names of code whose lines are points of the schedule: what reads and writes shared memory."""
-
-
-@functools.cache
-def _is_traced(file: str) -> bool:
-    return file.endswith(TRACED)
-
-
-def storing_lines(code: CodeType) -> frozenset[int]:
-    """The lines of a function that can store into shared memory: they assign to an element, or call something."""
-    ends = [(end, line) for _, end, line in code.co_lines() if line is not None]
-    storing = set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname.startswith(("CALL", "STORE_SUBSCR", "STORE_SLICE")) or "WITH" in instruction.opname:
-            storing.add(next((line for end, line in ends if instruction.offset < end), 0))
-    return frozenset(storing)
 
 
 class _Code:
@@ -86,6 +67,8 @@ class Process:
         """When it was: the functions it was in, innermost first."""
         self._schedule = schedule
         self._main = main
+        self._traced = False
+        """It is inside a function that shares memory."""
         self._frame = 0
         """Where the last point was; 0: a function ended there."""
         self._storing = True
@@ -100,7 +83,6 @@ class Process:
     def _run(self) -> None:
         self.turn.acquire()
         code = -9
-        sys.settrace(self._trace)
         try:
             code = self._main()
         except Killed:
@@ -109,12 +91,23 @@ class Process:
             self.error = error
             code = 1
         finally:
-            sys.settrace(None)
             self._schedule.ended(self, code)
+
+    def enter(self, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Call a function that shares memory; its lines are points, and those of what it calls."""
+        if self._traced:
+            return function(*arguments, **options)
+        self._traced = True
+        sys.settrace(self._trace)
+        try:
+            return function(*arguments, **options)
+        finally:
+            sys.settrace(None)
+            self._traced = False
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
-        if not _is_traced(code.co_filename):
+        if not is_traced(code.co_filename):
             return None
         if id(code) not in _codes:
             _codes[id(code)] = _Code(code)
@@ -183,6 +176,12 @@ class Schedule:
             raise self.crashed.error
 
     # From inside a process
+
+    def enter(self, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Call a function that shares memory (:mod:`.points`)."""
+        if self.running is None:  # before or after everything
+            return function(*arguments, **options)
+        return self.running.enter(function, arguments, options)
 
     def point(self, process: Process) -> None:
         """A place where anything may happen."""

@@ -28,6 +28,7 @@ from typing import Any
 
 import posix_ipc
 
+from kvledger.testing.points import entrances, watched
 from kvledger.testing.schedule import Process, Schedule
 from kvledger.testing.weak_memory import SharedObject
 
@@ -314,6 +315,7 @@ class _InlineExecutor:
 
 def _replacements(system: System) -> dict[Any, Any]:
     schedule = system.schedule
+
     def mapped(descriptor: int, length: int, access: int = mmap.ACCESS_WRITE) -> Any:
         write = access != mmap.ACCESS_READ
         return schedule.current().buffer.map(system.behind(descriptor), write=write)
@@ -364,6 +366,11 @@ def _places(modules: int) -> list[tuple[Any, str, Any]]:
     return found
 
 
+@functools.cache
+def _entrances(modules: int) -> list[tuple[Any, str]]:
+    return list(entrances(_PACKAGES))
+
+
 @contextlib.contextmanager
 def installed(system: System, *others: tuple[Any, str, Any]) -> Iterator[None]:
     """Every module of the project that reaches the operating system reaches ``system`` instead.
@@ -383,13 +390,17 @@ def installed(system: System, *others: tuple[Any, str, Any]) -> Iterator[None]:
         "populate": lambda map: None,
         "available_memory": lambda: system.capacity,  # statvfs says what is left of the simulated one
     }
-    changes = [(module, name, replacements[what]) for module, name, what in _places(len(sys.modules))]
-    changes += others
-    undo = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    modules = len(sys.modules)
+    changes = {(module, name): replacements[what] for module, name, what in _places(modules)}
+    changes |= {(module, name): value for module, name, value in others}
+    for owner, name in _entrances(modules):
+        if (owner, name) not in changes:
+            changes[owner, name] = watched(vars(owner)[name], system.schedule.enter)
+    undo = [(owner, name, vars(owner)[name]) for owner, name in changes]
     try:
-        for module, name, value in changes:
-            setattr(module, name, value)
+        for (owner, name), value in changes.items():
+            setattr(owner, name, value)
         yield
     finally:
-        for module, name, value in undo:
-            setattr(module, name, value)
+        for owner, name, value in undo:
+            setattr(owner, name, value)
