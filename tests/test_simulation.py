@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import random
+import signal
 import textwrap
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +14,15 @@ from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
+import typer
 
 from ipc import Control, LedgerNotFound, LogCorrupt, LogReader, LogWriter, reader, writer
 from ipc.names import remove_objects
 from ipc.recovery import recover
 from ipc.writer import next_epoch
+from kvledger.cli.simulate import simulate as command
 from kvledger.ranks import Ranks
+from kvledger.testing import simulator
 from kvledger.testing.schedule import Process, Schedule
 from kvledger.testing.simulator import Plan, SimulationFailed, simulate, simulate_or_shrink
 from kvledger.testing.system import System, installed
@@ -339,3 +344,37 @@ def test_a_failing_plan_is_made_smaller_and_says_how_to_repeat_it(monkeypatch: p
     with pytest.raises(SimulationFailed, match=r"WrongBytes.*\n.*kvledger simulate --seed \d+") as failed:
         run_all()
     assert len(failed.value.plan.operations) <= 6 and not failed.value.plan.faults
+
+
+def test_ctrl_c_ends_every_process_before_the_real_system_is_back() -> None:
+    schedule = Schedule(random.Random(0), Order.TSO)
+    main = threading.get_ident()
+
+    def interrupt() -> int:
+        signal.pthread_kill(main, signal.SIGINT)
+        while True:
+            schedule.sleep(1)
+
+    def serve() -> int:
+        while True:
+            schedule.sleep(1)
+
+    processes = [schedule.spawn("one", serve), schedule.spawn("other", interrupt), schedule.spawn("third", serve)]
+    with pytest.raises(KeyboardInterrupt), installed(System(schedule, {})):
+        schedule.run()
+    assert [process.exit_code for process in processes] == [-9] * 3
+
+
+def test_an_interrupted_campaign_says_what_it_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def third(plan: Plan) -> Any:
+        if plan.seed == 702:
+            raise KeyboardInterrupt
+        return simulate(plan)
+
+    monkeypatch.setattr(simulator, "simulate_or_shrink", third)
+    with pytest.raises(typer.Exit) as ended:
+        command(seed=700, runs=5)
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().out.startswith("2 runs from seed 700")

@@ -142,6 +142,8 @@ class Schedule:
     def __init__(self, rng: random.Random, order: Order) -> None:
         self.rng = rng
         self.order = order
+        self._prompt = rng.choice((0.5, 0.5, 0.1, 0.02))
+        """How likely a store is made visible at a point: some machines keep them long."""
         self.now_ns = 1_000_000_000
         self.processes: dict[int, Process] = {}
         self._living: list[Process] = []
@@ -168,7 +170,13 @@ class Schedule:
     def run(self) -> None:
         """Let the processes run until all have ended. Raises what made one fail."""
         self._start_next()
-        self._done.acquire()
+        try:
+            self._done.acquire()
+        except BaseException:  # Ctrl-C: nobody may go on and meet the real system
+            for process in self._living.copy():
+                self.kill(process)
+            self._done.acquire()
+            raise
         for process in self.processes.values():
             process.thread.join()
         if self.crashed is not None:
@@ -194,9 +202,9 @@ class Schedule:
             self.strike(process)
         rng = self.rng
         chance = rng.random()
-        if chance < 0.5:
+        if chance < self._prompt:
             process.buffer.drain(rng)
-        elif chance < 0.6:
+        elif chance > 0.9:
             other = self._living[int(rng.random() * len(self._living))].buffer
             other.drain(rng)
             other.refresh(rng)

@@ -543,13 +543,14 @@ def simulate_or_shrink(plan: Plan) -> Outcome:
     except Exception as first:
         error: BaseException = first
     smaller = True
-    while smaller:
-        smaller = False
-        for candidate in _simpler(plan):
-            found = _broken(candidate)
-            if type(found) is type(error):
-                plan, error, smaller = candidate, found, True
-                break
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: small enough
+        while smaller:
+            smaller = False
+            for candidate in _simpler(plan):
+                found = _broken(candidate)
+                if type(found) is type(error):
+                    plan, error, smaller = candidate, found, True
+                    break
     raise SimulationFailed(plan, error)
 
 
