@@ -28,6 +28,7 @@ from ipc.errors import (
     TooManyReaders,
     WriterAlive,
 )
+from ipc.fence import make_fence
 from ipc.memory import open_new, open_private
 from ipc.names import SHM, check_name, control_name, unlink
 from ipc.processes import alive, own_identity
@@ -66,6 +67,7 @@ class Control:
         self._map = mmap.mmap(fd, _BYTES)
         self._buffer = memoryview(self._map)
         self.words = self._buffer.cast("Q")
+        self._release, self._acquire = make_fence()
         self._writes = False
 
     @classmethod
@@ -91,6 +93,7 @@ class Control:
         words = control.words
         words[1], words[_SCHEMA] = VERSION, schema_hash
         control.lock()
+        control._fence()  # who sees the first word sees the others
         words[0] = MAGIC
         return control
 
@@ -119,6 +122,7 @@ class Control:
         if not control.words[0]:
             control.close()
             raise LedgerNotFound(_BEING_CREATED.format(ledger))
+        control._fence()
         if control.words[0] != MAGIC or control.words[1] != VERSION:
             control.close()
             raise LogCorrupt(control_name(ledger), 0, "not a control segment of this version of kvledger")
@@ -144,6 +148,10 @@ class Control:
         pid, self.words[_START] = own_identity()
         self.words[_PID] = pid
         self._writes = True
+
+    def _fence(self) -> None:
+        self._release()
+        self._acquire()
 
     @property
     def schema_hash(self) -> int:

@@ -35,6 +35,9 @@ def listed(name: str) -> Ledger | None:
 def remove_dead(name: str) -> bool:
     """Whether the command says that it removed this ledger."""
     done = kvledger("segments", name, "--remove-dead", "--json")
+    if done.returncode == 2:
+        assert done.stderr.startswith(f"error there is no ledger '{name}' in /dev/shm: ") and not done.stdout
+        return False
     assert done.returncode == 0, done
     return name in json.loads(done.stdout)["removed"]
 
@@ -47,6 +50,7 @@ def test_from_alive_to_orphaned_to_dead_to_gone(name: str) -> None:
         assert entry.workers == sorted(pid for pid, _ in engine.workers)
         assert entry.epoch == 1 and entry.uid == os.getuid() and entry.bytes > 1 << 20 and entry.age_s < 3600
         assert not remove_dead(name) and listed(name) is not None
+        assert f"not removed: {name} is alive" in kvledger("segments", name, "--remove-dead").stdout
         for pid, _ in engine.workers:
             os.kill(pid, signal.SIGSTOP)
         engine.kill()
@@ -117,6 +121,17 @@ def test_pieces_of_a_living_writer_stay(name: str) -> None:
     finally:
         os.rename(SHM / f"{name}-away-{os.getpid()}", SHM / f"{name}.control")
         writer.close(unlink=True)
+
+
+def test_a_name_that_is_not_there_is_bad_input_and_removes_nothing(name: str) -> None:
+    subprocess.run([sys.executable, "-c", DEAD, name], timeout=60)
+    for options in ([], ["--json"], ["--remove-dead"]):
+        done = kvledger("segments", *options, name, f"{name}-other", "../x")
+        assert done.returncode == 2 and not done.stdout
+        wanted = f"error there are no ledgers '../x', '{name}-other' in /dev/shm: kvledger segments lists what is there"
+        assert done.stderr.split("\n") == [wanted, ""]
+    assert listed(name) is not None
+    assert f"removed {name}" in kvledger("segments", "--remove-dead", name).stdout
 
 
 def test_the_logs_of_workers_are_part_of_their_ledger(name: str) -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import inspect
 import random
+import signal
 import textwrap
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
+import typer
 
 from ipc import Control, LedgerNotFound, LogCorrupt, LogReader, LogWriter, reader, writer
+from ipc.names import remove_objects
 from ipc.recovery import recover
 from ipc.writer import next_epoch
+from kvledger.cli.simulate import simulate as command
 from kvledger.ranks import Ranks
-from kvledger.testing.schedule import Schedule
+from kvledger.testing import simulator
+from kvledger.testing.schedule import Process, Schedule
 from kvledger.testing.simulator import Plan, SimulationFailed, simulate, simulate_or_shrink
 from kvledger.testing.system import System, installed
 from kvledger.testing.weak_memory import Order
@@ -113,6 +119,44 @@ def succeed(seed: int, order: Order) -> None:
         patch.setattr(writer, "_LEAST_SEGMENT", 8 << 10)
         schedule.run()
     assert got == sent == list(range(1, len(sent) + 1))
+
+
+def begin(seed: int, count: int = 20) -> None:
+    """Ledgers are created while somebody tries to open them: one is not there yet, or it is whole."""
+    schedule = Schedule(random.Random(seed), Order.WEAK)
+    opened = 0
+
+    def create() -> int:
+        for number in range(count):
+            control = Control.create(f"log{number}", schema_hash=7)
+            while opened == number:
+                schedule.sleep(1e-6)
+            remove_objects(f"log{number}")
+            control.close()
+        return 0
+
+    def look() -> int:
+        nonlocal opened
+        while opened < count:
+            try:
+                control = Control.open(f"log{opened}")
+            except LedgerNotFound:
+                schedule.sleep(1e-6)
+                continue
+            assert control.schema_hash == 7
+            control.close()
+            opened += 1
+        return 0
+
+    schedule.spawn("creator", create)
+    schedule.spawn("other", look)
+    with installed(System(schedule, {})):
+        schedule.run()
+
+
+def test_a_ledger_that_is_being_created_is_not_there_or_whole() -> None:
+    for seed in range(SEEDS):
+        begin(seed)
 
 
 def park(seed: int) -> None:
@@ -256,6 +300,25 @@ def test_engines_workers_and_followers_survive_what_seeds_plan() -> None:
         assert struck[place] >= 10, struck
 
 
+def test_lines_that_are_not_looked_at_store_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores are looked for behind lines that can have stored something only; this looks behind the others too."""
+    real = Process._line
+    skipped = 0
+
+    def line(self: Process, frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal skipped
+        if not self._storing and self._frame == id(frame):
+            skipped += 1
+            for map, before, _ in self.buffer._writable:
+                assert map == before, f"{frame.f_code.co_filename} stores something before line {frame.f_lineno}"
+        return real(self, frame, event, argument)
+
+    monkeypatch.setattr(Process, "_line", line)
+    for seed in range(20):
+        simulate(Plan.draw(seed))
+    assert skipped > 20_000
+
+
 def test_a_seed_does_the_same_thing_again() -> None:
     first, again = simulate(Plan.draw(2)), simulate(Plan.draw(2))
     assert first == again and first.points > 1000
@@ -281,3 +344,37 @@ def test_a_failing_plan_is_made_smaller_and_says_how_to_repeat_it(monkeypatch: p
     with pytest.raises(SimulationFailed, match=r"WrongBytes.*\n.*kvledger simulate --seed \d+") as failed:
         run_all()
     assert len(failed.value.plan.operations) <= 6 and not failed.value.plan.faults
+
+
+def test_ctrl_c_ends_every_process_before_the_real_system_is_back() -> None:
+    schedule = Schedule(random.Random(0), Order.TSO)
+    main = threading.get_ident()
+
+    def interrupt() -> int:
+        signal.pthread_kill(main, signal.SIGINT)
+        while True:
+            schedule.sleep(1)
+
+    def serve() -> int:
+        while True:
+            schedule.sleep(1)
+
+    processes = [schedule.spawn("one", serve), schedule.spawn("other", interrupt), schedule.spawn("third", serve)]
+    with pytest.raises(KeyboardInterrupt), installed(System(schedule, {})):
+        schedule.run()
+    assert [process.exit_code for process in processes] == [-9] * 3
+
+
+def test_an_interrupted_campaign_says_what_it_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def third(plan: Plan) -> Any:
+        if plan.seed == 702:
+            raise KeyboardInterrupt
+        return simulate(plan)
+
+    monkeypatch.setattr(simulator, "simulate_or_shrink", third)
+    with pytest.raises(typer.Exit) as ended:
+        command(seed=700, runs=5)
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().out.startswith("2 runs from seed 700")

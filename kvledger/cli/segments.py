@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvledger.cli.exits import BAD_INPUT
+
 
 def segments(
     names: Annotated[list[str] | None, typer.Argument(help="Only these ledgers")] = None,
@@ -17,19 +19,34 @@ def segments(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """List the ledgers in /dev/shm: who owns them, how large and old they are, alive or dead."""
+    """List the ledgers in /dev/shm: who owns them, how large and old they are, alive or dead.
+
+    Exit code 2 if one that is named is not there; nothing is removed then.
+    """
     from kvledger.ledgers import ledgers, remove_dead
 
+    found = ledgers()
+    unknown = sorted(set(names or ()) - {ledger.name for ledger in found})
+    if unknown:
+        errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        what = "is no ledger" if len(unknown) == 1 else "are no ledgers"
+        errors.print(f"[bold red]error[/] there {what} {', '.join(map(repr, unknown))} in /dev/shm: ", end="")
+        errors.print("kvledger segments lists what is there")
+        raise typer.Exit(BAD_INPUT)
     removed = remove_dead(names or ()) if remove else []
-    left = [ledger for ledger in ledgers() if not names or ledger.name in names]
+    gone_names = {gone.name for gone in removed}
+    left = [ledger for ledger in found if ledger.name not in gone_names and (not names or ledger.name in names)]
     if as_json:
-        print(json.dumps({"ledgers": [entry._asdict() for entry in left], "removed": [gone.name for gone in removed]}))
+        print(json.dumps({"ledgers": [entry._asdict() for entry in left], "removed": sorted(gone_names)}))
         return
     console = Console()
     for gone in removed:
         console.print(f"removed {gone.name}: {gone.bytes:,} bytes", highlight=False)
+    if remove and names and left:
+        console.print(f"not removed: {', '.join(f'{entry.name} is {entry.state}' for entry in left)}", highlight=False)
     if not left:
-        console.print("no such ledger in /dev/shm" if names else "there is no ledger in /dev/shm")
+        if not removed:
+            console.print("there is no ledger in /dev/shm")
         return
     table = Table("ledger", "state", "epoch", "bytes", "age", "uid", "engine", "workers")
     for entry in left:

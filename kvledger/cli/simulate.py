@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvledger.cli.exits import FAILED
+from kvledger.cli.exits import FAILED, INTERRUPTED
 
 
 def simulate(
@@ -22,19 +22,24 @@ def simulate(
     Each seed draws traffic, faults and schedule. The same seed does the same thing. A run that fails is made smaller,
     and the command that repeats it is printed.
     """
+    from kvledger.testing.schedule import one_core
     from kvledger.testing.simulator import Plan, SimulationFailed, simulate_or_shrink
 
     logging.disable(logging.CRITICAL)  # what a simulated operator would be told
     console = Console(stderr=True)
     begun = time.monotonic()
     number = points = kills = engines = verified = 0
-    with console.status("simulating") as status:
-        while time.monotonic() - begun < seconds if seconds is not None else number < runs:
+    interrupted = False
+    with one_core(), console.status("simulating") as status:
+        while not interrupted and (time.monotonic() - begun < seconds if seconds is not None else number < runs):
             try:
                 outcome = simulate_or_shrink(Plan.draw(seed + number))
             except SimulationFailed as error:
                 console.print(f"[bold red]FAILED[/] seed {seed + number}: {error}", highlight=False, soft_wrap=True)
                 raise typer.Exit(FAILED) from error
+            except KeyboardInterrupt:
+                interrupted = True
+                continue
             number += 1
             points += outcome.points
             kills += outcome.kills
@@ -47,3 +52,5 @@ def simulate(
         f"{number:,} runs from seed {seed} ({rate:.0f} per second): {points:,} points of schedule, {kills:,} kills, "
         f"{engines:,} engines, {verified:,} bytes verified, nothing broken"
     )
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)

@@ -1,35 +1,38 @@
 """Simulated processes: threads of which exactly one runs, taking turns where a seed says so.
 
-A process gives up its turn between two lines of the code that shares memory (the modules of :data:`TRACED`), when it
+A process gives up its turn between two lines of the code that shares memory (:mod:`.points`), when it
 sleeps, and when it waits. It can be killed at any of these points; a killed process does nothing more, not even clean
 up. Time is virtual: it advances by a microsecond per traced line, and jumps when everybody sleeps.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
+from kvledger.testing.points import is_traced, storing_lines
 from kvledger.testing.weak_memory import Buffer, Order
 
 _LINE_NS = 1_000
 _FIRST_PID = 100
 _MOST_POINTS = 3_000_000
-_SHARING = ("control", "memory", "reader", "segment", "signals", "snapshots", "writer")
-TRACED = (*(f"/ipc/{name}.py" for name in _SHARING), "/workers/transfer.py")
-"""Ends of the file names of code whose lines are points of the schedule: what reads and writes shared memory."""
 
 
-@functools.cache
-def _is_traced(file: str) -> bool:
-    return file.endswith(TRACED)
+class _Code:
+    """A function whose lines are points. Kept by ``id``, since a code object computes its hash anew each time."""
+
+    def __init__(self, code: CodeType) -> None:
+        self.code = code
+        self.storing = storing_lines(code)
+
+
+_codes: dict[int, _Code] = {}
 
 
 class Killed(BaseException):
@@ -52,7 +55,7 @@ class Process:
         self.doomed = False
         """It was killed and does not know yet."""
         self.wake_ns = 0
-        self.waits_for: Callable[[], bool] = lambda: True
+        self.waits_for: Callable[[], bool] | None = None
         self.turn = threading.Lock()
         self.turn.acquire()
         self.error: BaseException | None = None
@@ -64,6 +67,12 @@ class Process:
         """When it was: the functions it was in, innermost first."""
         self._schedule = schedule
         self._main = main
+        self._traced = False
+        """It is inside a function that shares memory."""
+        self._frame = 0
+        """Where the last point was; 0: a function ended there."""
+        self._storing = True
+        """Whether the line behind it can store something."""
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
@@ -74,7 +83,6 @@ class Process:
     def _run(self) -> None:
         self.turn.acquire()
         code = -9
-        sys.settrace(self._trace)
         try:
             code = self._main()
         except Killed:
@@ -83,13 +91,33 @@ class Process:
             self.error = error
             code = 1
         finally:
-            sys.settrace(None)
             self._schedule.ended(self, code)
 
+    def enter(self, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Call a function that shares memory; its lines are points, and those of what it calls."""
+        if self._traced:
+            return function(*arguments, **options)
+        self._traced = True
+        sys.settrace(self._trace)
+        try:
+            return function(*arguments, **options)
+        finally:
+            sys.settrace(None)
+            self._traced = False
+
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self._line if _is_traced(frame.f_code.co_filename) else None
+        code = frame.f_code
+        if not is_traced(code.co_filename):
+            return None
+        if id(code) not in _codes:
+            _codes[id(code)] = _Code(code)
+        return self._line
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if self._storing or self._frame != id(frame):
+            self.buffer.collect()
+        self._frame = 0 if event == "return" else id(frame)
+        self._storing = event != "line" or frame.f_lineno in _codes[id(frame.f_code)].storing
         self._schedule.point(self)
         return self._line
 
@@ -98,6 +126,9 @@ class Process:
 def one_core() -> Iterator[None]:
     """Processes that are spawned inside share a core: handing a turn to a thread on another one costs a third more."""
     allowed = os.sched_getaffinity(0)
+    if len(allowed) == 1:
+        yield
+        return
     os.sched_setaffinity(0, {min(allowed)})
     try:
         yield
@@ -111,8 +142,11 @@ class Schedule:
     def __init__(self, rng: random.Random, order: Order) -> None:
         self.rng = rng
         self.order = order
+        self._prompt = rng.choice((0.5, 0.5, 0.1, 0.02))
+        """How likely a store is made visible at a point: some machines keep them long."""
         self.now_ns = 1_000_000_000
         self.processes: dict[int, Process] = {}
+        self._living: list[Process] = []
         self.running: Process | None = None
         self.points = 0
         self._left = 0
@@ -129,13 +163,20 @@ class Schedule:
         process = Process(self, self._next_pid, name, main)
         self._next_pid += 1
         self.processes[process.pid] = process
+        self._living.append(process)
         process.thread.start()
         return process
 
     def run(self) -> None:
         """Let the processes run until all have ended. Raises what made one fail."""
-        self._hand_over()
-        self._done.acquire()
+        self._start_next()
+        try:
+            self._done.acquire()
+        except BaseException:  # Ctrl-C: nobody may go on and meet the real system
+            for process in self._living.copy():
+                self.kill(process)
+            self._done.acquire()
+            raise
         for process in self.processes.values():
             process.thread.join()
         if self.crashed is not None:
@@ -144,12 +185,16 @@ class Schedule:
 
     # From inside a process
 
+    def enter(self, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Call a function that shares memory (:mod:`.points`)."""
+        if self.running is None:  # before or after everything
+            return function(*arguments, **options)
+        return self.running.enter(function, arguments, options)
+
     def point(self, process: Process) -> None:
         """A place where anything may happen."""
         if process.exit_code is not None or process.doomed:
             raise Killed
-        buffer = process.buffer
-        buffer.collect()
         process.lines += 1
         self.points += 1
         self.now_ns += _LINE_NS
@@ -157,13 +202,12 @@ class Schedule:
             self.strike(process)
         rng = self.rng
         chance = rng.random()
-        if chance < 0.5:
-            if not buffer.empty:
-                buffer.drain(rng)
-        elif chance < 0.6:
-            other = rng.choice(list(self.processes.values()))
-            other.buffer.drain(rng)
-            other.buffer.refresh(rng)
+        if chance < self._prompt:
+            process.buffer.drain(rng)
+        elif chance > 0.9:
+            other = self._living[int(rng.random() * len(self._living))].buffer
+            other.drain(rng)
+            other.refresh(rng)
         self._left -= 1
         if self._left <= 0:
             self._give_up_turn(process)
@@ -179,23 +223,26 @@ class Schedule:
 
     def sleep(self, seconds: float) -> None:
         """The running process sleeps."""
-        self.wait(lambda: False, seconds)
+        self._pause(None, seconds)
 
     def wait(self, condition: Callable[[], bool], timeout: float | None) -> bool:
         """The running process waits until the condition holds, or for ``timeout`` seconds. Returns whether it held."""
+        self._pause(condition, 1e6 if timeout is None else timeout)
+        return condition()
+
+    def _pause(self, condition: Callable[[], bool] | None, seconds: float) -> None:
         process = self.current()
         process.buffer.collect()
         process.waits_for = condition
-        process.wake_ns = self.now_ns + int((1e6 if timeout is None else timeout) * 1e9)
+        process.wake_ns = self.now_ns + int(seconds * 1e9)
         self._give_up_turn(process)
-        process.waits_for = lambda: True
+        process.waits_for = None
         process.wake_ns = 0
-        return condition()
 
     def current(self) -> Process:
         """The process whose code is running. Raises :class:`Killed` in one that should not run any more."""
         process = self.running
-        assert process is not None and process.thread is threading.current_thread()
+        assert process is not None and process.thread.ident == threading.get_ident()
         if process.exit_code is not None or process.doomed:
             raise Killed
         return process
@@ -204,7 +251,6 @@ class Schedule:
         """SIGKILL."""
         if process.exit_code is None:
             process.doomed = True
-            process.waits_for = lambda: True
 
     def ended(self, process: Process, code: int) -> None:
         """A thread has unwound. What it stored before becomes visible; its locks are given up by whoever asks."""
@@ -212,35 +258,39 @@ class Schedule:
             process.buffer.collect()
         process.buffer.leave()
         process.exit_code = -9 if process.doomed else code
+        self._living.remove(process)
         if process.error is not None and self.crashed is None:
             self.crashed = process
-            for other in self.processes.values():
+            for other in self._living:
                 self.kill(other)
-        self._hand_over()
+        self._start_next()
 
     def _give_up_turn(self, process: Process) -> None:
-        self._hand_over()
-        process.turn.acquire()
+        chosen = self._choose()
+        if chosen is not process:
+            chosen.turn.release()
+            process.turn.acquire()
         if process.doomed:
             raise Killed
 
-    def _hand_over(self) -> None:
-        """Choose who runs next, and wake it."""
-        living = [process for process in self.processes.values() if process.exit_code is None]
-        if not living:
-            self._done.release()
-            return
+    def _start_next(self) -> None:
+        """Wake who runs next; without anybody, all is over."""
+        (self._choose().turn if self._living else self._done).release()
+
+    def _choose(self) -> Process:
+        """Who runs next."""
+        living, rng = self._living, self.rng
         if self.points > _MOST_POINTS and self.crashed is None:
             self.crashed = living[0]
             self.crashed.error = Stuck(f"no end after {self.points:,} points: {[process.name for process in living]}")
             for process in living:
                 self.kill(process)
-        ready = [p for p in living if p.doomed or p.wake_ns <= self.now_ns or p.waits_for()]
+        now = self.now_ns
+        ready = [p for p in living if p.wake_ns <= now or p.doomed or (p.waits_for is not None and p.waits_for())]
         if not ready:
             self.now_ns = min(process.wake_ns for process in living)
             ready = [process for process in living if process.wake_ns <= self.now_ns]
-        chosen = self.rng.choice(ready)
         # Mostly some lines, sometimes one: races need both.
-        self._left = 1 if self.rng.random() < 0.2 else self.rng.randrange(2, 120)
-        self.running = chosen
-        chosen.turn.release()
+        self._left = 1 if rng.random() < 0.2 else 2 + int(rng.random() * 118)
+        self.running = chosen = ready[int(rng.random() * len(ready))]
+        return chosen

@@ -16,7 +16,6 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +84,8 @@ class Operation:
 
 _KINDS = ["serve"] * 10 + ["begin", "extend", "release"] * 3 + ["decode"] * 2
 _KINDS += ["reserve", "trim", "clear", "resize", "poll", "preempt", "fill"]
+_LEAST_PAUSE_S, _MOST_PAUSE_S = 2e-4, 5e-2
+"""Between two looks of the auditor; longer while nothing happens."""
 _FULL_NS = 3_000_000_000
 """So long ``/dev/shm`` stays full, unless an engine is refused something before."""
 
@@ -255,16 +256,15 @@ class Simulation:
             whatever broke: ``WrongBytes``, ``InvariantViolation``, ``Diverged``, ``LogCorrupt``, a leftover, …
         """
         schedule = self._schedule
-        with (
-            one_core(),
-            installed(self._system),
-            mock.patch.object(numpy_pools, "copy_blocks", self._copy(numpy_pools.copy_blocks)),
-            mock.patch.object(transfer, "_ACK_SEGMENT_BYTES", _SEGMENT_BYTES),
-            mock.patch.object(writer, "_LEAST_SEGMENT", _SEGMENT_BYTES),
-            mock.patch.object(reader, "SPINS", 2),
-            mock.patch.object(control, "READERS", _READERS),
-            mock.patch.object(control, "_BYTES", control._LINES + 64 * _READERS),
-        ):
+        changes = (
+            (numpy_pools, "copy_blocks", self._copy(numpy_pools.copy_blocks)),
+            (transfer, "_ACK_SEGMENT_BYTES", _SEGMENT_BYTES),
+            (writer, "_LEAST_SEGMENT", _SEGMENT_BYTES),
+            (reader, "SPINS", 2),
+            (control, "READERS", _READERS),
+            (control, "_BYTES", control._LINES + 64 * _READERS),
+        )
+        with one_core(), installed(self._system, *changes):
             schedule.spawn("operator", self._operate)
             schedule.spawn("auditor", self._audit)
             schedule.run()
@@ -500,10 +500,13 @@ class Simulation:
     def _follow(self) -> int:
         auditor = None
         saved = 0
+        pause = _LEAST_PAUSE_S
         while not self._finished:
+            pause = min(2 * pause, _MOST_PAUSE_S)
             try:
                 auditor = auditor or Auditor(LEDGER, check_every=8, publish=False)
-                auditor.step()
+                if auditor.step():
+                    pause = _LEAST_PAUSE_S
             except LedgerNotFound:
                 if self._finished:
                     break
@@ -518,7 +521,7 @@ class Simulation:
                             snapshots.write(LEDGER, sequence, data)
                         if not auditor.follower.reader.exists():  # the ledger was removed meanwhile
                             snapshots.remove(LEDGER, sequence)
-            self._schedule.sleep(1e-3)
+            self._schedule.sleep(pause)
         if auditor is not None:
             auditor.close()
         return 0
@@ -540,13 +543,14 @@ def simulate_or_shrink(plan: Plan) -> Outcome:
     except Exception as first:
         error: BaseException = first
     smaller = True
-    while smaller:
-        smaller = False
-        for candidate in _simpler(plan):
-            found = _broken(candidate)
-            if type(found) is type(error):
-                plan, error, smaller = candidate, found, True
-                break
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: small enough
+        while smaller:
+            smaller = False
+            for candidate in _simpler(plan):
+                found = _broken(candidate)
+                if type(found) is type(error):
+                    plan, error, smaller = candidate, found, True
+                    break
     raise SimulationFailed(plan, error)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import io
 import mmap
 import os
@@ -22,11 +23,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import posix_ipc
 
+from kvledger.testing.points import entrances, watched
 from kvledger.testing.schedule import Process, Schedule
 from kvledger.testing.weak_memory import SharedObject
 
@@ -259,6 +261,23 @@ class _Popen:
         return self._process.exit_code
 
 
+class _Lock:
+    """``threading.Lock``: released and taken again it is a fence (see :mod:`ipc.fence`), and nothing else is."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._released = False
+
+    def acquire(self) -> None:
+        process = self._schedule.current()
+        if self._released:
+            process.buffer.fence()
+
+    def release(self) -> None:
+        self._schedule.current()
+        self._released = True
+
+
 class _Poll:
     """``select.poll()`` for one process descriptor."""
 
@@ -296,9 +315,6 @@ class _InlineExecutor:
 
 def _replacements(system: System) -> dict[Any, Any]:
     schedule = system.schedule
-    lock_of_a_fence = SimpleNamespace(
-        acquire=lambda: schedule.current().buffer.fence(), release=lambda: schedule.current()
-    )
 
     def mapped(descriptor: int, length: int, access: int = mmap.ACCESS_WRITE) -> Any:
         write = access != mmap.ACCESS_READ
@@ -327,42 +343,64 @@ def _replacements(system: System) -> dict[Any, Any]:
         ),
         select: _Module(select, poll=lambda: _Poll(system)),
         secrets: _Module(secrets, token_bytes=schedule.rng.randbytes),
-        threading: _Module(threading, Lock=lambda: lock_of_a_fence),
+        threading: _Module(threading, Lock=lambda: _Lock(schedule)),
     }
 
 
-@contextlib.contextmanager
-def installed(system: System) -> Iterator[None]:
-    """Every module of the project that reaches the operating system reaches ``system`` instead."""
-    replacements = _replacements(system)
-    undo: list[tuple[Any, str, Any]] = []
+@functools.cache
+def _places(modules: int) -> list[tuple[Any, str, Any]]:
+    """Where the project's modules reach the operating system: module, attribute, and what stands there (or its name).
 
-    def put(module: Any, name: str, value: Any) -> None:
-        undo.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
+    ``modules``: how many there are; a run may import further ones.
+    """
+    reached = (posix_ipc, os, mmap, fcntl, time, subprocess, signal, select, secrets, threading)
+    named = ("ThreadPoolExecutor", "start_time", "tempfile", "populate", "available_memory")
+    found: list[tuple[Any, str, Any]] = []
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in _PACKAGES and not name.startswith(_NOT_REPLACED):
+            for attribute, value in vars(module).items():
+                if attribute in named:
+                    found.append((module, attribute, attribute))
+                elif isinstance(value, ModuleType) and value in reached:
+                    found.append((module, attribute, value))
+    return found
+
+
+@functools.cache
+def _entrances(modules: int) -> list[tuple[Any, str]]:
+    return list(entrances(_PACKAGES))
+
+
+@contextlib.contextmanager
+def installed(system: System, *others: tuple[Any, str, Any]) -> Iterator[None]:
+    """Every module of the project that reaches the operating system reaches ``system`` instead.
+
+    ``others``: further ``(module, attribute, value)``.
+    """
 
     def start_time(pid: int) -> int:
         process = system.schedule.processes.get(pid)
         return process.started if process is not None and process.alive else 0
 
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in _PACKAGES and not name.startswith(_NOT_REPLACED):
-            for attribute, value in list(vars(module).items()):
-                with contextlib.suppress(TypeError):
-                    if value in replacements:
-                        put(module, attribute, replacements[value])
-                if attribute == "ThreadPoolExecutor":
-                    put(module, attribute, _InlineExecutor)
-                elif attribute == "start_time":
-                    put(module, attribute, start_time)
-                elif attribute == "tempfile":
-                    put(module, attribute, SimpleNamespace(TemporaryFile=io.BytesIO))
-                elif attribute == "populate":
-                    put(module, attribute, lambda map: None)
-                elif attribute == "available_memory":  # statvfs says what is left of the simulated one
-                    put(module, attribute, lambda: system.capacity)
+    replacements = {
+        **_replacements(system),
+        "ThreadPoolExecutor": _InlineExecutor,
+        "start_time": start_time,
+        "tempfile": SimpleNamespace(TemporaryFile=io.BytesIO),
+        "populate": lambda map: None,
+        "available_memory": lambda: system.capacity,  # statvfs says what is left of the simulated one
+    }
+    modules = len(sys.modules)
+    changes = {(module, name): replacements[what] for module, name, what in _places(modules)}
+    changes |= {(module, name): value for module, name, value in others}
+    for owner, name in _entrances(modules):
+        if (owner, name) not in changes:
+            changes[owner, name] = watched(vars(owner)[name], system.schedule.enter)
+    undo = [(owner, name, vars(owner)[name]) for owner, name in changes]
     try:
+        for (owner, name), value in changes.items():
+            setattr(owner, name, value)
         yield
     finally:
-        for module, attribute, value in reversed(undo):
-            setattr(module, attribute, value)
+        for owner, name, value in undo:
+            setattr(owner, name, value)

@@ -38,10 +38,14 @@ class Mapped(bytearray):
 
     maps = 0
     """How often it is mapped. A copy lives as long as its process, but where nobody can store nobody has to look."""
+    unmapped: list[Mapped]
+    """Where it goes when it is mapped no more."""
 
     def close(self) -> None:
         """``munmap``."""
         self.maps -= 1
+        if not self.maps:
+            self.unmapped.append(self)
 
 
 class SharedObject:
@@ -92,47 +96,44 @@ class Buffer:
         self._order = order
         self._stores: list[tuple[Copy, int, np.uint64]] = []
         self._copies: dict[SharedObject, Copy] = {}
-        self._writable: list[Copy] = []
+        self._writable: list[tuple[Mapped, bytearray, Copy]] = []
+        self._unmapped: list[Mapped] = []
 
     def map(self, shared: SharedObject, *, write: bool) -> Mapped:
         """The process's copy of an object, the same one each time."""
         copy = self._copies.get(shared)
         if copy is None:
             copy = self._copies[shared] = Copy(shared)
+            copy.map.unmapped = self._unmapped
         if write and not copy.writable:
             copy.writable = True
-            self._writable.append(copy)
+            self._writable.append((copy.map, copy.before, copy))
         copy.map.maps += 1
         return copy.map
 
     def collect(self) -> None:
         """Notice what the process has stored since the last time."""
-        closed = False
-        for copy in self._writable:
-            if not copy.map.maps:
-                copy.writable, closed = False, True
-            if copy.map != copy.before:
+        for map, before, copy in self._writable:
+            if map != before:
                 for word in np.flatnonzero(copy.words != copy.words_before).tolist():
                     value = copy.words[word]
                     copy.words_before[word] = value
                     copy.stale.pop(word, None)
                     copy.pending[word] = copy.pending.get(word, 0) + 1
                     self._stores.append((copy, word, value))
-        if closed:
-            self._writable = [copy for copy in self._writable if copy.writable]
-
-    @property
-    def empty(self) -> bool:
-        """Whether everything is visible."""
-        return not self._stores
+        if self._unmapped:
+            self._unmapped.clear()
+            for map, _, copy in self._writable:
+                copy.writable = map.maps > 0
+            self._writable = [entry for entry in self._writable if entry[2].writable]
 
     def drain(self, rng: random.Random) -> None:
         """One store becomes visible."""
         if not self._stores:
             return
         chosen = 0
-        if self._order == Order.WEAK:
-            chosen = rng.randrange(len(self._stores))
+        if self._order is Order.WEAK and len(self._stores) > 1:
+            chosen = int(rng.random() * len(self._stores))
             copy, word, _ = self._stores[chosen]
             chosen = next(i for i, store in enumerate(self._stores) if store[0] is copy and store[1] == word)
         self._publish(*self._stores.pop(chosen))
@@ -148,7 +149,7 @@ class Buffer:
         for other in shared.copies:
             if other is copy:
                 continue
-            if self._order == Order.TSO:
+            if self._order is Order.TSO:
                 other.arrive(word)
             else:
                 other.stale[word] = None
@@ -159,7 +160,7 @@ class Buffer:
         """One word that is late arrives here."""
         for copy in self._copies.values():
             if copy.stale:
-                copy.arrive(rng.choice(list(copy.stale)))
+                copy.arrive(list(copy.stale)[int(rng.random() * len(copy.stale))])
                 return
 
     def fence(self) -> None:
@@ -168,8 +169,9 @@ class Buffer:
         while self._stores:
             self._publish(*self._stores.pop(0))
         for copy in self._copies.values():
-            for word in list(copy.stale):
-                copy.arrive(word)
+            if copy.stale:
+                for word in list(copy.stale):
+                    copy.arrive(word)
 
     def leave(self) -> None:
         """The process is gone: what it stored stays, nobody sees its copies any more."""

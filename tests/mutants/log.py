@@ -8,6 +8,7 @@ WEAK = "tests/test_simulation.py::test_the_log_delivers_what_was_written[Order.W
 BOTH = "tests/test_simulation.py::test_the_log_delivers_what_was_written"
 SEGMENTS = "tests/test_simulation.py::test_the_log_delivers_across_segments[Order.WEAK]"
 WRITERS = "tests/test_simulation.py::test_the_log_delivers_across_writers[Order.WEAK]"
+BEGUN = "tests/test_simulation.py::test_a_ledger_that_is_being_created_is_not_there_or_whole"
 WAKE = "tests/test_simulation.py::test_a_parked_worker_is_never_forgotten"
 SEEDS = "tests/test_simulation.py::test_engines_workers_and_followers_survive_what_seeds_plan"
 LOG = "tests/test_log.py"
@@ -102,6 +103,20 @@ MUTANTS = [
         SEGMENTS,
     ),
     # what counts
+    mutant(
+        "a new ledger is announced before it is described",
+        "ipc/control.py",
+        "        control._fence()  # who sees the first word sees the others\n",
+        "",
+        BEGUN,
+    ),
+    mutant(
+        "a ledger is read before it is looked whether it is there",
+        "ipc/control.py",
+        "        control._fence()\n        if control",
+        "        if control",
+        BEGUN,
+    ),
     mutant(
         "half a transaction is delivered",
         "ipc/record.py",
