@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test check chaos soak mutants bench bench-compare clean
+.PHONY: run test check chaos soak mutants bench bench-compare clean native
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
@@ -68,6 +68,11 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable .
 	touch $@
+
+# The state machine compiled (setup.py), beside the sources: PYTHONPATH=build/native:. python -P -m benchmarks.lifecycle
+native: $(VENV)/installed
+	rm -rf build/native
+	KVLEDGER_NATIVE=1 $(VENV)/bin/python -m pip install --quiet --no-deps --target build/native .
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

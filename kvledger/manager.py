@@ -750,6 +750,8 @@ class CacheManager:
         except OutOfBlocks as refused:
             self._publish([refused.event])
             raise
+        except TypeError as error:  # deciding only reads: nothing has changed
+            raise InvalidCommand(f"a value of this call has the wrong type: {error}") from error
         if events:
             self._publish(events)
             if self._state.transfers:

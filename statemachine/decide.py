@@ -81,8 +81,8 @@ def peek(
     return path.device, path.host
 
 
-def request_named(state: State, key: str) -> Request:
-    """The live request of that name."""
+def request_named(state: State, key: Any) -> Request:
+    """The live request of that name, a text: whatever a caller passes is looked at here."""
     try:
         id = state.keys.get(key)
     except TypeError:

@@ -1,0 +1,44 @@
+"""Build step of the distribution: everything else is in ``pyproject.toml``.
+
+With ``KVLEDGER_NATIVE=1`` in the environment the state machine is compiled by mypyc (it touches nothing outside itself,
+so it loses nothing), as black and mypy do with their own wheels. That needs a C compiler. Without it kvledger is pure
+Python, which is what one edits, debugs and breaks on purpose; both give the same events and the same digests.
+"""
+
+import os
+
+from setuptools import setup
+
+NATIVE = [
+    "apply",
+    "apply_cache",
+    "apply_chunks",
+    "apply_requests",
+    "apply_transfers",
+    "backup",
+    "check",
+    "decide",
+    "decide_chunks",
+    "decide_epoch",
+    "decide_upkeep",
+    "encoding",
+    "expect",
+    "incremental",
+    "order",
+    "ownership",
+    "room",
+    "state",
+    "tree",
+]
+"""Modules with logic. The others are tables, exceptions (which mypyc cannot compile), or made at import."""
+
+if os.environ.get("KVLEDGER_NATIVE") == "1":
+    try:
+        from mypyc.build import mypycify
+    except ModuleNotFoundError:  # the front end asks what the build needs, and then comes again
+        setup(setup_requires=["mypy>=1.11"])
+    else:
+        files = [f"statemachine/{name}.py" for name in NATIVE]
+        setup(setup_requires=["mypy>=1.11"], ext_modules=mypycify(["--config-file", "pyproject.toml", *files]))
+else:
+    setup()

@@ -1,0 +1,42 @@
+"""The state machine compiled (``KVLEDGER_NATIVE=1``, setup.py) gives the same events, digests, errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+_TESTS = ["golden", "old_logs", "every_event", "snapshots", "machine", "hostile"]
+_COMPILED = "import statemachine.tree, statemachine.decide as d; assert d.__file__.endswith('.so'), d.__file__"
+
+
+@pytest.mark.timeout(1000)  # compiling takes 50 s of processor time
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="there is no C compiler")
+def test_compiled_it_does_the_same(tmp_path: Path) -> None:
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    for name in ("statemachine", "ipc", "workers", "kvledger"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+
+    def run(*command: str, **environment: str) -> None:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=800,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed), str(source), KVLEDGER_NATIVE="1")
+    path = {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}", "PYTHONSAFEPATH": "1"}
+    run("-c", _COMPILED, **path)
+    files = [f"tests/test_{name}.py" for name in _TESTS]
+    run("-m", "pytest", "--import-mode=append", "-p", "no:cacheprovider", *files, **path)
