@@ -21,7 +21,7 @@ from statemachine.encoding import restore, snapshot
 from statemachine.replay import Contradiction, Replay
 
 SNAPSHOT_EVERY = 5_000
-VERSION = 8
+VERSION = 9
 TABLE, TIMELINE = "table.json", "timeline"
 _CONTEXT = 2
 """Bytes of context per byte of state."""

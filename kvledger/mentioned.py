@@ -174,7 +174,11 @@ class Mentioned:
     def _write_volume(self) -> None:
         number = (self._stretches - 1) // _VOLUME
         for kind, parts in self._done.items():
-            self._write(_name(kind, number), _rows(parts) if kind in _BLOCKS.values() else _lists(parts))
+            if kind == "hash":
+                for first in range(16):
+                    self._write(_name(kind, number, first), _lists([part[part >> 28 == first] for part in parts]))
+            else:
+                self._write(_name(kind, number), _rows(parts) if kind in _BLOCKS.values() else _lists(parts))
             parts.clear()
 
 
@@ -190,7 +194,7 @@ def stretches(read: Callable[[str], bytes], count: int, kind: Kind, id: int) -> 
     """
     found: list[int] = []
     for number in range((count + _VOLUME - 1) // _VOLUME):
-        packed = read(_name(kind, number))
+        packed = read(_name(kind, number, id >> 28 if kind == "hash" else None))
         try:
             file = io.BytesIO(zstandard.ZstdDecompressor().decompress(packed))
             ids, ends = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
@@ -211,8 +215,9 @@ def stretches(read: Callable[[str], bytes], count: int, kind: Kind, id: int) -> 
 _NONE = np.empty(0, np.int64)
 
 
-def _name(kind: Kind, volume: int) -> str:
-    return f"mentioned.{kind}.{volume}"
+def _name(kind: Kind, volume: int, first: int | None = None) -> str:
+    """Hashes are many and spread evenly: those that begin with one digit are a table of their own."""
+    return f"mentioned.{kind}.{volume}" + (f".{first:x}" if first is not None else "")
 
 
 def _bytes(ids: Any) -> bytes:
