@@ -39,6 +39,8 @@ from statemachine.encoding import state_digest
 from statemachine.errors import Busy, CommandRejected, InvalidCommand, OutOfBlocks, RequestNotReady
 from statemachine.events import (
     BlocksAllocated,
+    BlocksCached,
+    BlocksComputed,
     BlocksEvicted,
     BlocksTrimmed,
     Event,
@@ -61,7 +63,15 @@ from workers.pools import Pools, create_pools, ids_of, reopen_pools
 _log = logging.getLogger(__name__)
 _EVICTED_BYTES = 16
 """What a block of a one-block run takes in the log when it is evicted: its id, its run's id and size."""
-_GIVING_BACK = {RequestReleased, BlocksTrimmed, TransferFinished, QuarantineEnded, WorkerLost, WorkerJoined}
+_GIVING_BACK = {
+    BlocksComputed,  # a release begins with it
+    RequestReleased,
+    BlocksTrimmed,
+    TransferFinished,
+    QuarantineEnded,
+    WorkerLost,
+    WorkerJoined,
+}
 """These must go on being logged as long as possible when there is no room for more log."""
 
 
@@ -422,7 +432,13 @@ class CacheManager:
             self._back_up(key)
 
     def _back_up(self, key: str) -> None:
-        self._execute(commands.Backup(request_named(self._state, key).leaf.id))
+        """The call that leads to a back-up has been logged: without one it is as good as done, never half done."""
+        try:
+            self._execute(commands.Backup(request_named(self._state, key).leaf.id))
+        except SharedMemoryFull:
+            pass  # the log's writer has said so; a later call makes up for it
+        except CallTooLarge as error:
+            _log.warning("ledger %s: what request %r has cached is not copied to the host: %s", self.name, key, error)
 
     def trim(self, key: str, blocks: int) -> None:
         """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
@@ -774,7 +790,7 @@ class CacheManager:
         except TransactionTooLarge as error:
             raise CallTooLarge(str(error)) from error
         except SharedMemoryFull:
-            if type(events[0]) not in _GIVING_BACK:
+            if type(events[0]) not in _GIVING_BACK or type(events[-1]) is BlocksCached:
                 raise
             self._writer.stage(records, self._step, giving_back=True)
         if apply_them:

@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, assert_never
 
@@ -24,7 +25,7 @@ from ipc import KvlogReader, KvlogWriter, LedgerError, LogCorrupt, Record
 from statemachine import codec
 from statemachine.apply import apply, genesis
 from statemachine.codec import CodecError
-from statemachine.encoding import SnapshotError, restore, snapshot, state_digest
+from statemachine.encoding import SnapshotError, counters_digest, restore, snapshot, state_digest
 from statemachine.errors import InvariantViolation
 from statemachine.events import (
     AllocationRefused,
@@ -53,6 +54,7 @@ from statemachine.events import (
 )
 from statemachine.replay import event_of
 from statemachine.state import NO_CHILDREN, Node, State
+from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
 
 KEY_BYTES = 32
 _SURELY_UNIQUE_BYTES = 16
@@ -142,10 +144,16 @@ class Pseudonyms:
 
 
 class Redactor:
-    """Turns events into redacted ones, with the state of both sides at hand."""
+    """Turns events into redacted ones, with the state of both sides at hand.
 
-    def __init__(self, key: bytes) -> None:
+    Args:
+        comparable: whether the digests in the recording mean what they mean today. If not, nobody can say whether they
+            agree; those of the redacted events do.
+    """
+
+    def __init__(self, key: bytes, *, comparable: bool = True) -> None:
         self._key = key
+        self._comparable = comparable
         self.original: State | None = None
         self.redacted: State | None = None
         self.broken = ""
@@ -178,9 +186,10 @@ class Redactor:
             self.broken = str(error).splitlines()[0]
             return self._rewritten(event, None)
         apply(self.redacted, changed)
-        if isinstance(event, DigestTaken) and event.scope == DigestScope.STATE:
-            digest = state_digest(self.redacted)
-            if event.digest != state_digest(self.original):
+        if isinstance(event, DigestTaken):
+            take = state_digest if event.scope == DigestScope.STATE else counters_digest
+            digest = take(self.redacted)
+            if self._comparable and event.digest != take(self.original):
                 digest = bytes(byte ^ 0xFF for byte in digest)  # it did not agree, and shall not
             changed = event._replace(digest=digest)
         return changed
@@ -268,24 +277,24 @@ def _redact_state(state: State, names: Pseudonyms) -> None:
 
 
 def redact(source: Path, target: Path, key: bytes) -> Redacted:
-    """Write the redacted form of a recording to a new file.
+    """Write the redacted form of a recording to a new file; one of an earlier event table becomes one of today's.
 
     Raises:
         LedgerError: a file cannot be read or written, or is no recording; nothing is left behind.
     """
     reader = KvlogReader(source)
     try:
-        if reader.schema_hash != codec.SCHEMA_HASH:
-            raise LogCorrupt(str(source), 0, "recorded with another event table: use the kvledger that wrote it")
-        redactor = Redactor(key)
         try:
+            upcast = upcaster(reader.schema_hash)
+            redactor = Redactor(key, comparable=digests_comparable(reader.schema_hash))
             begin = redactor.begin(reader.snapshot) if reader.snapshot else b""
-        except SnapshotError as error:
-            raise LogCorrupt(str(source), 0, str(error)) from error
-        writer = KvlogWriter(target, schema_hash=reader.schema_hash, base_sequence=reader.base_sequence, snapshot=begin)
+        except (UnknownSchema, SnapshotError) as error:
+            program = f"kvledger {reader.program}" if reader.program else "the kvledger that wrote it"
+            raise LogCorrupt(str(source), 0, f"{error}: redact it with {program}, or a newer one") from error
+        writer = KvlogWriter(target, schema_hash=codec.SCHEMA_HASH, base_sequence=reader.base_sequence, snapshot=begin)
         try:
             with writer:
-                events = _rewrite(reader, writer, redactor)
+                events = _rewrite(reader, upcast, writer, redactor)
         except BaseException as error:
             target.unlink(missing_ok=True)
             if isinstance(error, OSError):
@@ -296,20 +305,25 @@ def redact(source: Path, target: Path, key: bytes) -> Redacted:
         reader.close()
 
 
-def _rewrite(reader: KvlogReader, writer: KvlogWriter, redactor: Redactor) -> int:
+def _rewrite(
+    reader: KvlogReader,
+    upcast: Callable[[list[Record]], list[Record]],
+    writer: KvlogWriter,
+    redactor: Redactor,
+) -> int:
     events = 0
     while records := reader.poll(1):
         changed: list[Record] = []
         for record in records:
             try:
-                event = redactor.event(event_of(record))
+                event = redactor.event(event_of(upcast([record])[0]))
             except (CodecError, InvariantViolation) as error:
                 raise LogCorrupt(
                     str(reader.path), 0, f"event {record.sequence}: {str(error).splitlines()[0]}"
                 ) from error
-            _, subject, args, payload = codec.encode(event)
+            kind, subject, args, payload = codec.encode(event)
             args = args.ljust(codec.ARGS_BYTES, b"\0")
-            changed.append(record._replace(subject=subject, args=args, payload=payload))
+            changed.append(record._replace(kind=kind, subject=subject, args=args, payload=payload))
         writer.write(changed)
         events += len(changed)
     return events

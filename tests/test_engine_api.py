@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ipc import SharedMemoryFull
 from kvledger import (
     Busy,
     CacheConfig,
@@ -30,7 +31,7 @@ from kvledger import (
 )
 from kvledger.pattern import PatternEngine, chain
 from statemachine.content import words_of
-from statemachine.events import Direction
+from statemachine.events import KIND_OF, KINDS, BlocksCached, Direction, TransferStarted
 from tests.test_manager import replays, serve
 
 
@@ -131,6 +132,62 @@ def test_selective_write_through_copies_at_the_second_use() -> None:
             serve(manager, engine, f"c{i}", tokens(8, 2 + i))  # drops them from the device
         assert manager.peek(tokens(4)) == (0, 4)  # used once more: the others were dropped for good
         assert serve(manager, engine, "d", np.concatenate([tokens(4), tokens(4, 1)])) == 4
+
+
+@contextmanager
+def no_room_for(manager: CacheManager, *kinds: type) -> Iterator[None]:
+    """The log takes no transaction with such an event in it; from the part that is kept it takes any."""
+    writer, refused = manager._writer, {KIND_OF[kind] for kind in kinds}
+    stage = writer.stage
+
+    def full(records: Any, step: int = 0, *, giving_back: bool = False) -> None:
+        if not giving_back and refused.intersection(record[0] for record in records):
+            raise SharedMemoryFull("no room, as planned")
+        stage(records, step, giving_back=giving_back)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "stage", full)
+        yield
+
+
+def test_a_backup_that_cannot_be_logged_fails_no_call_that_was() -> None:
+    """What was cached is; an error would make the engine cache it again. The next call copies it."""
+    settings = {"host_blocks": 16, "host_policy": HostPolicy.WRITE_THROUGH}
+    with ledger(**settings) as manager:
+        manager.admit("a", tokens(4), blocks=6)
+        with no_room_for(manager, TransferStarted):
+            manager.cache("a")
+            manager.cache("a", generated=tokens(1, 5))
+            assert manager.cached_blocks("a") == 5 and manager.stats()["backed_up_blocks"] == 0
+        before = manager.digest()
+        with no_room_for(manager, BlocksCached), pytest.raises(SharedMemoryFull):
+            manager.cache("a", generated=tokens(1, 6))
+        assert manager.digest() == before
+        manager.cache("a", generated=tokens(1, 6))
+        assert manager.stats()["backed_up_blocks"] == 6
+        manager.release("a")
+
+
+def test_what_was_cached_ahead_is_released_without_room_for_more_log() -> None:
+    settings = {"host_blocks": 16, "host_policy": HostPolicy.WRITE_THROUGH}
+    with ledger(**settings) as manager:
+        manager.admit("a", tokens(8))
+        manager.cache("a", 8, computed=2)
+        everything = set(KINDS.values())
+        with no_room_for(manager, *everything):
+            manager.release("a")
+        assert not manager.state.requests
+
+
+def test_a_backup_larger_than_a_transaction_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"host_blocks": 4000, "host_policy": HostPolicy.WRITE_THROUGH, "segment_bytes": 64 << 10}
+    with ledger(**settings, block_size=1, device_blocks=4000, retain_bytes=None) as manager:
+        manager.match("a", tokens(500))
+        manager.allocate({"a": 2000})
+        manager.cache("a")
+        assert manager.cached_blocks("a") == 2000 and manager.stats()["backed_up_blocks"] == 0
+        assert "make segment_bytes larger" in caplog.text
+        manager.release("a")
 
 
 def test_a_short_host_takes_the_front_of_what_should_be_backed_up() -> None:

@@ -24,6 +24,7 @@ from statemachine.errors import InvariantViolation
 from statemachine.events import BlocksCached, DigestTaken, RequestMatched
 from statemachine.replay import Diverged, Replay, event_of
 from statemachine.state import Node, State
+from statemachine.upcast import EARLIER, digests_comparable, upcaster
 from workers.recorder import Recorder
 
 KEY = bytes(range(KEY_BYTES))
@@ -254,6 +255,36 @@ def test_a_digest_that_differs_still_differs(tmp_path: Path) -> None:
     redact(tmp_path / "wrong.kvlog", tmp_path / "out.kvlog", KEY)
     with pytest.raises(Diverged, match=f"event {at}:"):
         Replay().feed(read(tmp_path / "out.kvlog")[1])
+
+
+@pytest.mark.parametrize("table", EARLIER, ids="{:016x}".format)
+def test_a_recording_of_an_earlier_event_table_becomes_one_of_todays(tmp_path: Path, table: int) -> None:
+    for source in (Path(__file__).parent / "data" / f"{table:016x}").glob("*.kvlog"):
+        done = redact(source, tmp_path / source.name, KEY)
+        assert not done.damage and not done.broken
+        upcast = upcaster(table)
+        old, new = read(source)[1], read(tmp_path / source.name)[1]
+        left, right = Replay(compare=digests_comparable(table)), Replay()
+        for a, b in zip(old, new, strict=True):
+            assert a[:6] == b[:6]
+            left.feed(upcast([a]))
+            right.feed([b])
+            assert shape(left.state) == shape(right.state), a.sequence
+        assert right.digests > 3
+        pairs = [(event_of(upcast([a])[0]), event_of(b)) for a, b in zip(old, new)]
+        words = [
+            (one.words, other.words)
+            for one, other in pairs
+            if isinstance(one, RequestMatched | BlocksCached) and isinstance(other, type(one)) and one.words
+        ]
+        assert len(words) > 3 and all(len(one) == len(other) and one != other for one, other in words)
+
+
+def test_a_recording_of_an_unknown_event_table_is_refused(tmp_path: Path) -> None:
+    KvlogWriter(tmp_path / "x.kvlog", schema_hash=7).close()
+    with pytest.raises(LedgerError, match=r"event table 0000000000000007 is not known .* or a newer one"):
+        redact(tmp_path / "x.kvlog", tmp_path / "y.kvlog", KEY)
+    assert not (tmp_path / "y.kvlog").exists()
 
 
 def test_a_cut_off_recording_is_redacted_as_far_as_it_goes(tmp_path: Path) -> None:

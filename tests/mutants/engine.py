@@ -9,7 +9,23 @@ MANAGER = "tests/test_manager.py"
 FAILING = "tests/test_failing_workers.py"
 RECOVERY = "tests/test_recovery.py"
 
+API = "tests/test_engine_api.py"
+
 MUTANTS: list[Mutant] = [
+    mutant(
+        "a back-up that cannot be logged fails the call that was",
+        "kvledger/manager.py",
+        "        except SharedMemoryFull:\n            pass  # the log's writer",
+        "        except SharedMemoryFull:\n            raise  # the log's writer",
+        f"{API}::test_a_backup_that_cannot_be_logged_fails_no_call_that_was",
+    ),
+    mutant(
+        "a full shared memory stops the release of what was cached ahead",
+        "kvledger/manager.py",
+        "    BlocksComputed,  # a release begins with it\n",
+        "",
+        f"{API}::test_what_was_cached_ahead_is_released_without_room_for_more_log",
+    ),
     mutant(
         "the answer of one rank is taken for all",
         "kvledger/ranks.py",
