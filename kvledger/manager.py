@@ -11,6 +11,7 @@ except :meth:`CacheManager.release`, which is applied at the owner's next call. 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import struct
 from array import array
@@ -577,9 +578,10 @@ class CacheManager:
         if wait:
             waiting.until(self, lambda: not (self._state.requests or self._state.transfers), wait)
         self._execute(commands.Clear(force))
-        for tier in (Tier.HOST, Tier.DEVICE):
-            while self._execute(commands.Evict(tier, self._evict_step)):
-                pass
+        with contextlib.suppress(SharedMemoryFull):  # what stays matches nothing, and goes when its blocks are wanted
+            for tier in (Tier.HOST, Tier.DEVICE):
+                while self._execute(commands.Evict(tier, self._evict_step)):
+                    pass
 
     def pause(self, timeout: float | None = None) -> None:
         """Hand out nothing more, and wait until no copy is in flight: the device pool is the engine's alone.
@@ -645,6 +647,7 @@ class CacheManager:
 
         Raises:
             Busy: somebody uses a block that would go.
+            ipc.SharedMemoryFull: in the middle of a long way down; what was dropped stays dropped: call it again.
             InvalidCommand
         """
         _expect_tier(tier)
