@@ -171,7 +171,8 @@ class Schedule:
         """Let the processes run until all have ended. Raises what made one fail."""
         self._start_next()
         try:
-            self._done.acquire()
+            while not self._done.acquire(timeout=1.0):  # a Ctrl-C right before it began to wait would not wake it
+                pass
         except BaseException:  # Ctrl-C: nobody may go on and meet the real system
             for process in self._living.copy():
                 self.kill(process)
