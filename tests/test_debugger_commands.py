@@ -19,10 +19,11 @@ from ipc import KvlogWriter
 from ipc.names import remove_objects
 from kvledger import sample
 from kvledger.cli import app
-from kvledger.debugger import open_source
+from kvledger.debugger import SourceError, open_source
 from kvledger.debugger.bisect import first_true
 from kvledger.debugger.checking import check_log
 from kvledger.debugger.hashes import hash_of
+from kvledger.debugger.places import locate
 from kvledger.debugger.predicates import predicate
 from kvledger.debugger.replaying import decisions
 from kvledger.run import Run, RunOptions
@@ -131,6 +132,14 @@ def test_places(chat: Path, rows: list[dict[str, Any]]) -> None:
     ):
         done = kvledger("show", chat, "--at", bad)
         assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1, done.output
+
+
+def test_a_place_after_the_end_of_a_log_that_grows_meanwhile(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_source(str(chat)) as source:
+        last = source.last
+        monkeypatch.setattr(type(source), "last", property(lambda source: last + 1))
+        with pytest.raises(SourceError, match="is after the log ends"):
+            locate(source, "step:99")
 
 
 def test_show(chat: Path) -> None:
