@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,10 +20,11 @@ from ipc import KvlogWriter
 from ipc.names import remove_objects
 from kvledger import sample
 from kvledger.cli import app
-from kvledger.debugger import open_source
+from kvledger.debugger import SourceError, open_source
 from kvledger.debugger.bisect import first_true
 from kvledger.debugger.checking import check_log
 from kvledger.debugger.hashes import hash_of
+from kvledger.debugger.places import locate
 from kvledger.debugger.predicates import predicate
 from kvledger.debugger.replaying import decisions
 from kvledger.run import Run, RunOptions
@@ -131,6 +133,26 @@ def test_places(chat: Path, rows: list[dict[str, Any]]) -> None:
     ):
         done = kvledger("show", chat, "--at", bad)
         assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1, done.output
+
+
+@pytest.mark.parametrize("command", ["show", "log"])
+def test_a_reader_who_has_seen_enough_is_no_failure(chat: Path, command: str) -> None:
+    """As with ``| head``: exit code 1 would say that something is wrong with the log."""
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run(
+        [sys.executable, "-m", "kvledger.cli", command, str(chat)], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_place_after_the_end_of_a_log_that_grows_meanwhile(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_source(str(chat)) as source:
+        last = source.last
+        monkeypatch.setattr(type(source), "last", property(lambda source: last + 1))
+        with pytest.raises(SourceError, match="is after the log ends"):
+            locate(source, "step:99")
 
 
 def test_show(chat: Path) -> None:
@@ -255,6 +277,7 @@ def test_shrink_writes_a_test_that_fails(chat: Path, tmp_path: Path) -> None:
     test = tmp_path / "test_it.py"
     told = ok("shrink", chat, "-o", test, "--predicate", "counters.host_hit_blocks > 0")
     assert "commands are left" in told and int(told.split()[0]) < 16
+    assert stat.S_IMODE(test.stat().st_mode) == 0o600, "it may hold what users wrote"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)],
         capture_output=True,

@@ -44,6 +44,10 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # the same, where a table was printed
+            raise typer.Exit(0) from None
+        raise
 
 
 def _say(word: str, message: object) -> None:

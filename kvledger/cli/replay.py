@@ -14,6 +14,7 @@ from kvledger.cli.debugging import From, Json, Report, Src, To, one_line_errors,
 from kvledger.cli.exits import FAILED
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.diff import differences, diverge, fields_that_differ
+from kvledger.debugger.output import complete
 from kvledger.debugger.places import locate
 from kvledger.debugger.plain import entry_fields, event_fields
 from kvledger.debugger.predicates import predicate
@@ -190,5 +191,6 @@ def shrink_command(
     with reading(src) as (source, report):
         _, stop = span(source, None, end)
         shrunk = shrink(source, holds, stop, report)
-        output.write_text(as_test(shrunk, Path(src).name, text or ""))
+        with complete(output) as file:
+            file.write_text(as_test(shrunk, Path(src).name, text or ""))
         print(f"{len(shrunk.commands)} of {shrunk.before} commands are left; {output} fails: {shrunk.message}")

@@ -78,7 +78,8 @@ def _search(source: Source, wanted: int, key: Callable[[Entry], int], name: str,
         if key(entry) > wanted:
             break
         found = entry
+    else:  # to the end of what there was; a living log has grown since
+        if found is not None and key(found) != wanted:
+            raise SourceError(f"{name} is after the log ends, with {say(found)}")
     assert found is not None
-    if found.sequence == source.last and key(found) != wanted:
-        raise SourceError(f"{name} is after the log ends, with {say(found)}")
     return found.sequence
