@@ -54,6 +54,7 @@ from statemachine.events import (
     RequestMatched,
     RequestReleased,
     Tier,
+    TierLost,
     TransferFinished,
     WorkerJoined,
     WorkerLost,
@@ -70,6 +71,7 @@ _GIVING_BACK = {
     BlocksTrimmed,
     TransferFinished,
     QuarantineEnded,
+    TierLost,
     WorkerLost,
     WorkerJoined,
 }

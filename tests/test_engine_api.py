@@ -30,6 +30,7 @@ from kvledger import (
     WrongThread,
 )
 from kvledger.pattern import PatternEngine, chain
+from statemachine.commands import LoseTier
 from statemachine.content import words_of
 from statemachine.events import KIND_OF, KINDS, BlocksCached, Direction, TransferStarted
 from tests.test_manager import replays, serve
@@ -177,6 +178,17 @@ def test_what_was_cached_ahead_is_released_without_room_for_more_log() -> None:
         with no_room_for(manager, *everything):
             manager.release("a")
         assert not manager.state.requests
+
+
+def test_a_tier_is_lost_without_room_for_more_log() -> None:
+    """Else a rank that keeps failing would end the service where the log is full."""
+    with ledger(host_blocks=16, host_policy=HostPolicy.WRITE_THROUGH) as manager:
+        manager.admit("a", tokens(4))
+        manager.cache("a")
+        with no_room_for(manager, *KINDS.values()):
+            manager._execute(LoseTier(Tier.HOST, "rank 0 failed", ""))
+        assert manager.state.policy == HostPolicy.OFF and not manager.state.host_resident
+        manager.release("a")
 
 
 def test_a_backup_larger_than_a_transaction_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
