@@ -40,7 +40,6 @@ from statemachine.encoding import state_digest
 from statemachine.errors import Busy, CommandRejected, InvalidCommand, OutOfBlocks, RequestNotReady
 from statemachine.events import (
     BlocksAllocated,
-    BlocksCached,
     BlocksComputed,
     BlocksEvicted,
     BlocksTrimmed,
@@ -75,7 +74,7 @@ _GIVING_BACK = {
     WorkerLost,
     WorkerJoined,
 }
-"""These must go on being logged as long as possible when there is no room for more log."""
+"""Transactions of only these must go on being logged as long as possible when there is no room for more log."""
 
 
 class ManagerClosed(RuntimeError):
@@ -795,7 +794,7 @@ class CacheManager:
         except TransactionTooLarge as error:
             raise CallTooLarge(str(error)) from error
         except SharedMemoryFull:
-            if type(events[0]) not in _GIVING_BACK or type(events[-1]) is BlocksCached:
+            if not all(type(event) in _GIVING_BACK for event in events):
                 raise
             self._writer.stage(records, self._step, giving_back=True)
         if apply_them:

@@ -154,9 +154,9 @@ def _vacate(state: State, tier: Tier, blocks: set[int]) -> list[Event]:
                     stack.extend(run.children.values())
     for block in sorted(blocks - cached):
         raise Busy(f"{tier.name} block {block} belongs to {owner(state, tier, block)}: release it, then resize")
-    for node in doomed:
-        if node.pins or node.transfer is not None:
-            raise Busy(f"{tier.name} blocks of run {node.id} are in use: release or wait, then resize")
+    used = min((node.id for node in doomed if node.pins or node.transfer is not None), default=0)
+    if used:
+        raise Busy(f"{tier.name} blocks of run {used} are in use: release or wait, then resize")
     events: list[Event] = []
     host = [Victim(node, node.size, True) for node in state.host_order if node in doomed]
     if host:

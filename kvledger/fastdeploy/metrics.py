@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 GAUGES = {
     "max_gpu_block_num": "Blocks of the device pool",
@@ -47,13 +47,12 @@ class MainProcessMetrics:
     """The gauges that the prefix cache manager sets, by FastDeploy's names: a :class:`Gauge` for each of them."""
 
     def __init__(self) -> None:
-        self._gauges = {name: Gauge() for name in GAUGES}
+        for name in GAUGES:
+            setattr(self, name, Gauge())
 
-    def __getattr__(self, name: str) -> Gauge:
-        try:
-            return self.__dict__["_gauges"][name]  # type: ignore[no-any-return]
-        except KeyError:
-            raise AttributeError(name) from None
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Gauge: ...
 
 
 main_process_metrics = MainProcessMetrics()

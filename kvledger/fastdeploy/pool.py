@@ -22,7 +22,7 @@ from kvledger.fastdeploy.metrics import CacheMetrics, Gauges, main_process_metri
 from kvledger.fastdeploy.raw_blocks import RawBlocks
 from kvledger.fastdeploy.views import FreeList, run_of
 from kvledger.manager import CacheManager
-from statemachine.errors import OutOfBlocks
+from statemachine.errors import InvalidCommand, OutOfBlocks
 from statemachine.events import AllocationRefused, Direction, HostPolicy, Tier
 
 P = ParamSpec("P")
@@ -182,7 +182,7 @@ class DevicePool:
         """Whether so many blocks could be allocated now, with what can be evicted; nothing is evicted yet."""
         if not try_free_gpu_blocks:
             return num_blocks <= len(self.gpu_free_block_list)
-        return self._manager.can_allocate(operator.index(num_blocks))
+        return self._manager.can_allocate(_count(num_blocks))
 
     @own
     def allocate_gpu_blocks(self, num_blocks: int) -> list[int]:
@@ -191,7 +191,7 @@ class DevicePool:
         Raises:
             OutOfBlocks
         """
-        blocks = self._raw.allocate(operator.index(num_blocks))
+        blocks = self._raw.allocate(_count(num_blocks))
         self._set_gauges()
         return blocks
 
@@ -233,7 +233,7 @@ class DevicePool:
             self.gpu_free_task_future.result()
             self.gpu_free_task_future = None
         before = set(self._manager.state.transfers)
-        self._manager.make_room(operator.index(need_block_num))
+        self._manager.make_room(_count(need_block_num))
         started = set(self._manager.state.transfers) - before
         if started:
             self.gpu_free_task_future = _Freeing(self, started)
@@ -242,7 +242,7 @@ class DevicePool:
     @own
     def free_cpu_block_ids(self, need_block_num: int) -> int:
         """Drop so many unused blocks from the host; returns how many went."""
-        return self._manager.evict(Tier.HOST, operator.index(need_block_num))
+        return self._manager.evict(Tier.HOST, _count(need_block_num))
 
     @own
     def free_nodes_directly(self, node: BlockNode) -> None:
@@ -361,6 +361,14 @@ class DevicePool:
         gauges.max_cpu_block_num.set(self.num_cpu_blocks)
         gauges.available_gpu_block_num.set(self.num_gpu_blocks)
         self._set_gauges()
+
+
+def _count(blocks: Any) -> int:
+    """A number of blocks as schedulers pass it, often read from a signal and so of a NumPy type."""
+    try:
+        return operator.index(blocks)
+    except TypeError:
+        raise InvalidCommand(f"a number of blocks is a whole number, not {blocks!r:.80}") from None
 
 
 def _blocks_of(cache_config: Any, name: str) -> int:
