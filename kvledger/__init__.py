@@ -1,8 +1,9 @@
 """kvledger: the KV-block manager of an LLM serving engine as an event-sourced state machine with shared-memory IPC."""
 
 from kvledger.config import CacheConfig, ConfigError
-from kvledger.manager import Admission, CacheManager, CallTooLarge, ManagerClosed, Paused, WrongThread
+from kvledger.manager import Admission, CacheManager, ManagerClosed, Paused, WrongThread
 from kvledger.ranks import Progress
+from kvledger.transactions import CallTooLarge
 from statemachine.content import InvalidTokens, Item, namespace_key
 from statemachine.errors import (
     Busy,

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import struct
-from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from threading import get_ident
@@ -23,40 +21,33 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from ipc import Control, LogWriter, SharedMemoryFull, TransactionTooLarge, record_bytes
+from ipc import Control, LogWriter, SharedMemoryFull, record_bytes
 from ipc.writer import next_epoch, segment_bytes_for
 from kvledger import waiting
+from kvledger.arguments import block_ids, expect_bool, expect_namespace, expect_seconds, expect_tier, not_whole
 from kvledger.config import CacheConfig, ConfigError
 from kvledger.handoff import Handoff, end_messagers, end_receiving
 from kvledger.notices import notice
 from kvledger.ranks import BlockTable, Progress, Ranks, table_of
 from kvledger.rebuild import rebuild
 from kvledger.retention import Retention
+from kvledger.transactions import CallTooLarge, Transactions
 from statemachine import codec, commands
-from statemachine.apply import HANDLERS, genesis
+from statemachine.apply import genesis
 from statemachine.content import Item, Tokens, namespace_key, versioned, words_of
 from statemachine.decide import available_blocks, can_allocate, decide, peek, request_named, victims_for
 from statemachine.encoding import state_digest
 from statemachine.errors import Busy, CommandRejected, InvalidCommand, OutOfBlocks, RequestNotReady
 from statemachine.events import (
     BlocksAllocated,
-    BlocksComputed,
     BlocksEvicted,
-    BlocksTrimmed,
     Event,
     HostPolicy,
-    IntArray,
     Outcome,
     PoolResized,
-    QuarantineEnded,
     ReleaseReason,
     RequestMatched,
-    RequestReleased,
     Tier,
-    TierLost,
-    TransferFinished,
-    WorkerJoined,
-    WorkerLost,
 )
 from statemachine.state import State
 from workers.pools import Pools, create_pools, ids_of, reopen_pools
@@ -64,17 +55,6 @@ from workers.pools import Pools, create_pools, ids_of, reopen_pools
 _log = logging.getLogger(__name__)
 _EVICTED_BYTES = 16
 """What a block of a one-block run takes in the log when it is evicted: its id, its run's id and size."""
-_GIVING_BACK = {
-    BlocksComputed,  # a release begins with it
-    RequestReleased,
-    BlocksTrimmed,
-    TransferFinished,
-    QuarantineEnded,
-    TierLost,
-    WorkerLost,
-    WorkerJoined,
-}
-"""Transactions of only these must go on being logged as long as possible when there is no room for more log."""
 
 
 class ManagerClosed(RuntimeError):
@@ -87,10 +67,6 @@ class WrongThread(RuntimeError):
 
 class Paused(CommandRejected):
     """The manager is paused: nothing is matched or handed out before :meth:`CacheManager.resume`."""
-
-
-class CallTooLarge(InvalidCommand):
-    """What one call would log is more than a quarter of a log segment: split the call, or make segment_bytes larger."""
 
 
 class Admission(NamedTuple):
@@ -134,8 +110,7 @@ class CacheManager:
         self._tails: dict[str, bytes] = {}
         """By live request: the words after its last full block."""
         self._evict_step = writer.max_transaction_bytes // _EVICTED_BYTES // 2
-        self._step = 0
-        self._closed = ""
+        self._transactions = Transactions(writer, state)
         self._thread = get_ident()
         self._releases: deque[commands.Release] = deque()
         """Releases from other threads, to be applied."""
@@ -174,7 +149,7 @@ class CacheManager:
             manager = cls(name, config, writer, genesis(opened), pools)
             if publish is not None:
                 publish(pools)
-            manager._publish([opened], apply_them=False)
+            manager._transactions.commit([opened], apply_them=False)
             if layout is not None:
                 manager._ranks = Ranks(name, config, writer, manager._state, manager._execute_for_ranks)
                 manager._ranks.start()
@@ -241,7 +216,7 @@ class CacheManager:
         try:
             end_messagers(name)
             end_receiving(name)  # nothing becomes free while somebody else may still write it
-            manager._publish(events)
+            manager._transactions.commit(events)
             notice(name, events)
             if publish is not None and "device" in lost:
                 publish(pools)
@@ -308,7 +283,7 @@ class CacheManager:
         if blocks is None:
             blocks = -(-len(words) // self._state.block_bytes)
         elif type(blocks) is not int:
-            raise _not_whole("blocks", blocks)
+            raise not_whole("blocks", blocks)
         watermark = self.config.watermark_blocks
         namespace = self._namespace(namespace)
         events = self._execute(commands.Admit(key, words, namespace, limit, blocks, whole, watermark))
@@ -316,7 +291,7 @@ class CacheManager:
 
     def peek(self, tokens: Tokens, *, items: Sequence[Item] = (), namespace: bytes = b"") -> tuple[int, int]:
         """How many leading blocks would match now, on the device and after those on the host. Changes nothing."""
-        _expect_namespace(namespace)
+        expect_namespace(namespace)
         words, _, whole = self._prompt(tokens, items, 0)
         return peek(self._state, words, versioned(self._weights, namespace), len(words), whole)
 
@@ -383,7 +358,7 @@ class CacheManager:
         """
         self._expect_owner()
         if type(blocks) is not int or blocks < 0:
-            raise _not_whole("blocks", blocks)
+            raise not_whole("blocks", blocks)
         if isinstance(candidates, str | bytes) or not isinstance(candidates, Sequence):
             raise InvalidCommand(f"candidates are a sequence of requests, not {type(candidates).__name__}")
         for key in candidates:
@@ -424,9 +399,9 @@ class CacheManager:
         if blocks is None:
             blocks = request.leaf.end + (len(request.words) + len(words)) // size
         elif type(blocks) is not int or blocks < 0:
-            raise _not_whole("blocks", blocks)
+            raise not_whole("blocks", blocks)
         if computed is not None and (type(computed) is not int or computed < 0):
-            raise _not_whole("computed", computed)
+            raise not_whole("computed", computed)
         self._execute(commands.Cache(key, blocks, words, computed))
         if generated is not None:
             self._tails[key] = tail
@@ -445,20 +420,20 @@ class CacheManager:
     def trim(self, key: str, blocks: int) -> None:
         """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
         if type(blocks) is not int:
-            raise _not_whole("blocks", blocks)
+            raise not_whole("blocks", blocks)
         self._expect_still(key)
         self._execute(commands.Trim(key, blocks))
 
     def reassign(self, key: str, target: str, blocks: Sequence[int]) -> None:
         """Move private blocks of one request to the end of another's block table."""
         self._expect_still(key)
-        self._execute(commands.Reassign(key, target, _block_ids(blocks)))
+        self._execute(commands.Reassign(key, target, block_ids(blocks)))
 
     def give_back(self, key: str, blocks: Sequence[int]) -> None:
         """Free private blocks of a request, wherever they stand behind its cached blocks."""
         request_named(self._state, key)
         self._expect_still(key)
-        self._execute(commands.GiveBack(key, _block_ids(blocks)))
+        self._execute(commands.GiveBack(key, block_ids(blocks)))
 
     def release(self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED, *, final: bool = False) -> None:
         """End a request. What it cached stays until it is evicted.
@@ -549,7 +524,7 @@ class CacheManager:
         Raises:
             TimeoutError: it was not ready in time (default: twice the deadline of a transfer).
         """
-        _expect_seconds("timeout", timeout)
+        expect_seconds("timeout", timeout)
         return waiting.wait(self, key, timeout)
 
     async def wait_async(self, key: str, timeout: float | None = None) -> Progress:
@@ -574,8 +549,8 @@ class CacheManager:
         Raises:
             Busy: requests or transfers use the cache, and ``force`` is not given.
         """
-        _expect_bool("force", force)
-        _expect_seconds("wait", wait)
+        expect_bool("force", force)
+        expect_seconds("wait", wait)
         if wait:
             waiting.until(self, lambda: not (self._state.requests or self._state.transfers), wait)
         self._execute(commands.Clear(force))
@@ -607,7 +582,7 @@ class CacheManager:
         Raises:
             Busy: requests of the old version still run, and ``force`` is not given. It stays paused.
         """
-        _expect_bool("force", force)
+        expect_bool("force", force)
         namespace_key(weights="" if weights is None else weights)  # refuses what is no text
         self._expect_owner()
         if weights is not None and weights != self._weights:
@@ -624,21 +599,21 @@ class CacheManager:
         Blocks that are swapped out for it are free once :meth:`poll` has seen the end of the copy.
         """
         if type(blocks) is not int or blocks < 0:
-            raise _not_whole("blocks", blocks)
+            raise not_whole("blocks", blocks)
         self._execute(commands.MakeRoom(blocks))
 
     def evict(self, tier: Tier, blocks: int) -> int:
         """Drop up to so many unused cached blocks of one tier for good, in eviction order. Returns how many."""
-        _expect_tier(tier)
+        expect_tier(tier)
         if type(blocks) is not int or blocks < 0:
-            raise _not_whole("blocks", blocks)
+            raise not_whole("blocks", blocks)
         events = self._execute(commands.Evict(tier, blocks))
         return sum(len(event.blocks) for event in events if isinstance(event, BlocksEvicted))
 
     def forget(self, node: int) -> None:
         """Drop one unused run that nothing continues, and those above it that lead nowhere else then."""
         if type(node) is not int:
-            raise _not_whole("a run's number", node)
+            raise not_whole("a run's number", node)
         self._execute(commands.Forget(node))
 
     def resize(self, tier: Tier, blocks: int) -> None:
@@ -651,9 +626,9 @@ class CacheManager:
             ipc.SharedMemoryFull: in the middle of a long way down; what was dropped stays dropped: call it again.
             InvalidCommand
         """
-        _expect_tier(tier)
+        expect_tier(tier)
         if type(blocks) is not int:
-            raise _not_whole("blocks", blocks)
+            raise not_whole("blocks", blocks)
         if self.pools:
             most = self.config.device_blocks if tier == Tier.DEVICE else self.config.host_blocks
             if blocks > most:
@@ -668,7 +643,7 @@ class CacheManager:
     def can_allocate(self, blocks: int) -> bool:
         """Whether an allocation of so many blocks would succeed now; counts what can be evicted, and evicts nothing."""
         if type(blocks) is not int or blocks < 0:
-            raise _not_whole("blocks", blocks)
+            raise not_whole("blocks", blocks)
         return can_allocate(self._state, blocks)
 
     def block_table(self, key: str) -> BlockTable:
@@ -718,8 +693,8 @@ class CacheManager:
     def step(self, number: int) -> None:
         """Number of the scheduler step, written beside every event from now on (for people)."""
         if type(number) is not int:
-            raise _not_whole("a step", number)
-        self._step = number & 0xFFFFFFFF
+            raise not_whole("a step", number)
+        self._transactions.step = number & 0xFFFFFFFF
 
     def adopt_thread(self) -> None:
         """The calling thread owns the manager from now on; the one that owned it must not call any more."""
@@ -737,9 +712,9 @@ class CacheManager:
 
     def close(self, *, keep: bool = False) -> None:
         """Stop the workers and give everything back; with ``keep`` the log and the pools stay for inspection."""
-        if self._closed == "closed":
+        if self._transactions.closed == "closed":
             return
-        self._closed = "closed"
+        self._transactions.closed = "closed"
         self.pools = []  # their memory goes as soon as nobody else holds them
         try:
             for handoff in list(self._handoffs):
@@ -761,19 +736,19 @@ class CacheManager:
     # From command to log
 
     def _execute(self, command: commands.Command) -> list[Event]:
-        if self._closed:
-            raise ManagerClosed(f"ledger {self.name!r}: {self._closed}")
+        if self._transactions.closed:
+            raise ManagerClosed(f"ledger {self.name!r}: {self._transactions.closed}")
         if get_ident() != self._thread or self._releases:
             self._expect_owner()
         try:
             events = decide(self._state, command)
         except OutOfBlocks as refused:
-            self._publish([refused.event])
+            self._transactions.commit([refused.event])
             raise
         except TypeError as error:  # deciding only reads: nothing has changed
             raise InvalidCommand(f"a value of this call has the wrong type: {error}") from error
         if events:
-            self._publish(events)
+            self._transactions.commit(events)
             if self._state.transfers:
                 self._follow(events)
         return events
@@ -782,30 +757,6 @@ class CacheManager:
         events = self._execute(command)
         notice(self.name, events)
         return events
-
-    def _publish(self, events: list[Event], apply_them: bool = True) -> None:
-        encoders = codec.ENCODERS
-        try:
-            records = [encoders[type(event)](event) for event in events]
-        except (AttributeError, TypeError, UnicodeEncodeError, struct.error) as error:
-            raise InvalidCommand(f"a name or number of this call cannot be written into the log: {error}") from error
-        try:
-            self._writer.stage(records, self._step)
-        except TransactionTooLarge as error:
-            raise CallTooLarge(str(error)) from error
-        except SharedMemoryFull:
-            if not all(type(event) in _GIVING_BACK for event in events):
-                raise
-            self._writer.stage(records, self._step, giving_back=True)
-        if apply_them:
-            state = self._state
-            try:
-                for event in events:
-                    HANDLERS[type(event)](state, event)
-            except BaseException as error:
-                self._closed = f"an event could not be applied ({error}); reopen the ledger"
-                raise
-        self._writer.publish()
 
     def _follow(self, events: list[Event]) -> None:
         """Transfers that these events started get a deadline; without workers they are done at once."""
@@ -818,11 +769,11 @@ class CacheManager:
         """Without workers there are no bytes to move: every transfer is done."""
         for id, transfer in list(self._state.transfers.items()):
             done = commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets))
-            self._publish(decide(self._state, commands.EndQuarantine(id) if transfer.quarantined else done))
+            self._transactions.commit(decide(self._state, commands.EndQuarantine(id) if transfer.quarantined else done))
 
     def _namespace(self, namespace: bytes) -> bytes:
         """The namespace of a new request, if one may begin."""
-        _expect_namespace(namespace)
+        expect_namespace(namespace)
         if self._paused:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
         return versioned(self._weights, namespace) if self._weights else namespace
@@ -835,7 +786,7 @@ class CacheManager:
         if max_blocks is None:
             max_blocks = max(len(words) // 4 - 1, 0) // self.config.block_size
         elif type(max_blocks) is not int or max_blocks < 0:
-            raise _not_whole("max_blocks", max_blocks)
+            raise not_whole("max_blocks", max_blocks)
         if not items or self.config.chunked_multimodal:
             return words, max_blocks, ()
         return words, max_blocks, tuple((item.offset, item.offset + item.length) for item in items)
@@ -848,34 +799,3 @@ class CacheManager:
             self._back_up(matched.key)
         request = self._state.requests[matched.request]
         return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits)
-
-
-def _not_whole(name: str, value: object) -> InvalidCommand:
-    return InvalidCommand(f"{name} must be a whole number from 0, not {value!r:.80}")
-
-
-def _expect_namespace(namespace: object) -> None:
-    if type(namespace) is not bytes:
-        raise InvalidCommand(f"a namespace is bytes, from namespace_key(), not {type(namespace).__name__}")
-
-
-def _expect_seconds(name: str, value: object) -> None:
-    if value is not None and not (isinstance(value, int | float) and value < 1e9):
-        raise InvalidCommand(f"{name} is a number of seconds, not {value!r:.80}")
-
-
-def _expect_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise InvalidCommand(f"{name} is a bool, not {value!r:.80}")
-
-
-def _expect_tier(tier: object) -> None:
-    if not isinstance(tier, Tier):
-        raise InvalidCommand(f"tier is a Tier, not {tier!r:.80}")
-
-
-def _block_ids(blocks: Sequence[int]) -> IntArray:
-    try:
-        return array("i", blocks)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidCommand(f"blocks are block ids: {error}") from error

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from kvledger import ConfigError, OutOfBlocks
+from kvledger import ConfigError, InvalidCommand, OutOfBlocks
 from kvledger.fastdeploy import SIGNALS, EngineCacheQueue, IPCSignal, PrefixCacheManager
 from kvledger.fastdeploy.collector import GaugesCollector
 from kvledger.fastdeploy.metrics import GAUGES, MainProcessMetrics
@@ -51,7 +51,7 @@ def test_counts_may_be_numpy_integers() -> None:
         it.recycle_gpu_blocks(np.array(blocks, np.int32))
         it.free_block_ids(wanted)
         assert it.free_cpu_block_ids(wanted) == 0 and len(it.gpu_free_block_list) == 8
-        with pytest.raises(TypeError):
+        with pytest.raises(InvalidCommand, match=r"whole number, not 1\.5"):
             it.allocate_gpu_blocks(1.5)
 
 

@@ -54,8 +54,8 @@ from kvledger import (
     namespace_key,
     traces,
 )
-from kvledger.manager import CallTooLarge
 from kvledger.traces import TraceError
+from kvledger.transactions import CallTooLarge
 from statemachine import codec
 from statemachine.check import check
 from statemachine.codec import CodecError, decode, encode

@@ -44,6 +44,7 @@ def top(
         with errors.status("reading the log"):
             observer = Top(name)
         try:
+            observer.poll()  # what came while the log was read
             if as_json:
                 print(json.dumps(_as_json(observer.frame())))
             elif once:

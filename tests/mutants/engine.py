@@ -21,7 +21,7 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "a full shared memory stops the release of what was cached ahead",
-        "kvledger/manager.py",
+        "kvledger/transactions.py",
         "    BlocksComputed,  # a release begins with it\n",
         "",
         f"{API}::test_what_was_cached_ahead_is_released_without_room_for_more_log",
@@ -173,15 +173,15 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "events are published before they are applied",
-        "kvledger/manager.py",
+        "kvledger/transactions.py",
         "        if apply_them:\n            state = self._state\n",
         "        self._writer.publish()\n        if apply_them:\n            state = self._state\n",
         "tests/test_manager.py::test_an_event_that_cannot_be_applied_is_never_published",
     ),
     mutant(
         "a manager goes on after an event that could not be applied",
-        "kvledger/manager.py",
-        '                self._closed = f"an event could not be applied ({error}); reopen the ledger"\n',
+        "kvledger/transactions.py",
+        '                self.closed = f"an event could not be applied ({error}); reopen the ledger"\n',
         "",
         "tests/test_manager.py::test_an_event_that_cannot_be_applied_is_never_published",
     ),

@@ -1,0 +1,46 @@
+"""What callers of the manager pass, looked at before it becomes a command: typed errors that name the argument."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from statemachine.errors import InvalidCommand
+from statemachine.events import IntArray, Tier
+
+
+def not_whole(name: str, value: object) -> InvalidCommand:
+    """The error for what is no whole number from 0."""
+    return InvalidCommand(f"{name} must be a whole number from 0, not {value!r:.80}")
+
+
+def expect_namespace(namespace: object) -> None:
+    """Raises :class:`InvalidCommand`, as all of these do."""
+    if type(namespace) is not bytes:
+        raise InvalidCommand(f"a namespace is bytes, from namespace_key(), not {type(namespace).__name__}")
+
+
+def expect_seconds(name: str, value: object) -> None:
+    """``None`` is allowed."""
+    if value is not None and not (isinstance(value, int | float) and value < 1e9):
+        raise InvalidCommand(f"{name} is a number of seconds, not {value!r:.80}")
+
+
+def expect_bool(name: str, value: object) -> None:
+    """Not what is merely true or false enough."""
+    if not isinstance(value, bool):
+        raise InvalidCommand(f"{name} is a bool, not {value!r:.80}")
+
+
+def expect_tier(tier: object) -> None:
+    """Neither a name nor a number."""
+    if not isinstance(tier, Tier):
+        raise InvalidCommand(f"tier is a Tier, not {tier!r:.80}")
+
+
+def block_ids(blocks: Sequence[int]) -> IntArray:
+    """The ids as commands carry them, ``array('i')``."""
+    try:
+        return array("i", blocks)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidCommand(f"blocks are block ids: {error}") from error
