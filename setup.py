@@ -35,10 +35,10 @@ NATIVE = [
 if os.environ.get("KVLEDGER_NATIVE") == "1":
     try:
         from mypyc.build import mypycify
-    except ModuleNotFoundError:  # the front end asks what the build needs, and then comes again
-        setup(setup_requires=["mypy>=1.11"])
-    else:
-        files = [f"statemachine/{name}.py" for name in NATIVE]
-        setup(setup_requires=["mypy>=1.11"], ext_modules=mypycify(["--config-file", "pyproject.toml", *files]))
+    except ModuleNotFoundError as error:
+        setup(setup_requires=["mypy>=1.11"])  # ends here where pip only asks what the build needs
+        raise SystemExit("KVLEDGER_NATIVE=1 needs mypy: install it, or let pip isolate the build") from error
+    files = [f"statemachine/{name}.py" for name in NATIVE]
+    setup(ext_modules=mypycify(["--config-file", "pyproject.toml", *files]))
 else:
     setup()
