@@ -39,9 +39,12 @@ def rate(trace: traces.Trace, policy: HostPolicy, times: int = 5) -> tuple[list[
             while reader.poll():
                 pass
             floor = time.perf_counter() - begun
+            reader.close()
+            reader = KvlogReader(path)
             begun = time.perf_counter()
-            events = replay(KvlogReader(path)).events
+            events = replay(reader).events
             applied.append(events / (time.perf_counter() - begun))
+            reader.close()
             read.append(events / floor)
         return applied, read, events
 
