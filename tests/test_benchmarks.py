@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from benchmarks.peers import ENTRIES, Entry, make
 from benchmarks.streams import STREAMS
 
 OURS = ENTRIES[0]
+ROOT = page.DOCS.parent
 
 
 def suite(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=page.DOCS.parent)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def test_a_ratio_that_fell_is_told_and_one_within_the_noise_is_not(report: dict[
     new.write_text(json.dumps(report))
     for files, code in (((old, old), 0), ((old, new), 1), ((new, old), 0), ((old,), 2), ((old, Path(__file__)), 2)):
         command = [sys.executable, "-m", "benchmarks.compare", *map(str, files)]
-        assert subprocess.run(command, capture_output=True, cwd=page.DOCS.parent).returncode == code, files
+        assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == code, files
 
 
 def test_noise_among_repetitions_is_no_change() -> None:
@@ -197,3 +200,22 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeyp
     parts = json.loads((tmp_path / "x.json").read_text())["parts"]
     assert parts["compare"]["error"] and not parts["compare"]["figures"]
     assert parts["swap"]["figures"]
+
+
+def test_the_extra_has_what_the_suite_imports() -> None:
+    """The suite runs in an environment of its own: what only ``test`` brings is missing there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    there = " ".join([*project["dependencies"], *extras["bench"], *extras["plot"]])
+    ours = {"benchmarks", "ipc", "kvledger", "statemachine", "workers"}
+    named = {"zmq": "pyzmq"}
+    missing = set()
+    for path in (ROOT / "benchmarks").glob("*.py"):  # peers bring their own
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module]
+            for top in {module.partition(".")[0] for module in modules} - ours - sys.stdlib_module_names:
+                if named.get(top, top) not in there:
+                    missing.add(top)
+    assert not missing
