@@ -249,6 +249,11 @@ def test_a_messager_forgets_what_is_over(split: Split, monkeypatch: pytest.Monke
     split.compute()
     over, step = split.sender._next, next(steps)
     split.sender.send("r", split.reserve(), step=step)
+    log = split.sender._writer
+    control = log._control
+    eventually(
+        lambda: all(line.cursor >= log.next_sequence for line in control.readers() if line.worker)
+    )  # taken up, not yet over
     split.prefill.release("r")
     split.settle()
     split.decode.release("r")
