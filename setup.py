@@ -1,36 +1,44 @@
 """Build step of the distribution: everything else is in ``pyproject.toml``.
 
-With ``KVLEDGER_NATIVE=1`` in the environment the state machine is compiled by mypyc (it touches nothing outside itself,
-so it loses nothing), as black and mypy do with their own wheels. That needs a C compiler. Without it kvledger is pure
-Python, which is what one edits, debugs and breaks on purpose; both give the same events and the same digests.
+With ``KVLEDGER_NATIVE=1`` in the environment mypyc compiles what an engine's scheduler step runs through, as black and
+mypy do with their own wheels: the state machine, the log and the manager. That needs a C compiler. Without it kvledger
+is pure Python, which is what one edits, debugs, simulates and breaks on purpose; both give the same events and the same
+digests.
 """
 
 import os
 
 from setuptools import setup
 
-NATIVE = [
-    "apply",
-    "apply_cache",
-    "apply_chunks",
-    "apply_requests",
-    "apply_transfers",
-    "backup",
-    "check",
-    "decide",
-    "decide_chunks",
-    "decide_epoch",
-    "decide_upkeep",
-    "encoding",
-    "expect",
-    "incremental",
-    "order",
-    "ownership",
-    "room",
-    "state",
-    "tree",
-]
-"""Modules with logic. The others are tables, exceptions (which mypyc cannot compile), or made at import."""
+NATIVE = {
+    "statemachine": [
+        "apply",
+        "apply_cache",
+        "apply_chunks",
+        "apply_requests",
+        "apply_transfers",
+        "backup",
+        "check",
+        "content",
+        "decide",
+        "decide_chunks",
+        "decide_epoch",
+        "decide_upkeep",
+        "encoding",
+        "expect",
+        "incremental",
+        "order",
+        "ownership",
+        "room",
+        "state",
+        "tree",
+    ],
+    "ipc": ["reader", "record", "writer"],
+    "workers": ["acknowledgements", "numpy_pools"],
+    "kvledger": ["arguments", "manager", "ranks", "transactions"],
+}
+"""Modules that a step of a scheduler, a worker or a replay runs through, by package. The others are tables, exceptions
+(which mypyc cannot compile), made at import, or wait for something slower than Python."""
 
 if os.environ.get("KVLEDGER_NATIVE") == "1":
     try:
@@ -38,7 +46,7 @@ if os.environ.get("KVLEDGER_NATIVE") == "1":
     except ModuleNotFoundError as error:
         setup(setup_requires=["mypy>=1.11"])  # ends here where pip only asks what the build needs
         raise SystemExit("KVLEDGER_NATIVE=1 needs mypy: install it, or let pip isolate the build") from error
-    files = [f"statemachine/{name}.py" for name in NATIVE]
+    files = [f"{package}/{name}.py" for package, names in NATIVE.items() for name in names]
     setup(ext_modules=mypycify(["--config-file", "pyproject.toml", *files]))
 else:
     setup()

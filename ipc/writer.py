@@ -81,7 +81,7 @@ class LogWriter:
         it is not known yet who needs it."""
         self._bells: dict[int, posix_ipc.Semaphore] = {}
         self._listeners: list[tuple[int, int, int]] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvledger-segment")
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="kvledger-segment")
         self._map, self._buffer, self._words, self._words32 = self._begin_segment(
             segment.create(self.ledger, epoch, 0, segment_bytes)
         )
@@ -277,7 +277,7 @@ class LogWriter:
         self._hold = oldest
 
     def _prepare(self) -> Future[mmap.mmap]:
-        return self._thread.submit(self._reserve_segment, self._index + 1)
+        return self._helper.submit(self._reserve_segment, self._index + 1)
 
     def _reserve_segment(self, index: int) -> mmap.mmap:
         """The segment after the current one, in the writer's thread, one ahead of need.
@@ -345,7 +345,7 @@ class LogWriter:
             view.release()
         self._needed_from = self.next_sequence if self._hold is None else self._hold()
         self._prepared = self._prepare()
-        self._thread.submit(self._tidy, old[0])
+        self._helper.submit(self._tidy, old[0])
 
     def _tidy(self, map: mmap.mmap) -> None:
         """After a rotation, in the writer's thread: unmapping and removing take milliseconds the engine has not."""
@@ -390,7 +390,7 @@ class LogWriter:
 
     def close(self, *, unlink: bool = False) -> None:
         """Give up the ledger; with ``unlink`` remove everything that belongs to it."""
-        self._thread.shutdown(wait=True)
+        self._helper.shutdown(wait=True)
         if self._prepared.exception() is None:  # raising it here would tie it to what is being handled, and its memory
             self._prepared.result().close()
             if not unlink:

@@ -1,9 +1,11 @@
 """kvledger: the KV-block manager of an LLM serving engine as an event-sourced state machine with shared-memory IPC."""
 
+from types import FunctionType
+
 from kvledger.config import CacheConfig, ConfigError
-from kvledger.manager import Admission, CacheManager, ManagerClosed, Paused, WrongThread
+from kvledger.errors import CallTooLarge, ManagerClosed, Paused, WrongThread
+from kvledger.manager import Admission, CacheManager
 from kvledger.ranks import Progress
-from kvledger.transactions import CallTooLarge
 from statemachine.content import InvalidTokens, Item, namespace_key
 from statemachine.errors import (
     Busy,
@@ -17,7 +19,12 @@ from statemachine.errors import (
 )
 from statemachine.events import HostPolicy, ReleaseReason, Tier
 
+COMPILED: bool = not isinstance(CacheManager.admit, FunctionType)
+"""Whether this is the compiled build (``KVLEDGER_NATIVE=1 pip install``). There, an argument of the wrong type raises
+``TypeError`` where the interpreted one raises :class:`InvalidCommand`; nothing has changed in either."""
+
 __all__ = [
+    "COMPILED",
     "Admission",
     "Busy",
     "CacheConfig",

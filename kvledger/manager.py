@@ -26,18 +26,19 @@ from ipc.writer import next_epoch, segment_bytes_for
 from kvledger import waiting
 from kvledger.arguments import block_ids, expect_bool, expect_namespace, expect_seconds, expect_tier, not_whole
 from kvledger.config import CacheConfig, ConfigError
+from kvledger.errors import CallTooLarge, ManagerClosed, Paused, WrongThread
 from kvledger.handoff import Handoff, end_messagers, end_receiving
 from kvledger.notices import notice
 from kvledger.ranks import BlockTable, Progress, Ranks, table_of
 from kvledger.rebuild import rebuild
 from kvledger.retention import Retention
-from kvledger.transactions import CallTooLarge, Transactions
+from kvledger.transactions import Transactions
 from statemachine import codec, commands
 from statemachine.apply import genesis
 from statemachine.content import Item, Tokens, namespace_key, versioned, words_of
 from statemachine.decide import available_blocks, can_allocate, decide, peek, request_named, victims_for
 from statemachine.encoding import state_digest
-from statemachine.errors import Busy, CommandRejected, InvalidCommand, OutOfBlocks, RequestNotReady
+from statemachine.errors import Busy, InvalidCommand, OutOfBlocks, RequestNotReady
 from statemachine.events import (
     BlocksAllocated,
     BlocksEvicted,
@@ -55,18 +56,6 @@ from workers.pools import Pools, create_pools, ids_of, reopen_pools
 _log = logging.getLogger(__name__)
 _EVICTED_BYTES = 16
 """What a block of a one-block run takes in the log when it is evicted: its id, its run's id and size."""
-
-
-class ManagerClosed(RuntimeError):
-    """The manager was closed, or an internal error ended it; reopen the ledger."""
-
-
-class WrongThread(RuntimeError):
-    """The call came from a thread that does not own the manager; nothing happened."""
-
-
-class Paused(CommandRejected):
-    """The manager is paused: nothing is matched or handed out before :meth:`CacheManager.resume`."""
 
 
 class Admission(NamedTuple):
@@ -111,7 +100,7 @@ class CacheManager:
         """By live request: the words after its last full block."""
         self._evict_step = writer.max_transaction_bytes // _EVICTED_BYTES // 2
         self._transactions = Transactions(writer, state)
-        self._thread = get_ident()
+        self._owner = get_ident()
         self._releases: deque[commands.Release] = deque()
         """Releases from other threads, to be applied."""
         self._paused = False
@@ -444,7 +433,7 @@ class CacheManager:
         if type(reason) is not ReleaseReason or type(final) is not bool:
             raise InvalidCommand(f"reason is a ReleaseReason and final a bool, not {reason!r:.80} and {final!r:.80}")
         command = commands.Release(key, reason, final)
-        if get_ident() != self._thread:
+        if get_ident() != self._owner:
             request_named(self._state, key)
             self._releases.append(command)
             return
@@ -698,13 +687,13 @@ class CacheManager:
 
     def adopt_thread(self) -> None:
         """The calling thread owns the manager from now on; the one that owned it must not call any more."""
-        self._thread = get_ident()
+        self._owner = get_ident()
 
     def _expect_owner(self) -> None:
         """Refuse calls from other threads, and apply what these have released."""
-        if get_ident() != self._thread:
+        if get_ident() != self._owner:
             raise WrongThread(
-                f"ledger {self.name!r} belongs to thread {self._thread}, this is {get_ident()}: make all calls from "
+                f"ledger {self.name!r} belongs to thread {self._owner}, this is {get_ident()}: make all calls from "
                 "one thread (release() may come from any), or adopt_thread() in the new owner"
             )
         if self._releases:
@@ -738,7 +727,7 @@ class CacheManager:
     def _execute(self, command: commands.Command) -> list[Event]:
         if self._transactions.closed:
             raise ManagerClosed(f"ledger {self.name!r}: {self._transactions.closed}")
-        if get_ident() != self._thread or self._releases:
+        if get_ident() != self._owner or self._releases:
             self._expect_owner()
         try:
             events = decide(self._state, command)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 
 from ipc import LogWriter, SharedMemoryFull, TransactionTooLarge
+from kvledger.errors import CallTooLarge
 from statemachine import codec
 from statemachine.apply import HANDLERS
 from statemachine.errors import InvalidCommand
@@ -35,10 +36,6 @@ _GIVING_BACK = {
     WorkerJoined,
 }
 """Transactions of only these must go on being logged as long as possible when there is no room for more log."""
-
-
-class CallTooLarge(InvalidCommand):
-    """What one call would log is more than a quarter of a log segment: split the call, or make segment_bytes larger."""
 
 
 class Transactions:

@@ -67,7 +67,7 @@ def _is_plain(tokens: Tokens) -> TypeGuard[npt.NDArray[np.int32]]:
         and tokens.dtype is _WORD
         and tokens.ndim == 1
         and tokens.flags.c_contiguous
-        and (not len(tokens) or np.minimum.reduce(tokens) >= 0)
+        and (not len(tokens) or bool(np.minimum.reduce(tokens) >= 0))
     )
 
 

@@ -323,7 +323,7 @@ def test_a_follower_that_was_overrun_goes_on_when_it_asks_to(manager: CacheManag
     drain(one)
     manager._writer._retain_bytes = 2 * SMALL
     serve(manager, 600, 300)
-    manager._writer._thread.submit(int).result()
+    manager._writer._helper.submit(int).result()
     with pytest.raises(Overrun) as overrun:
         follow_to_the_end(slow)
     skipped = slow.resynchronise()

@@ -37,6 +37,7 @@ from ipc.names import SHM, remove_objects, segments_of
 from ipc.record import Position
 from ipc.segment import NEXT, TAIL
 from kvledger import (
+    COMPILED,
     Busy,
     CacheConfig,
     CacheManager,
@@ -54,8 +55,8 @@ from kvledger import (
     namespace_key,
     traces,
 )
+from kvledger.errors import CallTooLarge
 from kvledger.traces import TraceError
-from kvledger.transactions import CallTooLarge
 from statemachine import codec
 from statemachine.check import check
 from statemachine.codec import CodecError, decode, encode
@@ -80,6 +81,8 @@ class Awkward:
         raise RuntimeError("no length")
 
 
+WRONG_TYPE: tuple[type[Exception], ...] = (TypeError,) if COMPILED else ()
+"""What else the compiled build may raise for an argument."""
 VALUES: list[Any] = [
     None,
     True,
@@ -222,7 +225,7 @@ def test_any_call_with_any_arguments(calls: list[tuple[str, list[Any], dict[str,
             except OutOfBlocks:  # recorded, unless nothing was to be allocated yet
                 recorded = manager.next_sequence - sequence
                 assert manager.digest() == before and recorded == (call != "preempt")
-            except CommandRejected:
+            except (CommandRejected, *WRONG_TYPE):
                 assert manager.digest() == before and manager.next_sequence == sequence
             assert not check(manager.state)
         reader = LogReader(manager.name)
@@ -282,7 +285,7 @@ def test_wrong_calls_by_name(name: str) -> None:
     with open_with_requests(name) as manager:
         for number, (error, call) in enumerate(REFUSED):
             before = manager.digest()
-            with pytest.raises(error):
+            with pytest.raises((error, *WRONG_TYPE)):
                 call(manager)
             assert manager.digest() == before, number
         manager.release("a")
@@ -342,9 +345,9 @@ def test_any_configuration(settings: dict[str, Any]) -> None:
 
 def test_wrong_names_and_configurations() -> None:
     for bad in (None, 5, "", "a/b", "../x", "a" * 65, "a\0"):
-        with pytest.raises(InvalidName):
+        with pytest.raises((InvalidName, *WRONG_TYPE)):
             CacheManager.create(bad, small())  # type: ignore[arg-type]
-    with pytest.raises(ConfigError):
+    with pytest.raises((ConfigError, *WRONG_TYPE)):
         CacheManager.create("x", {"device_blocks": 5})  # type: ignore[arg-type]
 
 
@@ -705,10 +708,22 @@ def test_a_worker_that_answers_nonsense_is_replaced(name: str, record: tuple[int
         os.kill(worker.process.pid, 19)  # SIGSTOP: its true answer comes too late
         manager.admit("b", TOKENS + 50)
         assert [*manager.state.transfers] == [1] and worker.reader is not None
-        real, forged = worker.reader.poll, [_forged(record)]
-        worker.reader.poll = lambda limit=0: [forged.pop()] if forged else real()  # type: ignore[assignment]
+        worker.reader = _Forging(worker.reader, [_forged(record)])
         manager.wait("b", timeout=60)
         assert manager.state.workers[0] == 2 and not check(manager.state)
+
+
+class _Forging:
+    """A reader of answers, with some of our own before the true ones."""
+
+    def __init__(self, reader: LogReader, forged: list[Record]) -> None:
+        self._reader, self._forged = reader, forged
+
+    def poll(self) -> list[Record]:
+        return [self._forged.pop()] if self._forged else self._reader.poll()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
 
 
 def _forged(record: tuple[int, int, bytes, bytes]) -> Record:

@@ -82,7 +82,7 @@ def test_a_running_engine_without_room_for_more_log() -> None:
 manager = CacheManager.create("full", config(retain_bytes=None))
 for live in range(8):
     serve(manager, f"live {live}")
-manager._writer._thread.submit(int).result()
+manager._writer._helper.submit(int).result()
 held = open("/dev/shm/held", "wb")
 free = os.statvfs("/dev/shm")
 os.posix_fallocate(held.fileno(), 0, free.f_bavail * free.f_frsize - (100 << 10))

@@ -71,7 +71,7 @@ def drain(reader: LogReader | KvlogReader) -> list[Record]:
 
 def at_most(writer: LogWriter, segments: int) -> bool:
     """Whether no more segments than these are left, once the writer's thread has put the old ones away."""
-    writer._thread.submit(int).result()
+    writer._helper.submit(int).result()
     return len(segments_of(writer.ledger)) <= segments
 
 

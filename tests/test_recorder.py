@@ -94,7 +94,7 @@ def test_a_late_recorder_begins_at_the_oldest_snapshot(manager: CacheManager, tm
     drain(one)
     manager._writer._retain_bytes = 3 * SMALL
     serve(manager, 600, 200)
-    manager._writer._thread.submit(int).result()
+    manager._writer._helper.submit(int).result()
     recorder = Recorder(manager.name, tmp_path / "x.kvlog")
     began = recorder.follower.sequence
     assert began > 0
@@ -103,7 +103,7 @@ def test_a_late_recorder_begins_at_the_oldest_snapshot(manager: CacheManager, tm
     serve(manager, 800, 600)  # the recorder sleeps, and is overrun
     drain(one)
     serve(manager, 1400, 200)
-    manager._writer._thread.submit(int).result()
+    manager._writer._helper.submit(int).result()
     record_all(recorder)
     while not recorder.skipped:
         recorder.step()
@@ -137,7 +137,7 @@ def test_an_overrun_without_a_snapshot_is_an_error(manager: CacheManager, tmp_pa
     manager._writer.on_rotation = None
     manager._writer._retain_bytes = SMALL
     serve(manager, 0, 900)
-    manager._writer._thread.submit(int).result()
+    manager._writer._helper.submit(int).result()
     with pytest.raises(Overrun):
         record_all(recorder)
     recorder.follower.close = lambda: None  # type: ignore[method-assign]

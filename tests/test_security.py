@@ -135,7 +135,7 @@ def test_another_user_can_neither_read_nor_take_over(name: str) -> None:
 def test_a_name_that_somebody_took_before(name: str) -> None:
     """Squatting on the next segment's name is an error with its name, not a crash."""
     writer = LogWriter.create(name, schema_hash=1, segment_bytes=64 << 10)
-    writer._thread.submit(int).result()
+    writer._helper.submit(int).result()
     (SHM / f"{name}.1.2").write_bytes(b"mine")
 
     def fill() -> None:

@@ -1,7 +1,11 @@
 """The command line: one module per command or small family of commands, all registered here."""
 
+from importlib import metadata
+from typing import Annotated
+
 import typer
 
+from kvledger import COMPILED
 from kvledger.cli.audit import audit
 from kvledger.cli.check import bisect, check, leaks_command
 from kvledger.cli.explain import explain_command
@@ -47,6 +51,24 @@ for command in (log, show, check, bisect, diff, replay, what_if, export, top, vi
 app.command("explain", rich_help_panel="Debugger")(explain_command)
 app.command("leaks", rich_help_panel="Debugger")(leaks_command)
 app.command("shrink", rich_help_panel="Debugger")(shrink_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvledger {metadata.version('kvledger')}, {'compiled' if COMPILED else 'interpreted'}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version, and whether it is compiled."
+        ),
+    ] = False,
+) -> None:
+    """What holds for all commands."""
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvledger.cli.exits import FAILED, INTERRUPTED
+from kvledger import COMPILED
+from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
 
 
 def simulate(
@@ -22,11 +23,15 @@ def simulate(
     Each seed draws traffic, faults and schedule. The same seed does the same thing. A run that fails is made smaller,
     and the command that repeats it is printed.
     """
+    from kvledger.testing.points import INTERPRETED_ONLY
     from kvledger.testing.schedule import one_core
     from kvledger.testing.simulator import Plan, SimulationFailed, simulate_or_shrink
 
     logging.disable(logging.CRITICAL)  # what a simulated operator would be told
     console = Console(stderr=True)
+    if COMPILED:
+        console.print(f"[bold red]{INTERPRETED_ONLY}[/]", highlight=False, soft_wrap=True)
+        raise typer.Exit(BAD_INPUT)
     begun = time.monotonic()
     number = points = kills = engines = verified = 0
     interrupted = False

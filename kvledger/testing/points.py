@@ -21,6 +21,9 @@ Enter = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Calls a function with its arguments and options, with its lines as points."""
 
 
+INTERPRETED_ONLY = "this kvledger is compiled: simulate with one that was installed without KVLEDGER_NATIVE"
+
+
 @functools.cache
 def is_traced(file: str) -> bool:
     """Whether the lines of this file are points."""

@@ -28,7 +28,8 @@ from typing import Any
 
 import posix_ipc
 
-from kvledger.testing.points import entrances, watched
+from kvledger import COMPILED
+from kvledger.testing.points import INTERPRETED_ONLY, entrances, watched
 from kvledger.testing.schedule import Process, Schedule
 from kvledger.testing.weak_memory import SharedObject
 
@@ -376,7 +377,12 @@ def installed(system: System, *others: tuple[Any, str, Any]) -> Iterator[None]:
     """Every module of the project that reaches the operating system reaches ``system`` instead.
 
     ``others``: further ``(module, attribute, value)``.
+
+    Raises:
+        RuntimeError: this is the compiled build.
     """
+    if COMPILED:
+        raise RuntimeError(INTERPRETED_ONLY)
 
     def start_time(pid: int) -> int:
         process = system.schedule.processes.get(pid)

@@ -188,7 +188,7 @@ MUTANTS: list[Mutant] = [
     mutant(
         "any thread may change the cache",
         "kvledger/manager.py",
-        "        if get_ident() != self._thread:\n            raise WrongThread(",
+        "        if get_ident() != self._owner:\n            raise WrongThread(",
         "        if False:\n            raise WrongThread(",
         "tests/test_engine_api.py::test_only_the_owner_changes_anything_but_a_release_comes_from_anywhere",
     ),
