@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test check chaos soak mutants bench bench-compare clean native
+.PHONY: run test check chaos soak mutants bench bench-run bench-compare clean native
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
@@ -30,7 +30,8 @@ soak: $(VENV)/installed
 mutants: $(VENV)/tested
 	$(VENV)/bin/python -m tests.mutants
 
-# The benchmarks beside their peers, a quarter of an hour on an idle machine; writes docs/benchmarks.json and .md.
+# The benchmarks beside their peers, a quarter of an hour on an idle machine; writes docs/benchmarks.json and .md. kvledger
+# takes part compiled, where there is a C compiler, and interpreted.
 # ONLY=contest,decode runs some parts. What cannot be installed is skipped, and named in the output.
 BENCH_VENV ?= .venv-bench
 # The releases the adapters were written for. vLLM and SGLang want a GPU build of torch; a CPU build is enough here.
@@ -38,8 +39,12 @@ TORCH ?= torch==2.13.0
 VLLM ?= vllm==0.33.0
 SGLANG ?= sglang==0.5.23
 BENCH_PIP = $(BENCH_VENV)/bin/python -m pip install --quiet
+BENCH_ENV = $(if $(wildcard build/native/kvledger),PYTHONPATH=build/native:. PYTHONSAFEPATH=1)
 bench: $(BENCH_VENV)/installed
-	$(BENCH_VENV)/bin/python -m benchmarks $(if $(ONLY),--only $(ONLY))
+	$(MAKE) native VENV=$(BENCH_VENV) || { rm -rf build/native; echo 'nothing can be compiled here: interpreted'; }
+	$(MAKE) bench-run
+bench-run:
+	$(BENCH_ENV) $(BENCH_VENV)/bin/python -m benchmarks $(if $(ONLY),--only $(ONLY))
 
 # Which ratios the working tree changes against another commit, by turns, some minutes.
 BASE ?= HEAD
@@ -69,10 +74,12 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable .
 	touch $@
 
-# The state machine compiled (setup.py), beside the sources: PYTHONPATH=build/native:. python -P -m benchmarks.lifecycle
-native: $(VENV)/installed
+# kvledger compiled (setup.py), beside the sources: PYTHONPATH=build/native:. python -P -m benchmarks.lifecycle
+native: build/native/built
+build/native/built: $(VENV)/installed setup.py $(shell find statemachine ipc workers kvledger -name '*.py')
 	rm -rf build/native
 	KVLEDGER_NATIVE=1 $(VENV)/bin/python -m pip install --quiet --no-deps --target build/native .
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -34,7 +34,7 @@ NATIVE = {
         "tree",
     ],
     "ipc": ["reader", "record", "writer"],
-    "workers": ["acknowledgements", "numpy_pools"],
+    "workers": ["acknowledgements"],
     "kvledger": ["arguments", "manager", "ranks", "transactions"],
 }
 """Modules that a step of a scheduler, a worker or a replay runs through, by package. The others are tables, exceptions

@@ -1,4 +1,4 @@
-"""The whole suite: ``python -m benchmarks``, which is what ``make bench`` runs.
+"""The whole suite: ``python -m benchmarks``, which is what ``make bench`` runs, with kvledger compiled.
 
 Runs every part in this order, keeps all raw figures as JSON, and writes ``docs/benchmarks.md`` and its plots from them.
 A part that fails is named with its error, the others go on, and the exit code is 1.
@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -18,23 +19,27 @@ from typing import Any
 
 from benchmarks import figures as f
 from benchmarks import page
+from benchmarks.field import without_native
 
 PARTS = {
     "contest": "Whole life of a request",
     "decode": "Decode steps",
     "growth": "Growth",
     "lifecycle": "Life cycle beside a bare tree",
+    "lifecycle-interpreted": "Life cycle, interpreted",
     "fastdeploy": "FastDeploy drop-in",
     "handoff": "Hand-off",
     "roundtrip": "Round trip",
     "swap": "Swap bandwidth",
     "replay": "Replay and seek",
+    "replay-interpreted": "Replay, interpreted",
     "recovery": "Recovery",
     "debugger": "Debugger",
     "hitrate": "Hit rates",
     "interpreter": "Interpreter",
 }
-"""Module → title; each has ``figures(quick)``, and works alone."""
+"""Module → title; each has ``figures(quick)``, and works alone. ``-interpreted``: without the compiled build."""
+_INTERPRETED = "-interpreted"
 _JSON = page.DOCS / "benchmarks.json"
 
 
@@ -42,18 +47,29 @@ def run(name: str, quick: bool) -> dict[str, Any]:
     """One part in a process of its own: what it leaves behind is nobody else's."""
     begun = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks", "--part", name, *(["--quick"] if quick else [])]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    environment = dict(os.environ)
+    if name.endswith(_INTERPRETED):
+        path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join(without_native(path))
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     seconds = round(time.perf_counter() - begun, 1)
     if process.returncode:
-        return {"figures": [], "skipped": [], "seconds": seconds, "error": f"exit code {process.returncode}"}
+        return {
+            "figures": [],
+            "skipped": [],
+            "build": "",
+            "seconds": seconds,
+            "error": f"exit code {process.returncode}",
+        }
     return {**json.loads(process.stdout.splitlines()[-1]), "seconds": seconds}
 
 
 def part(name: str, quick: bool) -> None:
     """In that process: measure, and print the figures as the last line."""
     logging.disable(logging.WARNING)  # a log without a follower that writes snapshots grows, and says so
-    made, skipped = importlib.import_module(f"benchmarks.{name}").figures(quick)
-    print(json.dumps({"figures": [one.as_dict() for one in made], "skipped": skipped}))
+    made, skipped = importlib.import_module(f"benchmarks.{name.removesuffix(_INTERPRETED)}").figures(quick)
+    build = "compiled" if importlib.import_module("kvledger").COMPILED else "interpreted"
+    print(json.dumps({"figures": [one.as_dict() for one in made], "skipped": skipped, "build": build}))
 
 
 def main() -> int:

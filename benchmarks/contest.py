@@ -192,6 +192,7 @@ def _figures_of(title: str, stream: str, block_size: int, laps: dict[str, list[L
         if peer.endswith("list") or peer == "vLLM xxhash":
             made.append(_figure(f"{title}, list", laps["kvledger, list"], peer, theirs, None))
     made.append(_figure(f"{title}, list", laps["kvledger, list"], "own int32", laps["kvledger"], None))
+    made.append(_figure(title, laps["kvledger"], "own interpreted", laps["kvledger, interpreted"], None))
     return made
 
 

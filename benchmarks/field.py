@@ -11,9 +11,11 @@ import importlib
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -130,7 +132,14 @@ def _installed(distribution: str) -> bool:
     return True
 
 
+def without_native(path: Sequence[str]) -> list[str]:
+    """A module search path without the compiled build (``make native``)."""
+    return [folder for folder in path if Path(folder).name != "native"]
+
+
 def _serve(entry: Entry, pipe: Any) -> None:
+    if entry.name.endswith("interpreted"):
+        sys.path[:] = without_native(sys.path)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     logging.disable(logging.WARNING)  # a log without a follower that writes snapshots grows, and says so
     if entry.peer:  # what they print when they find no GPU is not ours to show

@@ -78,7 +78,7 @@ def _machines(parts: dict[str, Any]) -> str:
         packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
         text = (
             f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-            f"Linux {machine['kernel']}, Python {machine['python']}; {packages}. "
+            f"Linux {machine['kernel']}, Python {machine['python']}; {packages}; kvledger {part['build']}. "
             f"Commit {part['commit']}, load {machine['load']} at the start."
             + (" A quick run: digits mean nothing." if part["quick"] else "")
         )
@@ -138,7 +138,9 @@ def _goal(name: str, against: str, one: dict[str, Any], least: float) -> tuple[s
 
 
 def _chapter(name: str, part: dict[str, Any], pictures: list[str]) -> str:
-    lines = [f"## {part['title']}\n\n{_ABOUT[name]} (`python -m benchmarks.{name}`, {part['seconds']:.0f} s)\n"]
+    module, _, interpreted = name.partition("-")
+    about = f"As above, {interpreted}." if interpreted else _ABOUT[module]
+    lines = [f"## {part['title']}\n\n{about} (`python -m benchmarks --only {name}`, {part['seconds']:.0f} s)\n"]
     if "error" in part:
         lines.append(f"It failed: {part['error']}.\n")
     lines += [f"![{picture}](images/{picture})\n" for picture in pictures]
@@ -171,9 +173,9 @@ def _contestants(part: dict[str, Any]) -> str:
         stream = one["name"].removesuffix(", list")
         own = "kvledger, list" if one["name"].endswith(", list") else "kvledger"
         for who, spread in ((own, details["ours"]), (one["against"], details["theirs"])):
-            if who != "own int32":
+            if not who.startswith("own"):
                 rows.setdefault((stream, who), _spread(spread))
-        if details["hits"] != "the same blocks" and one["against"] != "own int32":
+        if details["hits"] != "the same blocks" and not one["against"].startswith("own"):
             differences.append(f"* {stream}, {one['against']}: {details['hits']}")
     head = ("", "", "p50", "p99", "longest call", "longest GC", "hit blocks", "admit", "cache", "grow", "finish")
     table = _table(head, ((*key, *rest) for key, rest in sorted(rows.items(), key=lambda row: _order(row[0], rows))))

@@ -8,7 +8,7 @@ whether it is still the same memory.
 
 from __future__ import annotations
 
-import secrets
+import os
 import struct
 
 import numpy as np
@@ -44,7 +44,7 @@ def pool_sizes(layout: PoolLayout) -> list[int]:
 def create(name: str, size: int, layout: PoolLayout) -> None:
     """Create one object, with a new id. Raises :class:`ipc.SharedMemoryFull`."""
     map = memory.create(name, size)
-    map[: _HEADER.size] = _HEADER.pack(MAGIC, layout.fingerprint, secrets.token_bytes(16))
+    map[: _HEADER.size] = _HEADER.pack(MAGIC, layout.fingerprint, os.urandom(16))
     map.close()
 
 

@@ -57,6 +57,7 @@ class Entry(NamedTuple):
 ENTRIES = (
     Entry("kvledger", "benchmarks.peers.ledger", "int32", ""),
     Entry("kvledger, list", "benchmarks.peers.ledger", "list", ""),
+    Entry("kvledger, interpreted", "benchmarks.peers.ledger", "int32", ""),
     Entry("vLLM xxhash", "benchmarks.peers.vllm", "xxhash", "vllm"),
     Entry("vLLM sha256", "benchmarks.peers.vllm", "sha256", "vllm"),
     Entry("SGLang Rust", "benchmarks.peers.sglang", "rust", "sglang"),

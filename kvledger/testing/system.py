@@ -14,7 +14,6 @@ import functools
 import io
 import mmap
 import os
-import secrets
 import select
 import signal
 import subprocess
@@ -223,6 +222,7 @@ def _os(system: System) -> _Module:
         kill=kill,
         close=system.forget,
         getpid=lambda: system.schedule.current().pid,
+        urandom=system.schedule.rng.randbytes,
     )
 
 
@@ -343,7 +343,6 @@ def _replacements(system: System) -> dict[Any, Any]:
             pidfd_send_signal=lambda descriptor, number: schedule.kill(system.behind(descriptor)),
         ),
         select: _Module(select, poll=lambda: _Poll(system)),
-        secrets: _Module(secrets, token_bytes=schedule.rng.randbytes),
         threading: _Module(threading, Lock=lambda: _Lock(schedule)),
     }
 
@@ -354,7 +353,7 @@ def _places(modules: int) -> list[tuple[Any, str, Any]]:
 
     ``modules``: how many there are; a run may import further ones.
     """
-    reached = (posix_ipc, os, mmap, fcntl, time, subprocess, signal, select, secrets, threading)
+    reached = (posix_ipc, os, mmap, fcntl, time, subprocess, signal, select, threading)
     named = ("ThreadPoolExecutor", "start_time", "tempfile", "populate", "available_memory")
     found: list[tuple[Any, str, Any]] = []
     for name, module in list(sys.modules.items()):
