@@ -17,7 +17,7 @@ import fcntl
 import mmap
 import os
 import time
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ipc.errors import (
     LedgerExists,
@@ -40,7 +40,7 @@ _LINES = 4096
 _BYTES = _LINES + READERS * 64
 _BEING_CREATED = "ledger {!r} is only being created, or its creator died before it was done"
 _SCHEMA, _PID, _START = 2, 3, 4
-CURRENT = 192 // 8
+CURRENT: Final = 192 // 8
 """Word of the current segment."""
 PID, START, CURSOR, PARKED, MASK, WORKER, NAME = range(7)
 """Words of a reader line."""

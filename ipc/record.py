@@ -12,16 +12,16 @@ a record proves all that came before it in its segment. It is the last word writ
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from crc32c import crc32c
 
-LINE_BYTES = 64
-CRC_OFFSET = 60
+LINE_BYTES: Final = 64
+CRC_OFFSET: Final = 60
 LINE = struct.Struct("<QQHBBIQI24s")
 _COMMITTED_LINE = struct.Struct("<QQHBBIQI24sI")
-TXN_BEGIN = 1
-TXN_END = 2
+TXN_BEGIN: Final = 1
+TXN_END: Final = 2
 
 
 class Record(NamedTuple):

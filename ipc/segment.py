@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from crc32c import crc32c
 
@@ -20,12 +20,12 @@ from ipc import memory
 from ipc.errors import LedgerNotFound, LogCorrupt
 from ipc.names import segment_name, segments_of
 
-HEADER_BYTES = 4096
+HEADER_BYTES: Final = 4096
 MAGIC = int.from_bytes(b"kvledger", "little")
 VERSION = 1
-TAIL = 256 // 8
+TAIL: Final = 256 // 8
 """Index, in 64-bit words, of the tail hint: the writer's offset after its last transaction."""
-NEXT = 320 // 8
+NEXT: Final = 320 // 8
 _HEADER = struct.Struct("<QHHIQQQQIIQQIIQ")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from statemachine.events import Direction, HostPolicy, LedgerOpened, Tier
 from statemachine.order import Order
@@ -15,7 +15,7 @@ from statemachine.order import Order
 if TYPE_CHECKING:
     from statemachine.events import IntArray
 
-ALL = 2**32 - 1
+ALL: Final = 2**32 - 1
 """More blocks than any request has."""
 MOST_BLOCKS = 1 << 26
 """Blocks that a pool may have: a damaged or hostile log cannot make anybody build a larger free list."""
