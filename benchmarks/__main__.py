@@ -68,7 +68,7 @@ def part(name: str, quick: bool) -> None:
     """In that process: measure, and print the figures as the last line."""
     logging.disable(logging.WARNING)  # a log without a follower that writes snapshots grows, and says so
     made, skipped = importlib.import_module(f"benchmarks.{name.removesuffix(_INTERPRETED)}").figures(quick)
-    build = "compiled" if importlib.import_module("kvledger").COMPILED else "interpreted"
+    build = "compiled" if importlib.import_module("kvledger").is_compiled() else "interpreted"
     print(json.dumps({"figures": [one.as_dict() for one in made], "skipped": skipped, "build": build}))
 
 

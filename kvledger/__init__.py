@@ -19,12 +19,7 @@ from statemachine.errors import (
 )
 from statemachine.events import HostPolicy, ReleaseReason, Tier
 
-COMPILED: bool = not isinstance(CacheManager.admit, FunctionType)
-"""Whether this is the compiled build (``KVLEDGER_NATIVE=1 pip install``). There, an argument of the wrong type raises
-``TypeError`` where the interpreted one raises :class:`InvalidCommand`; nothing has changed in either."""
-
 __all__ = [
-    "COMPILED",
     "Admission",
     "Busy",
     "CacheConfig",
@@ -47,5 +42,15 @@ __all__ = [
     "Tier",
     "UnknownRequest",
     "WrongThread",
+    "is_compiled",
     "namespace_key",
 ]
+
+
+def is_compiled() -> bool:
+    """Whether this is the compiled build (``KVLEDGER_NATIVE=1 pip install``).
+
+    There, an argument of the wrong type raises ``TypeError`` where the interpreted build raises
+    :class:`InvalidCommand`; nothing has changed in either.
+    """
+    return not isinstance(CacheManager.admit, FunctionType)

@@ -220,8 +220,7 @@ def request_released(state: State, event: RequestReleased) -> None:
     """A request ends; its path is unpinned, its runs merge."""
     number, _, final, merged, absorbed, blocks = event
     request = request_of(state, event, number)
-    own = request.private()
-    own.reverse()
+    own = request.private()[::-1]
     if blocks != own:
         expect_blocks(state, event, Tier.DEVICE, blocks, own, f"private to {request.key!r}")
     merges: list[tuple[Node, list[Node]]] = []

@@ -384,8 +384,7 @@ def _release(state: State, command: Release) -> list[Event]:
                 break
             final += 1
     merged, absorbed = _merges(loose, final) if len(loose) > 1 else (_NONE, _NO_COUNTS)
-    blocks = request.private()
-    blocks.reverse()
+    blocks = request.private()[::-1]
     return [RequestReleased(request.id, command.reason, final, merged, absorbed, blocks)]
 
 

@@ -95,9 +95,7 @@ def device_supply(
     if plan is None:
         return None
     events, freed, held, next_node = plan
-    plain = free + freed
-    plain.reverse()
-    return Supply(events, plain, held, next_node)
+    return Supply(events, (free + freed)[::-1], held, next_node)  # reverse() takes twice as long
 
 
 _Plan = tuple[list[Event], IntArray, list[tuple[int, IntArray]], int]

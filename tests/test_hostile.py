@@ -37,7 +37,6 @@ from ipc.names import SHM, remove_objects, segments_of
 from ipc.record import Position
 from ipc.segment import NEXT, TAIL
 from kvledger import (
-    COMPILED,
     Busy,
     CacheConfig,
     CacheManager,
@@ -52,6 +51,7 @@ from kvledger import (
     RequestNotReady,
     Tier,
     UnknownRequest,
+    is_compiled,
     namespace_key,
     traces,
 )
@@ -81,7 +81,7 @@ class Awkward:
         raise RuntimeError("no length")
 
 
-WRONG_TYPE: tuple[type[Exception], ...] = (TypeError,) if COMPILED else ()
+WRONG_TYPE: tuple[type[Exception], ...] = (TypeError,) if is_compiled() else ()
 """What else the compiled build may raise for an argument."""
 VALUES: list[Any] = [
     None,

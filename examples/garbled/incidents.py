@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.garbled.engine import Chat, Engine, serve
+from kvledger import is_compiled
 from statemachine import apply, apply_cache, apply_chunks, apply_requests, apply_transfers, decide, expect, room, tree
 from statemachine.commands import Admit
 from statemachine.errors import OutOfBlocks
@@ -130,6 +131,8 @@ INCIDENTS: dict[str, tuple[Callable[[Engine], None], int, int]] = {
 
 def record(name: str, path: Path) -> int:
     """Plant a bug in this process, serve traffic, record it. Returns the number of the guilty event."""
+    if is_compiled():
+        sys.exit("nothing can be planted in a compiled kvledger: install it without KVLEDGER_NATIVE")
     plant, device, host = INCIDENTS[name]
     engine = Engine(path, device, host, host // 2, HostPolicy.EXCLUSIVE if host else HostPolicy.OFF)
     guards_off()

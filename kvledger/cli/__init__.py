@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kvledger import COMPILED
+from kvledger import is_compiled
 from kvledger.cli.audit import audit
 from kvledger.cli.check import bisect, check, leaks_command
 from kvledger.cli.explain import explain_command
@@ -55,7 +55,7 @@ app.command("shrink", rich_help_panel="Debugger")(shrink_command)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"kvledger {metadata.version('kvledger')}, {'compiled' if COMPILED else 'interpreted'}")
+        print(f"kvledger {metadata.version('kvledger')}, {'compiled' if is_compiled() else 'interpreted'}")
         raise typer.Exit
 
 

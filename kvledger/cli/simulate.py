@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvledger import COMPILED
+from kvledger import is_compiled
 from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
 
 
@@ -29,7 +29,7 @@ def simulate(
 
     logging.disable(logging.CRITICAL)  # what a simulated operator would be told
     console = Console(stderr=True)
-    if COMPILED:
+    if is_compiled():
         console.print(f"[bold red]{INTERPRETED_ONLY}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(BAD_INPUT)
     begun = time.monotonic()

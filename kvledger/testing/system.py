@@ -27,7 +27,7 @@ from typing import Any
 
 import posix_ipc
 
-from kvledger import COMPILED
+from kvledger import is_compiled
 from kvledger.testing.points import INTERPRETED_ONLY, entrances, watched
 from kvledger.testing.schedule import Process, Schedule
 from kvledger.testing.weak_memory import SharedObject
@@ -380,7 +380,7 @@ def installed(system: System, *others: tuple[Any, str, Any]) -> Iterator[None]:
     Raises:
         RuntimeError: this is the compiled build.
     """
-    if COMPILED:
+    if is_compiled():
         raise RuntimeError(INTERPRETED_ONLY)
 
     def start_time(pid: int) -> int:

@@ -141,7 +141,7 @@ MUTANTS = [
             ),
             Edit(
                 "statemachine/apply_requests.py",
-                "    own = request.private()\n    own.reverse()\n",
+                "    own = request.private()[::-1]\n",
                 "    own = request.private()\n",
             ),
         ),
