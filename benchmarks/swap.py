@@ -1,6 +1,6 @@
 """Bytes per second of the transfer worker's copy, beside one memcpy of the same bytes.
 
-``python -m benchmarks.swap [--quick]``: by block size, layers and how scattered the block ids are.
+``python -m benchmarks.swap [--quick]``: by block size, layers and how scattered the block ids are; what checksums cost.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 
 from benchmarks import figures as f
 from ipc.names import remove_objects
-from statemachine.events import Direction
+from statemachine.events import Direction, TransferStarted
 from workers import PoolLayout
 from workers.numpy_pools import copy_blocks
-from workers.pools import create_pools
+from workers.pools import create_pools, open_copies
 
 _SHAPES = ((4096, 8), (65_536, 8), (262_144, 8), (65_536, 1), (65_536, 32))
 """Bytes per block and layer, layers."""
@@ -64,7 +64,40 @@ def figures(quick: bool) -> tuple[list[f.Figure], list[str]]:
                     )
                 )
         remove_objects(ledger)
-    return made, []
+    return made + checked(quick), []
+
+
+def checked(quick: bool) -> list[f.Figure]:
+    """A worker's copies of 64 KiB blocks with checksums, beside those without, by turns, in GB/s."""
+    ledger = f"swap-{os.getpid()}"
+    block_bytes, layers = 65_536, 8
+    blocks = ((8 if quick else 96) << 20) // (block_bytes * layers)
+    size = blocks * block_bytes * layers
+    ids, none = array("i", range(blocks)), array("Q")
+    rates: dict[tuple[Direction, bool], list[float]] = {}
+    for _ in range(2 if quick else 7):
+        for checksums in (False, True):
+            layout = PoolLayout(1, layers, block_bytes, blocks, blocks, checksums=checksums)
+            create_pools(ledger, layout)
+            copies = open_copies(ledger, 0, layout, lambda reason: None)
+            for number, direction in enumerate((Direction.SWAP_OUT, Direction.SWAP_OUT, Direction.SWAP_IN)):
+                transfer = TransferStarted(number, direction, 0, 0, none, none, none, none, ids, ids)
+                took = spent(lambda: (copies.start(transfer), copies.ended()))
+                if number:  # the first one touches the memory
+                    rates.setdefault((direction, checksums), []).append(size / took / 1e9)
+            copies.close()
+            remove_objects(ledger)
+    return [
+        f.Figure(
+            name=f"{direction.name.lower().replace('_', ' ')}, {block_bytes:,} B, {layers} layers, with checksums",
+            unit="GB/s",
+            ours=statistics.median(rates[direction, True]),
+            against="without",
+            theirs=statistics.median(rates[direction, False]),
+            ratios=f.faster(rates[direction, False], rates[direction, True]),
+        )
+        for direction in (Direction.SWAP_OUT, Direction.SWAP_IN)
+    ]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ _LARGEST = 2**31 - 1
 _MOST_RANKS = 64
 """Each has a reader line in the log's control segment, and others need some too."""
 _LEAST_SEGMENT, _LARGEST_SEGMENT = 4096, 256 << 20
-_OF_POOLS = ("layers", "block_bytes", "tensors", "backend")
+_OF_POOLS = ("layers", "block_bytes", "tensors", "backend", "checksums")
 
 
 class ConfigError(ValueError):
@@ -59,6 +59,8 @@ class CacheConfig:
     """The KV tensors of a layer on one rank, see :mod:`workers.layout`; without any, a block is plain bytes."""
     backend: str = "numpy"
     """Whose memory the device pool is: ``numpy``, ``paddle``, ``paddle-gpu`` or ``cuda``. See ``docs/pools.md``."""
+    checksums: bool = False
+    """Whether workers keep a checksum of each host block and compare it before they copy the block back."""
     segment_bytes: int = 16 << 20
     """Size of one log segment in shared memory."""
     retain_bytes: int | None = 256 << 20
@@ -92,6 +94,8 @@ class CacheConfig:
             _expect_whole("retain_bytes", self.retain_bytes, 0, 2**63)
         if self.segment_bytes % 4096:
             raise ConfigError(f"segment_bytes must be a multiple of 4096, not {self.segment_bytes}")
+        if not isinstance(self.checksums, bool):
+            raise ConfigError(f"checksums must be True or False, not {self.checksums!r:.80}")
         if not isinstance(self.host_policy, HostPolicy):
             raise ConfigError(f"host_policy must be one of HostPolicy, not {self.host_policy!r:.80}")
         if self.block_bytes % 8:
@@ -179,6 +183,7 @@ class CacheConfig:
             host_blocks=self.host_blocks + self.staging_blocks,
             tensors=self.tensors,
             backend=self.backend,
+            checksums=self.checksums,
         )
 
     def opened(self, layout: str = "", pools: str = "") -> LedgerOpened:

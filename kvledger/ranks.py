@@ -6,6 +6,7 @@ times out; a rank that keeps failing costs the host tier. Deadlines live here, n
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from ipc import LedgerError, LogWriter
 from kvledger.config import CacheConfig
+from kvledger.notices import tell
 from statemachine import commands
 from statemachine.errors import OutOfOrder
 from statemachine.events import Event, HostPolicy, Outcome, Tier
@@ -72,6 +74,7 @@ class Ranks:
         execute: Callable[[commands.Command], list[Event]],
     ) -> None:
         self.supervisor = Supervisor(ledger, config.layout, epoch=state.epoch, ready_timeout_s=config.ready_timeout_s)
+        self._ledger = ledger
         self._config = config
         self._writer = writer
         self._state = state
@@ -171,6 +174,8 @@ class Ranks:
                     self._failed(answer.rank, answer.error)
                 else:
                     self._failures[answer.rank] = 0
+                if answer.status == Status.CORRUPT:
+                    tell(logging.ERROR, "host_block_corrupt", ledger=self._ledger, reason=answer.error)
         self._watch_workers()
         if self._giving_up:
             self._give_up(progress)

@@ -49,6 +49,7 @@ class RunOptions:
     ranks: int = 2
     layers: int = 4
     block_bytes: int = 1024
+    checksums: bool = False
     data: bool = True
     in_flight: int = 64
     trace_clock: bool = False
@@ -183,6 +184,7 @@ class Run:
             ranks=options.ranks if options.data else 0,
             layers=options.layers,
             block_bytes=options.block_bytes,
+            checksums=options.checksums,
             segment_bytes=wanted + -wanted % 4096,
             retain_bytes=None,
         )

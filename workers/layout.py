@@ -98,10 +98,15 @@ class PoolLayout(NamedTuple):
     """Of each layer; without any, a block is so many bytes of which nobody says what they are."""
     backend: str = "numpy"
     """One of :data:`BACKENDS`: whose memory the device pool is."""
+    checksums: bool = False
+    """Whether each host block has one (:mod:`workers.checksums`)."""
 
     def text(self) -> str:
         """As it is written into the log and handed to workers."""
-        return json.dumps(self._asdict(), separators=(",", ":"))
+        fields = self._asdict()
+        if not self.checksums:  # as before there were any
+            del fields["checksums"]
+        return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -109,8 +114,9 @@ class PoolLayout(NamedTuple):
         try:
             fields = json.loads(text)
             tensors = tuple(KVTensor(name, tuple(shape), dtype) for name, shape, dtype in fields.pop("tensors"))
-            backend = str(fields.pop("backend"))
-            layout = cls(**{name: int(value) for name, value in fields.items()}, tensors=tensors, backend=backend)
+            backend, checksums = str(fields.pop("backend")), bool(fields.pop("checksums", False))
+            sizes = {name: int(value) for name, value in fields.items()}
+            layout = cls(**sizes, tensors=tensors, backend=backend, checksums=checksums)
             for tensor in tensors:
                 tensor.check()
             if backend not in BACKENDS:

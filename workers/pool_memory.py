@@ -1,9 +1,9 @@
 """The shared-memory objects of a rank's pools: their names, sizes and headers.
 
-Two per rank: the host pool, block-first (``[blocks, layers, block_bytes]``), so that one block is one contiguous piece;
-and the device pool, which is the memory itself where the device is shared memory, or else the table in which the owner
-of the device tensors publishes their handles. Each carries a random id: an engine that opens a ledger again sees
-whether it is still the same memory.
+Two per rank: the host pool, block-first (``[blocks, layers, block_bytes]``), so that one block is one contiguous piece,
+behind all of them a checksum per block where the layout has them; and the device pool, which is the memory itself where
+the device is shared memory, or else the table in which the owner of the device tensors publishes their handles. Each
+carries a random id: an engine that opens a ledger again sees whether it is still the same memory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Bytes = npt.NDArray[np.uint8]
 HEADER_BYTES = 4096
 HANDLE_ENTRY_BYTES = 80
 """A published tensor: an IPC handle (64), the tensor's offset behind what the handle names (8), its bytes (8)."""
+CHECKSUM_BYTES = 8
 _HEADER = struct.Struct("<8sQ16s")
 MAGIC = b"kvlpool1"
 
@@ -38,7 +39,8 @@ def pool_sizes(layout: PoolLayout) -> list[int]:
     """Bytes of a rank's device and host pool."""
     block = layout.layers * layout.block_bytes
     device = HANDLE_ENTRY_BYTES * len(layout.pieces) if layout.on_gpu else block * layout.device_blocks
-    return [HEADER_BYTES + device, HEADER_BYTES + block * layout.host_blocks]
+    host = (block + CHECKSUM_BYTES * layout.checksums) * layout.host_blocks
+    return [HEADER_BYTES + device, HEADER_BYTES + host]
 
 
 def create(name: str, size: int, layout: PoolLayout) -> None:
@@ -75,10 +77,14 @@ class PoolMemory:
                 raise PoolMismatch(f"{name} does not have the layout {layout.text()}: the ledger was created anew?")
             objects.append(found)
             ids.append(id)
+        self.rank = rank
         self.id = ",".join(ids)
         self.device_object = objects[0]
         """Header and all; between its first 64 bytes and :data:`HEADER_BYTES` it is the backend's."""
         self.device: Bytes = objects[0][HEADER_BYTES:]
         """``uint8[bytes]``."""
-        self.host: Bytes = objects[1][HEADER_BYTES:].reshape(layout.host_blocks, layout.layers, layout.block_bytes)
+        stop = HEADER_BYTES + layout.host_blocks * layout.layers * layout.block_bytes
+        self.host: Bytes = objects[1][HEADER_BYTES:stop].reshape(layout.host_blocks, layout.layers, layout.block_bytes)
         """``uint8[blocks, layers, block_bytes]``."""
+        self.checksums: npt.NDArray[np.uint64] = objects[1][stop:].view(np.uint64)
+        """``uint64[blocks]`` behind it, if the layout has checksums."""

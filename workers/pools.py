@@ -50,6 +50,8 @@ class Ended(NamedTuple):
     transfer: int
     valid: int
     error: str = ""
+    corrupt: bool = False
+    """It ended before a host block that is not what was written; ``error`` says which."""
 
 
 class Copies(Protocol):
@@ -104,13 +106,20 @@ def open_copies(ledger: str, rank: int, layout: PoolLayout, waiting: Callable[[s
         PoolMismatch, ipc.LedgerNotFound
         workers.cuda_driver.CudaError: there is no driver, no device, no memory to pin, or no such handle.
     """
+    copies: Copies
     if layout.on_gpu:
         from workers.cuda_copies import CudaCopies
 
-        return CudaCopies(ledger, rank, layout, waiting)
-    from workers.numpy_pools import NumpyCopies
+        copies = CudaCopies(ledger, rank, layout, waiting)
+    else:
+        from workers.numpy_pools import NumpyCopies
 
-    return NumpyCopies(ledger, rank, layout)
+        copies = NumpyCopies(ledger, rank, layout)
+    if layout.checksums:
+        from workers.checksums import CheckedCopies
+
+        return CheckedCopies(pool_memory.PoolMemory(ledger, rank, layout), copies)
+    return copies
 
 
 def create_pools(ledger: str, layout: PoolLayout) -> Sequence[Pools]:

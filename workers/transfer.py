@@ -105,8 +105,8 @@ class TransferWorker:
 
     def _answer_ended(self) -> int:
         ended = self.copies.ended()
-        for transfer, valid, error in ended:
-            status = Status.FAILED if error else Status.OK
+        for transfer, valid, error, corrupt in ended:
+            status = Status.CORRUPT if corrupt else Status.FAILED if error else Status.OK
             self._answer(Acknowledgement(self.rank, transfer, valid, status, error[:1000]))
         return len(ended)
 

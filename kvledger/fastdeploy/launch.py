@@ -98,17 +98,21 @@ class Launched:
     def layout(self, cache_config: Any, shapes: tuple[list[int], list[int]] | None) -> dict[str, Any]:
         """Layers and bytes of a block, from what the configuration says, else from the shapes of one block.
 
-        With ``kv_tensors`` and ``kv_backend`` the pools are made of tensors, as :class:`kvledger.CacheConfig` has them.
+        With ``kv_tensors`` and ``kv_backend`` the pools are made of tensors, and with ``kv_checksums`` host blocks have
+        checksums, as :class:`kvledger.CacheConfig` has them.
         """
-        layers = int(cache_config.model_cfg.num_hidden_layers)
+        checked = {
+            "layers": int(cache_config.model_cfg.num_hidden_layers),
+            "checksums": getattr(cache_config, "kv_checksums", False),
+        }
         tensors = getattr(cache_config, "kv_tensors", ())
         if tensors:
-            return {"layers": layers, "tensors": tensors, "backend": getattr(cache_config, "kv_backend", "numpy")}
+            return {**checked, "tensors": tensors, "backend": getattr(cache_config, "kv_backend", "numpy")}
         size = int(getattr(cache_config, "bytes_per_layer_per_block", 0) or 0)
         if not size and shapes is not None:
             item = _ITEM_BYTES.get(str(getattr(cache_config, "cache_dtype", "")), 2)
             size = item * sum(math.prod(shape) for shape in shapes if shape)
-        return {"layers": layers, "block_bytes": size + -size % 8}
+        return {**checked, "block_bytes": size + -size % 8}
 
     def ready(self) -> None:
         """Pools and workers are there: first the tensors are said to be ready, then the swap space."""

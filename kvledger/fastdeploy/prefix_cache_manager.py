@@ -41,7 +41,8 @@ class PrefixCacheManager(SplitInstance):
             ``prefill_kvcache_block_num`` with the old scheduler), ``num_cpu_blocks``, ``block_size`` (default 64),
             ``bytes_per_layer_per_block``, ``model_cfg.num_hidden_layers``, ``enable_hierarchical_cache``,
             ``write_policy`` (``write_back``, ``write_through``, ``write_through_selective``),
-            ``disable_chunked_mm_input``, and of kvledger's own ``kv_tensors`` and ``kv_backend`` (``docs/pools.md``).
+            ``disable_chunked_mm_input``, and of kvledger's own ``kv_tensors``, ``kv_backend`` and ``kv_checksums``
+            (``docs/pools.md``).
         tensor_parallel_size, splitwise_role, local_data_parallel_id: as in the original.
         attention_backend: class with ``get_kv_cache_shape``, see :meth:`_get_kv_cache_shape`.
         gauges: where the gauges are set; default: :data:`main_process_metrics`, which

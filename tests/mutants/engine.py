@@ -6,6 +6,7 @@ from tests.mutants import Edit, Mutant, mutant
 from tests.mutants.log import SEEDS
 
 MANAGER = "tests/test_manager.py"
+CHECKSUMS = "tests/test_checksums.py"
 FAILING = "tests/test_failing_workers.py"
 RECOVERY = "tests/test_recovery.py"
 
@@ -156,6 +157,29 @@ MUTANTS: list[Mutant] = [
         "        if ids and not (min(ids) >= 0 and max(ids) < count):",
         "        if False:",
         "tests/test_pools.py::test_a_copy_that_raises_is_an_answer",
+    ),
+    mutant(
+        "a damaged host block is copied with the checksum that it has now",
+        "workers/checksums.py",
+        "self._digest(block) != self._memory.checksums[block]:",
+        "False:",
+        CHECKSUMS,
+    ),
+    mutant(
+        "a checksum is made before the copy has ended",
+        "workers/checksums.py",
+        "            self._copies.start(transfer)\n            return\n",
+        "            for block in transfer.targets:\n"
+        "                self._memory.checksums[block] = self._digest(block)\n"
+        "            self._copies.start(transfer)\n            self._out.clear()\n            return\n",
+        CHECKSUMS,
+    ),
+    mutant(
+        "a damaged block is answered as a failed copy, and tried again for ever",
+        "workers/transfer.py",
+        "Status.CORRUPT if corrupt else",
+        "",
+        CHECKSUMS,
     ),
     mutant(
         "memory that was replaced is taken for the old one",
