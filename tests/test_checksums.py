@@ -17,6 +17,7 @@ from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy
 from kvledger.cli import app
 from statemachine.check import check
 from statemachine.events import Direction, TransferStarted
+from tests.fastdeploy_engine import manager as drop_in
 from workers import PoolLayout
 from workers.pool_memory import PoolMemory
 from workers.pools import Ended, create_pools, open_copies
@@ -169,3 +170,9 @@ def test_a_whole_run_with_checksums() -> None:
     sizes = ["--requests", "150", "--device-blocks", "200", "--host-blocks", "400", "--name", f"checked-{os.getpid()}"]
     done = CliRunner().invoke(app, ["run", "--checksums", *sizes, "--json"])
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_over_fastdeploys_interface(wanted: bool) -> None:
+    with drop_in(gpu=4, cpu=4, **({"kv_checksums": True} if wanted else {})) as it:
+        assert it.manager.config.checksums is wanted
