@@ -15,6 +15,7 @@ from ipc.errors import LedgerError, LedgerExists, LedgerNotFound, NotPrivate, Sh
 from ipc.names import SHM, unlink
 
 _MADV_POPULATE_WRITE = 23
+_PIECE_BYTES = 2 << 20
 _CGROUP = Path("/sys/fs/cgroup")
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -22,10 +23,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def populate(map: mmap.mmap) -> None:
     """Map all pages now. Through ctypes, which releases the interpreter lock (``mmap.madvise`` holds it).
 
+    In pieces: the kernel locks the address space meanwhile, and a ``malloc`` that wants more of it waits.
     Linux before 5.14 does not know the advice; pages then appear at their first touch, as they do without it.
     """
     first = ctypes.c_char.from_buffer(map)
-    _libc.madvise(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(map)), _MADV_POPULATE_WRITE)
+    start, end = ctypes.addressof(first), ctypes.addressof(first) + len(map)
+    for piece in range(start, end, _PIECE_BYTES):
+        size = min(_PIECE_BYTES, end - piece)
+        _libc.madvise(ctypes.c_void_p(piece), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
     del first
 
 
