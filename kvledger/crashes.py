@@ -13,7 +13,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from kvledger.pattern import WrongBytes
 from kvledger.run import Crashes, RunOptions, Summary
 from statemachine import codec
 from statemachine.errors import InvariantViolation
+from workers.programs import environment, python
 
 DONE, BLOCKS, DEVICE, HOST = range(4)
 """Columns of the table of requests that outlives the engine's processes."""
@@ -164,7 +164,7 @@ class CrashRun:
         }
         with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "kvledger.life"], stdin=subprocess.PIPE, stdout=said, stderr=errors
+                python("-m", "kvledger.life"), stdin=subprocess.PIPE, stdout=said, stderr=errors, env=environment()
             )
             assert process.stdin is not None
             process.stdin.write(json.dumps(job).encode())
@@ -221,7 +221,7 @@ class CrashRun:
         if self._follower is None and not table[-1, PUBLISHED]:
             return  # there is no ledger yet
         self._follower = subprocess.Popen(
-            [sys.executable, "-m", _FOLLOWER, ledger], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            python("-m", _FOLLOWER, ledger), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment()
         )
         table[-1, FOLLOWER] = self._follower.pid
 

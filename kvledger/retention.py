@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import logging
 import subprocess
-import sys
 import threading
 import time
 
 from ipc import LogWriter
 from kvledger.notices import tell
 from workers import auditor
+from workers.programs import environment, python
 
 _BACK_OFF_S = 1.0
 _LONGEST_BACK_OFF_S = 60.0
@@ -88,7 +88,8 @@ class Retention:
         try:
             # exec, never fork: an inherited descriptor would keep the engine's lock
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "workers.auditor", self._ledger],
+                python("-m", "workers.auditor", self._ledger),
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

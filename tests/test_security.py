@@ -242,3 +242,27 @@ def _common(one: list[int], other: list[int]) -> int:
 def test_different_tenants_have_different_namespaces(a: str, b: str, c: str, d: str, e: str, f: str) -> None:
     same = namespace_key(lora=a, salt=b, weights=c) == namespace_key(lora=d, salt=e, weights=f)
     assert same == ((a, b, c) == (d, e, f))
+
+
+def test_no_process_runs_what_lies_in_the_current_directory(tmp_path: Path) -> None:
+    """Engine, workers, auditor and a killed engine's successor, started beside modules of the same names."""
+    ran = tmp_path / "ran"
+    for name in ("workers", "ipc", "statemachine", "kvledger", "numpy", "json"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(ran)!r}, 'a').write({name!r})\nraise SystemExit(3)\n")
+    name = f"beside-{os.getpid()}"
+    options = ["--requests", "40", "--crash", "engine@150", "--crash", "follower@60", "--name", name, "--json"]
+    command = [sys.executable, "-P", "-m", "kvledger.cli", "run", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert not ran.exists(), ran.read_text()
+
+
+def test_every_process_is_started_by_the_same_rule() -> None:
+    """``workers.programs`` alone says how this interpreter is run."""
+    found = [
+        str(path.relative_to(ROOT))
+        for package in ("statemachine", "ipc", "workers", "kvledger")
+        for path in (ROOT / package).rglob("*.py")
+        if "sys.executable" in path.read_text()
+    ]
+    assert found == ["workers/programs.py"]

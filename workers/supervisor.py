@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from workers import transfer
 from workers.acknowledgements import Acknowledgement, EpochSeen, answer_of, log_name, signals_name
 from workers.adopted import AdoptedProcess
 from workers.layout import PoolLayout
+from workers.programs import environment, python
 
 _LOOK_EVERY_S = 0.02
 _STOP_S = 5.0
@@ -85,7 +85,8 @@ class _Worker:
             stderr = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
             # exec, never fork: an inherited descriptor would keep the engine's lock
             process = subprocess.Popen(
-                [sys.executable, *(program or _PROGRAM), ledger, *arguments],
+                python(*(program or _PROGRAM), ledger, *arguments),
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

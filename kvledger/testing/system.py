@@ -231,10 +231,10 @@ class _Popen:
 
     def __init__(self, system: System, command: list[str], **options: object) -> None:
         self._system = system
-        assert command[1] == "-m", command
-        program = system.programs[command[2]]
-        name = " ".join(command[2:5])
-        self._process = system.schedule.spawn(name, lambda: program(command[3:]))
+        assert command[1:3] == ["-P", "-m"], command
+        program = system.programs[command[3]]
+        name = " ".join(command[3:6])
+        self._process = system.schedule.spawn(name, lambda: program(command[4:]))
         self.pid = self._process.pid
 
     @property
