@@ -197,7 +197,7 @@ class LogReader:
             self._acquire()
             records = self.poll()
             if not records:
-                with contextlib.suppress(posix_ipc.BusyError):
+                with contextlib.suppress(posix_ipc.BusyError, posix_ipc.SignalError):
                     self._bell.acquire(timeout)
                 records = self.poll()
             self._control.words[parked] = 0

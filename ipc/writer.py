@@ -328,9 +328,14 @@ class LogWriter:
     def _next_segment(self) -> mmap.mmap:
         try:
             return self._prepared.result()
-        except LedgerError:
-            self._prepared = self._prepare()  # room may have come back since
+        except Exception:
+            self._prepared = self._prepare()  # room may have come back since, or whatever it was
+        try:
             return self._prepared.result()
+        except LedgerError:
+            raise
+        except Exception as error:
+            raise LedgerError(f"ledger {self.ledger!r} cannot prepare its next segment: {error}") from error
 
     def _rotate(self, prepared: mmap.mmap) -> None:
         self._index += 1
@@ -349,11 +354,14 @@ class LogWriter:
 
     def _tidy(self, map: mmap.mmap) -> None:
         """After a rotation, in the writer's thread: unmapping and removing take milliseconds the engine has not."""
-        map.close()
-        if self.on_rotation is not None:
-            self.on_rotation()
-        if self._retain_bytes is not None:
-            self._drop(self._retain_bytes)
+        try:
+            map.close()
+            if self.on_rotation is not None:
+                self.on_rotation()
+            if self._retain_bytes is not None:
+                self._drop(self._retain_bytes)
+        except Exception:  # nobody asks what became of it
+            _log.exception("ledger %s: what a sealed segment leaves was not put away", self.ledger)
 
     def _drop(self, limit: int) -> None:
         """Remove the oldest segments that nobody needs any more while there are more than ``limit`` bytes of them."""
@@ -399,7 +407,8 @@ class LogWriter:
             bell.close()
         for view in (self._words32, self._words, self._buffer):
             view.release()
-        self._map.close()
+        with contextlib.suppress(BufferError):  # a rotation was interrupted: views of both segments are about
+            self._map.close()
         if unlink:
             remove_objects(self.ledger)
         self._control.close()

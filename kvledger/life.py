@@ -78,10 +78,10 @@ class Life(Run):
         crash = self._plan[0]
         pid = os.getpid()
         if crash.who == "worker":
-            ranks = manager._ranks
-            if ranks is None or crash.rank not in ranks.supervisor.ranks():
+            worker = manager.worker_pid(crash.rank)
+            if worker is None:
                 return  # it has no worker just now; the next event will do
-            pid = ranks.supervisor.pid(crash.rank)
+            pid = worker
         elif crash.who == "follower":
             pid = int(self._table[-1, FOLLOWER])
             if not pid:

@@ -50,7 +50,7 @@ from statemachine.events import (
     RequestMatched,
     Tier,
 )
-from statemachine.state import State
+from statemachine.state import Request, State
 from workers.pools import Pools, create_pools, ids_of, reopen_pools
 
 _log = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ class CacheManager:
         self._owner = get_ident()
         self._releases: deque[commands.Release] = deque()
         """Releases from other threads, to be applied."""
+        self._applying = False
         self._paused = False
         self._weights = config.weights
 
@@ -449,7 +450,7 @@ class CacheManager:
             while len(request.table) > request.leaf.end:
                 self._execute(commands.Trim(key, max(request.leaf.end, len(request.table) - step)))
             self._execute(command)
-        del self._tails[key]
+        self._tails.pop(key, None)  # none, if a signal handler has interrupted its admission
 
     def _cover(self, key: str) -> None:
         """What a request cached ahead counts as computed when it ends, and may be backed up."""
@@ -458,23 +459,44 @@ class CacheManager:
             self.cache(key, request.leaf.end)
 
     def _apply_releases(self) -> None:
-        """What other threads have released. A request that is gone already is only reported."""
-        waiting = [self._releases.popleft() for _ in range(len(self._releases))]  # others may add to them meanwhile
-        for command in waiting:
-            if command.key in self._state.keys:
-                self.release(*command[:2], final=command.final)
-            else:
-                _log.warning("ledger %s: request %r was released twice", self.name, command.key)
+        """What other threads have released. A request that is gone already is only reported.
+
+        One that cannot be logged now stays, with those behind it, for the next call.
+        """
+        if self._applying:  # release() is a call, too
+            return
+        self._applying = True
+        try:
+            while self._releases:
+                command = self._releases[0]
+                if command.key in self._state.keys:
+                    self.release(*command[:2], final=command.final)
+                else:
+                    _log.warning("ledger %s: request %r was released twice", self.name, command.key)
+                self._releases.popleft()
+        finally:
+            self._applying = False
 
     # What moves in the background
 
     def poll(self) -> list[Progress]:
-        """Fold the workers' answers into the log; returns the requests that became ready, or lost a part.
+        """Fold the workers' answers into the log; returns the requests that became ready, or lost a part, each once.
 
         Never blocks. Call it once per scheduler step.
         """
         self._expect_owner()
         return self._ranks.poll() if self._ranks is not None else []
+
+    def fold(self) -> None:
+        """As :meth:`poll`, but what there is to report stays for the next :meth:`poll`."""
+        self._expect_owner()
+        if self._ranks is not None:
+            self._ranks.fold()
+
+    def told(self, request: Request) -> None:
+        """Whoever waited for this request knows: :meth:`poll` need not report it."""
+        if self._ranks is not None:
+            self._ranks.take(request)
 
     def attach(self, handoff: Handoff) -> None:
         """A sender or receiver of this manager says so. Raises :class:`InvalidCommand`: there is one of its kind."""
@@ -525,6 +547,7 @@ class CacheManager:
             TimeoutError: it was not ready in time.
             UnknownRequest: somebody released it.
         """
+        expect_seconds("timeout", timeout)
         return await waiting.wait_async(self, key, timeout)
 
     # The cache as a whole
@@ -556,6 +579,7 @@ class CacheManager:
         Raises:
             TimeoutError: copies are still in flight (default: after twice the deadline of a transfer); it is paused.
         """
+        expect_seconds("timeout", timeout)
         self._expect_owner()
         self._paused = True
         limit = 2 * self.config.transfer_timeout_s if timeout is None else timeout
@@ -700,19 +724,21 @@ class CacheManager:
             self._apply_releases()
 
     def close(self, *, keep: bool = False) -> None:
-        """Stop the workers and give everything back; with ``keep`` the log and the pools stay for inspection."""
+        """Stop the workers and give everything back; with ``keep`` the log and the pools stay for inspection.
+
+        From any thread, while no other is in a call. What fails to close keeps nothing else from it.
+        """
         if self._transactions.closed == "closed":
             return
         self._transactions.closed = "closed"
         self.pools = []  # their memory goes as soon as nobody else holds them
-        try:
-            for handoff in list(self._handoffs):
-                handoff.close(keep=keep)
-            self._retention.stop()
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(self._writer.close, unlink=not keep)
             if self._ranks is not None:
-                self._ranks.stop()
-        finally:
-            self._writer.close(unlink=not keep)
+                last_first.callback(self._ranks.stop)
+            last_first.callback(self._retention.stop)
+            for handoff in self._handoffs:
+                last_first.callback(handoff.close, keep=keep)
 
     def __enter__(self) -> Self:
         return self

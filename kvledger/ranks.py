@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -95,6 +96,10 @@ class Ranks:
         self._epoch_began = 0
         self._giving_up = ""
         """Why the host tier goes, as soon as no worker is left that could write to it."""
+        self._changes: deque[Change] = deque()
+        """Workers that came or went, until the log says so."""
+        self._news: dict[int, bool] = {}
+        """Requests that :meth:`poll` has to report, by number, and whether they were shortened."""
         writer.hold(self._oldest_in_flight)
 
     def start(self) -> None:
@@ -128,13 +133,13 @@ class Ranks:
             if not without_host:
                 self._restarts[rank] = 0.0
         if lost:
-            self._end_transfers({})
+            self._end_transfers()
             for tier in sorted(lost, reverse=True):
                 self._execute(commands.LoseTier(tier, lost[tier], pools))
         self._writer.listen()
         deadline = time.monotonic() + self._config.ready_timeout_s
         while self._restarts and time.monotonic() < deadline:
-            self.poll()
+            self.fold()
             time.sleep(0.005)
 
     def stop(self) -> None:
@@ -156,8 +161,28 @@ class Ranks:
         return time.monotonic() + self._config.transfer_timeout_s
 
     def poll(self) -> list[Progress]:
-        """Fold the answers into the log; never blocks. Returns the requests that can go on."""
-        progress: dict[str, Progress] = {}
+        """Fold the answers into the log; never blocks. Returns the requests that can go on, each once."""
+        self.fold()
+        return [self._progress(number) for number in list(self._news) if self._is_news(number)]
+
+    def take(self, request: Request) -> bool:
+        """Whether a request was shortened; :meth:`poll` need not report it any more."""
+        return self._news.pop(request.id, False)
+
+    def _is_news(self, number: int) -> bool:
+        """Whether the request is still there, and can go on."""
+        request = self._state.requests.get(number)
+        if request is None:
+            del self._news[number]
+            return False
+        return self._news[number] or not request.waits
+
+    def _progress(self, number: int) -> Progress:
+        request = self._state.requests[number]
+        return Progress(request.key, table_of(request), request.leaf.end, self._news.pop(number))
+
+    def fold(self) -> None:
+        """As :meth:`poll`, which has to report it then."""
         transfers = self._state.transfers
         for answer in self.supervisor.acknowledgements():
             if isinstance(answer, EpochSeen):
@@ -178,9 +203,9 @@ class Ranks:
                     tell(logging.ERROR, "host_block_corrupt", ledger=self._ledger, reason=answer.error)
         self._watch_workers()
         if self._giving_up:
-            self._give_up(progress)
+            self._give_up()
         if not transfers:
-            return list(progress.values())
+            return
         now = time.monotonic()
         late: set[int] = set()
         for id, transfer in list(transfers.items()):
@@ -192,17 +217,16 @@ class Ranks:
                     valid = min(answer.valid for answer in answers.values())
                     outcome = max(_OUTCOMES[answer.status] for answer in answers.values())
                     try:
-                        self._finish(transfer, outcome, valid, progress)
+                        self._finish(transfer, outcome, valid)
                     except OutOfOrder:
                         continue  # the transfer that brings the front of its path ends first
                 del self._answers[id], self._orders[id]
             elif not transfer.quarantined and now > self._orders[id].deadline:
                 late.update(range(self._config.ranks))
                 late.difference_update(answers)
-                self._finish(transfer, Outcome.TIMED_OUT, 0, progress)
+                self._finish(transfer, Outcome.TIMED_OUT, 0)
         for rank in sorted(late):
             self._failed(rank, f"its transfers took longer than {self._config.transfer_timeout_s:g} s")
-        return list(progress.values())
 
     def _heard(self, answer: EpochSeen) -> None:
         """An adopted worker follows this engine: all that was ordered before it has executed, for the last time."""
@@ -225,23 +249,10 @@ class Ranks:
     def _watch_workers(self) -> None:
         """Log who came and who went, and start a dead rank's worker again."""
         self._give_up_laggards()
-        for change in self.supervisor.changes():
-            rank = change.rank
-            if change.ready:
-                del self._restarts[rank]
-                self._join(change)
-                self._never_again(rank)  # what timed out before it joined is not executed by it
-                continue
-            if time.monotonic() - self._joined.pop(rank, float("inf")) > _LONGEST_BACK_OFF_S:
-                self._failures[rank] = 0
-            self._unheard.pop(rank, None)
-            self._lost(rank, change.reason)
-            if self._state.workers.get(rank) == change.incarnation:
-                self._execute(commands.LoseWorker(rank, change.reason))
-            # What it answered is done again by its successor, except what it can no longer touch.
-            for answers in self._answers.values():
-                answers.pop(rank, None)
-            self._never_again(rank)
+        self._changes.extend(self.supervisor.changes())
+        while self._changes:  # what cannot be logged now is not forgotten
+            self._note(self._changes[0])
+            self._changes.popleft()
         now = time.monotonic()
         for rank, when in list(self._unheard.items()):
             if now > when:
@@ -252,12 +263,31 @@ class Ranks:
                 self._restarts[rank] = float("inf")
                 try:
                     self.supervisor.start(rank, self._oldest_in_flight())
-                except (LedgerError, WorkerFailed) as error:
+                except (LedgerError, WorkerFailed, OSError) as error:
                     self._lost(rank, str(error))
 
+    def _note(self, change: Change) -> None:
+        """Log that a worker joined or was lost, and what follows from it. The log first: it may be full."""
+        rank = change.rank
+        if change.ready:
+            self._join(change)
+            del self._restarts[rank]
+            self._never_again(rank)  # what timed out before it joined is not executed by it
+            return
+        if self._state.workers.get(rank) == change.incarnation:
+            self._execute(commands.LoseWorker(rank, change.reason))
+        if time.monotonic() - self._joined.pop(rank, float("inf")) > _LONGEST_BACK_OFF_S:
+            self._failures[rank] = 0
+        self._unheard.pop(rank, None)
+        self._lost(rank, change.reason)
+        # What it answered is done again by its successor, except what it can no longer touch.
+        for answers in self._answers.values():
+            answers.pop(rank, None)
+        self._never_again(rank)
+
     def _join(self, change: Change) -> None:
+        self._execute(commands.JoinWorker(change.rank, change.incarnation, self.supervisor.pid(change.rank) or 0))
         self._joined[change.rank] = time.monotonic()
-        self._execute(commands.JoinWorker(change.rank, change.incarnation, self.supervisor.pid(change.rank)))
         self._writer.listen()
 
     def _lost(self, rank: int, reason: str) -> None:
@@ -274,21 +304,21 @@ class Ranks:
             for each in range(self._config.ranks):
                 self.supervisor.kill(each, "the host tier is given up")
 
-    def _give_up(self, progress: dict[str, Progress]) -> None:
+    def _give_up(self) -> None:
         """Once no worker is left: end all transfers, and go on without a host tier."""
         if self.supervisor.idle():
-            self._end_transfers(progress)
+            self._end_transfers()
             self._execute(commands.LoseTier(Tier.HOST, self._giving_up, ""))
             self._giving_up = ""
             self._restarts.clear()
 
-    def _end_transfers(self, progress: dict[str, Progress]) -> None:
+    def _end_transfers(self) -> None:
         """All workers are proven dead: nothing in flight can arrive, and nothing can be overwritten any more."""
         for id, transfer in list(self._state.transfers.items()):
             if transfer.quarantined:
                 self._execute(commands.EndQuarantine(id))
             else:
-                self._finish(transfer, Outcome.FAILED, 0, progress)
+                self._finish(transfer, Outcome.FAILED, 0)
         self._answers.clear()
         self._orders.clear()
 
@@ -305,13 +335,10 @@ class Ranks:
         """Sequence from which on a new worker has to read the log."""
         return min((order.sequence for order in self._orders.values()), default=self._writer.next_sequence)
 
-    def _finish(self, transfer: Transfer, outcome: Outcome, valid: int, progress: dict[str, Progress]) -> None:
+    def _finish(self, transfer: Transfer, outcome: Outcome, valid: int) -> None:
         state = self._state
         waiters = [(state.requests[id], state.requests[id].leaf.end) for id in transfer.waiters]
         self._execute(commands.FinishTransfer(transfer.id, outcome, valid))
         for request, before in waiters:
-            shortened = request.leaf.end < before
-            earlier = progress.get(request.key)
-            shortened = shortened or (earlier is not None and earlier.shortened)
-            if shortened or not request.waits:
-                progress[request.key] = Progress(request.key, table_of(request), request.leaf.end, shortened)
+            if request.leaf.end < before or not request.waits:
+                self._news[request.id] = self._news.get(request.id, False) or request.leaf.end < before

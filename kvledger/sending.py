@@ -262,7 +262,7 @@ class Sender:
 
     def pid(self, rank: int) -> int | None:
         """Process id of a rank's messager; ``None`` while it has none."""
-        return self.supervisor.pid(rank) if rank in self.supervisor.ranks() else None
+        return self.supervisor.pid(rank)
 
     # For the manager
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 
-from ipc import LogWriter, SharedMemoryFull, TransactionTooLarge
+from ipc import LedgerError, LogWriter, SharedMemoryFull, TransactionTooLarge
 from kvledger.errors import CallTooLarge
 from statemachine import codec
 from statemachine.apply import HANDLERS
@@ -55,14 +55,30 @@ class Transactions:
         Raises:
             InvalidCommand: a value does not fit its field; nothing changed.
             CallTooLarge, ipc.SharedMemoryFull: nothing changed.
-            InvariantViolation: an event contradicts the state: it is not published, and :attr:`closed` says why this
-                ledger has to be opened anew.
+            InvariantViolation: an event contradicts the state: it is not published.
+
+        After that, and after whatever else interrupts it half-way (a signal handler that raises), :attr:`closed` says
+        why this ledger has to be opened anew: state and log may differ.
         """
         encoders = codec.ENCODERS
         try:
             records = [encoders[type(event)](event) for event in events]
         except (AttributeError, TypeError, UnicodeEncodeError, struct.error) as error:
             raise InvalidCommand(f"a name or number of this call cannot be written into the log: {error}") from error
+        try:
+            self._stage(records, events)
+            if apply_them:
+                state = self._state
+                for event in events:
+                    HANDLERS[type(event)](state, event)
+            self._writer.publish()
+        except (CallTooLarge, LedgerError):  # there is no room for it: nothing has changed
+            raise
+        except BaseException as error:
+            self.closed = f"a transaction was not finished ({type(error).__name__}: {error}); reopen the ledger"
+            raise
+
+    def _stage(self, records: list[codec.Encoded], events: list[Event]) -> None:
         try:
             self._writer.stage(records, self.step)
         except TransactionTooLarge as error:
@@ -71,12 +87,3 @@ class Transactions:
             if not all(type(event) in _GIVING_BACK for event in events):
                 raise
             self._writer.stage(records, self.step, giving_back=True)
-        if apply_them:
-            state = self._state
-            try:
-                for event in events:
-                    HANDLERS[type(event)](state, event)
-            except BaseException as error:
-                self.closed = f"an event could not be applied ({error}); reopen the ledger"
-                raise
-        self._writer.publish()

@@ -28,27 +28,26 @@ def loop(done: Callable[[], object], timeout: float) -> bool:
 
 
 def until(manager: CacheManager, done: Callable[[], bool], timeout: float) -> bool:
-    """Poll until ``done()``, or so many seconds have passed. Returns whether it is done."""
+    """Fold until ``done()``, or so many seconds have passed. Returns whether it is done."""
 
-    def polled() -> bool:
-        manager.poll()
+    def folded() -> bool:
+        manager.fold()
         return done()
 
-    return loop(polled, timeout)
+    return loop(folded, timeout)
 
 
 def wait(manager: CacheManager, key: str, timeout: float | None) -> list[Progress]:
     """See :meth:`CacheManager.wait`."""
-    progress: list[Progress] = []
 
     def ready() -> bool:
         if not manager.ready(key):
-            progress.extend(manager.poll())
+            manager.fold()
         return manager.ready(key)
 
     if not loop(ready, _limit(manager, timeout)):
         raise _late(manager, key)
-    return progress
+    return manager.poll()
 
 
 async def wait_async(manager: CacheManager, key: str, timeout: float | None) -> Progress:
@@ -59,10 +58,11 @@ async def wait_async(manager: CacheManager, key: str, timeout: float | None) -> 
     request = request_named(manager.state, key)
     promised = request.leaf.end
     while not manager.ready(key):
-        manager.poll()
+        manager.fold()
         if time.monotonic() > deadline:
             raise _late(manager, key)
         await asyncio.sleep(_LONGEST_PAUSE_S / 2)
+    manager.told(request)
     return Progress(key, table_of(request), request.leaf.end, request.leaf.end < promised)
 
 

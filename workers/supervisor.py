@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import subprocess
 import tempfile
 import time
@@ -18,6 +19,7 @@ from workers.adopted import AdoptedProcess
 from workers.layout import PoolLayout
 from workers.programs import environment, python
 
+_log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.02
 _STOP_S = 5.0
 _PROGRAM = ("-m", "workers.transfer")
@@ -238,9 +240,10 @@ class Supervisor:
         """Ranks that have a worker, ready or not."""
         return sorted(self._workers)
 
-    def pid(self, rank: int) -> int:
-        """Process id of a rank's worker."""
-        return self._workers[rank].process.pid
+    def pid(self, rank: int) -> int | None:
+        """Process id of a rank's worker, if it has one."""
+        worker = self._workers.get(rank)
+        return worker.process.pid if worker is not None else None
 
     def kill(self, rank: int, reason: str) -> None:
         """End a rank's worker, if it has one; :meth:`changes` reports it."""
@@ -276,7 +279,11 @@ class Supervisor:
                 worker.condemn("")
             elif worker.reader is None:
                 if ready == transfer.IS_READY:
-                    worker.listen()
+                    try:
+                        worker.listen()
+                    except LedgerError as error:
+                        worker.condemn(f"its answers cannot be read: {error}")
+                        continue
                     found.append(Change(worker.rank, worker.incarnation, True))
                 elif now - worker.started > self._ready_timeout_s:
                     text = f": {worker.signals.text}" if worker.signals.text else ""
@@ -286,7 +293,10 @@ class Supervisor:
     def _gone(self, worker: _Worker) -> Change:
         reason = worker.reason()
         del self._workers[worker.rank]
-        worker.discard()
+        try:
+            worker.discard()
+        except (LedgerError, OSError) as error:  # it is dead, whatever it leaves
+            _log.warning("what worker %d of rank %d leaves stays: %s", worker.incarnation, worker.rank, error)
         return Change(worker.rank, worker.incarnation, False, reason)
 
     def wait_until_ready(self) -> list[Change]:
@@ -329,6 +339,6 @@ class Supervisor:
             if worker.process.poll() is None:
                 worker.process.terminate()
         for worker in self._workers.values():
-            with contextlib.suppress(LedgerError):
+            with contextlib.suppress(LedgerError, OSError):
                 worker.discard()
         self._workers.clear()

@@ -60,7 +60,7 @@ MUTANTS: list[Mutant] = [
     mutant(
         "a new worker does not end the quarantine of what it will not execute",
         "kvledger/ranks.py",
-        "                self._never_again(rank)  # what timed out before it joined is not executed by it\n",
+        "            self._never_again(rank)  # what timed out before it joined is not executed by it\n",
         "",
         f"{MANAGER}::test_what_times_out_while_a_rank_has_no_worker_is_not_quarantined_for_ever",
     ),
@@ -198,15 +198,15 @@ MUTANTS: list[Mutant] = [
     mutant(
         "events are published before they are applied",
         "kvledger/transactions.py",
-        "        if apply_them:\n            state = self._state\n",
-        "        self._writer.publish()\n        if apply_them:\n            state = self._state\n",
+        "            if apply_them:\n",
+        "            self._writer.publish()\n            if apply_them:\n",
         "tests/test_manager.py::test_an_event_that_cannot_be_applied_is_never_published",
     ),
     mutant(
         "a manager goes on after an event that could not be applied",
         "kvledger/transactions.py",
-        '                self.closed = f"an event could not be applied ({error}); reopen the ledger"\n',
-        "",
+        "            self.closed = ",
+        "            _ = ",
         "tests/test_manager.py::test_an_event_that_cannot_be_applied_is_never_published",
     ),
     mutant(

@@ -136,7 +136,7 @@ MUTANTS = [
         (
             Edit(
                 "statemachine/decide.py",
-                "    blocks = request.private()\n    blocks.reverse()\n",
+                "    blocks = request.private()[::-1]\n",
                 "    blocks = request.private()\n",
             ),
             Edit(
@@ -446,7 +446,7 @@ MUTANTS = [
     mutant(
         "negative tokens pass",
         "statemachine/content.py",
-        "        and (not len(tokens) or np.minimum.reduce(tokens) >= 0)\n",
+        "        and (not len(tokens) or bool(np.minimum.reduce(tokens) >= 0))\n",
         "",
         "tests/test_content.py::test_what_is_no_token_is_rejected",
     ),

@@ -1,0 +1,215 @@
+"""An error in the middle of a call, a signal handler that raises, a fork: nothing is forgotten or done by halves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ipc import SharedMemoryFull, TooManyFiles, segment
+from ipc.names import SHM, remove_objects
+from kvledger import CacheConfig, CacheManager, HostPolicy, ManagerClosed
+from kvledger.transactions import Transactions
+from statemachine.check import check
+from statemachine.events import RequestReleased, TransferFinished, WorkerJoined, WorkerLost
+from workers import supervisor
+
+BLOCK = 4
+TOKENS = np.arange(4 * BLOCK, dtype=np.int32)
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    name = f"interrupted-{os.getpid()}"
+    yield name
+    remove_objects(name)
+
+
+def config(ranks: int = 1, **more: Any) -> CacheConfig:
+    sizes = {"block_size": BLOCK, "device_blocks": 8, "host_blocks": 16, "host_policy": HostPolicy.EXCLUSIVE}
+    return CacheConfig(**{**sizes, "ranks": ranks, "block_bytes": 16, "checksums": True, **more})
+
+
+def fails_once(
+    patch: pytest.MonkeyPatch, owner: Any, attribute: str, error: BaseException, when: Any = None
+) -> list[Any]:
+    """The next call of ``owner.attribute`` (for which ``when`` holds) raises. Returns a list, empty after it."""
+    real, left = getattr(owner, attribute), [error]
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if left and (when is None or when(*arguments)):
+            raise left.pop()
+        return real(*arguments, **options)
+
+    patch.setattr(owner, attribute, failing)
+    return left
+
+
+def unlogged(patch: pytest.MonkeyPatch, kind: type) -> list[Any]:
+    """The next transaction with such an event finds no room."""
+    full = SharedMemoryFull("planted")
+    return fails_once(patch, Transactions, "commit", full, lambda _, events, *rest: type(events[-1]) is kind)
+
+
+def eventually(done: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("where", ["stage", "publish"])
+def test_a_signal_handler_that_raises_ends_the_manager_and_not_the_ledger(
+    name: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CacheManager.create(name, CacheConfig(device_blocks=100))
+    manager.admit("a", [1] * 64)
+    fails_once(monkeypatch, manager._writer, where, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        manager.cache("a")
+    with pytest.raises(ManagerClosed, match=r"not finished.*reopen"):
+        manager.release("a")
+    manager.close(keep=True)
+    with CacheManager.open(name) as again:
+        assert not check(again.state) and not again.state.requests
+
+
+def swapped(manager: CacheManager, keys: str) -> None:
+    """One prompt per key, cached and pushed out to the host."""
+    for number, key in enumerate(keys):
+        manager.admit(key, TOKENS + 100 * number, max_blocks=4)
+        manager.cache(key)
+        manager.release(key)
+    manager.make_room(8)
+    eventually(lambda: manager.poll() or not manager.state.transfers)
+
+
+def test_what_a_pause_has_seen_the_next_poll_reports(name: str) -> None:
+    with CacheManager.create(name, config()) as manager:
+        swapped(manager, "a")
+        assert not manager.admit("b", TOKENS, max_blocks=3).ready
+        manager.pause()
+        assert manager.ready("b")
+        manager.resume()
+        assert [progress.key for progress in manager.poll()] == ["b"]
+        assert not manager.poll()
+
+
+def test_what_was_seen_before_an_error_is_reported_after_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CacheManager.create(name, config()) as manager:
+        swapped(manager, "ab")
+        for node in manager.state.nodes.values():
+            assert node.host is not None
+            manager.pools[0].host[node.host[1]] ^= 1
+        pid = manager.worker_pid(0)
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        for number, key in enumerate("cd"):
+            assert not manager.match(key, TOKENS + 100 * number, max_blocks=4).ready
+        left = fails_once(
+            monkeypatch,
+            Transactions,
+            "commit",
+            SharedMemoryFull("planted"),
+            lambda _, events, *rest: isinstance(events[-1], TransferFinished) and events[-1].transfer % 2 == 0,
+        )
+        os.kill(pid, signal.SIGCONT)
+        reported: dict[str, bool] = {}
+
+        def all_reported() -> bool:
+            try:
+                reported.update((progress.key, progress.shortened) for progress in manager.poll())
+            except SharedMemoryFull:
+                assert not left
+            return len(reported) == 2
+
+        eventually(all_reported)
+        assert reported == {"c": True, "d": True} and not left
+        assert manager.cached_blocks("c") == manager.cached_blocks("d") == 1
+
+
+def test_nobody_waits_for_a_request_that_was_released(name: str) -> None:
+    with CacheManager.create(name, config()) as manager:
+        swapped(manager, "a")
+        manager.match("b", TOKENS, max_blocks=4)
+        eventually(lambda: manager.fold() or manager.ready("b"))
+        manager.release("b")
+        assert manager.poll() == []
+
+
+@pytest.mark.parametrize("kind", [WorkerJoined, WorkerLost])
+def test_a_worker_that_cannot_be_logged_is_logged_later(name: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CacheManager.create(name, config()) as manager:
+        swapped(manager, "a")
+        left = unlogged(monkeypatch, kind)
+        pid = manager.worker_pid(0)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(SharedMemoryFull):
+            eventually(manager.poll)
+        assert not left
+        manager.match("b", TOKENS, max_blocks=4)
+        manager.wait("b", timeout=60)
+        assert manager.cached_blocks("b") == 4 and manager.state.workers == {0: 2}
+
+
+def test_a_worker_whose_leavings_cannot_be_removed_is_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CacheManager.create(name, config()) as manager:
+        swapped(manager, "a")
+        left = fails_once(monkeypatch, supervisor, "remove_objects", TooManyFiles("planted"))
+        pid = manager.worker_pid(0)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        manager.match("b", TOKENS, max_blocks=4)
+        manager.wait("b", timeout=60)
+        assert not left and manager.state.workers == {0: 2}
+        assert manager.worker_pid(0) not in (None, pid)
+    for left_behind in [each for each in os.listdir(SHM) if each.removeprefix("sem.").startswith(f"{name}.rank")]:
+        os.unlink(SHM / left_behind)
+
+
+def test_releases_from_other_threads_wait_for_room(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CacheManager.create(name, CacheConfig(device_blocks=100)) as manager:
+        for key in "abc":
+            manager.admit(key, [1, 2, 3])
+        thread = threading.Thread(target=lambda: [manager.release(key) for key in "abc"])
+        thread.start()
+        thread.join()
+        unlogged(monkeypatch, RequestReleased)
+        with pytest.raises(SharedMemoryFull):
+            manager.poll()
+        assert len(manager.state.requests) == 3
+        manager.poll()
+        assert not manager.state.requests
+
+
+def test_an_error_of_the_writers_thread_is_no_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = CacheConfig(block_size=BLOCK, device_blocks=100, segment_bytes=64 << 10)
+    with CacheManager.create(name, settings) as manager:
+        left = fails_once(monkeypatch, segment, "create", OSError(5, "planted"))
+        for number in range(600):
+            manager.admit(str(number), TOKENS + number)
+            manager.cache(str(number))
+            manager.release(str(number))
+        assert not left and manager._writer.rotations > 3
+
+
+def test_what_fails_to_close_keeps_nothing_else_from_it(name: str) -> None:
+    manager = CacheManager.create(name, config())
+    pid = manager.worker_pid(0)
+
+    class Stubborn:
+        def close(self, *, keep: bool) -> None:
+            raise OSError("planted")
+
+    manager._handoffs.append(Stubborn())  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="planted"):
+        manager.close()
+    assert pid is not None and not os.path.exists(f"/proc/{pid}")
+    assert not [each for each in os.listdir(SHM) if name in each]
