@@ -113,6 +113,8 @@ def imports() -> Finding:
         try:
             importlib.import_module(module)
         except Exception as error:  # a stranger's package may raise anything
+            if isinstance(error.__cause__, ImportError):  # what kvledger/__init__.py has met
+                error = error.__cause__
             what = f"{module} cannot be imported: {type(error).__name__}: {error}"
             if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in _PACKAGES:
                 return problem(what, "a package that kvledger needs is missing: pip install kvledger")

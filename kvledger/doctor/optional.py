@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import resource
+import subprocess
+import sys
 
-from kvledger.doctor.finding import Finding, note, ok, size
-from workers.cuda_driver import CudaError, Driver
+from kvledger.doctor.finding import Finding, note, ok, problem, size
 
 EXTRAS = {
     "paddle": ("paddle",),
@@ -18,6 +19,8 @@ EXTRAS = {
 }
 """By extra of the distribution, the modules it brings. ``paddle-gpu`` brings what ``paddle`` does."""
 
+_ASK = "from workers.cuda_driver import Driver; driver = Driver(); print(driver.devices(), int(driver.has_batches))"
+_TIMEOUT_S = 30.0
 _DRIVER = "only the backends cuda and paddle-gpu need one: its driver, in a container --gpus"
 
 
@@ -39,17 +42,26 @@ def _exists(module: str) -> bool:
 
 
 def gpu() -> Finding:
-    """Whether there is a GPU for the backends ``cuda`` and ``paddle-gpu``."""
+    """Whether there is a GPU for the backends ``cuda`` and ``paddle-gpu``.
+
+    A process of its own asks: the driver of a sick GPU may hang, or end who called it.
+    """
+    command = [sys.executable, "-P", "-c", _ASK]
     try:
-        driver = Driver()
-        devices = driver.devices()
-    except CudaError as error:
-        return note(f"none to be used: {error}", _DRIVER)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return problem(f"the driver does not answer within {_TIMEOUT_S:g} s", "see what dmesg says about the GPU")
+    if done.returncode < 0:
+        return problem(f"the driver ends who asks it by signal {-done.returncode}", "see what dmesg says about the GPU")
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return note(f"none to be used: {reason.removeprefix('workers.cuda_driver.CudaError: ')}", _DRIVER)
+    devices, has_batches = map(int, done.stdout.split())
     if not devices:
         return note("a driver, and no device", "show the process one: CUDA_VISIBLE_DEVICES, --gpus of the container")
     found = f"{devices} {'device' if devices == 1 else 'devices'}"
     notes, advice = [], []
-    if not driver.has_batches:
+    if not has_batches:
         notes.append("a driver before CUDA 12.8, which is given each copy by a call of its own")
         advice.append("a newer driver moves many small blocks faster")
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)

@@ -28,7 +28,7 @@ def file_system() -> Finding:
     """Whether ``/dev/shm`` is there, ours to write, and memory."""
     if not SHM.is_dir():
         return problem(f"{SHM} does not exist", f"mkdir -m 1777 {SHM} && mount -t tmpfs -o nosuid,nodev tmpfs {SHM}")
-    if not os.access(SHM, os.W_OK | os.X_OK):
+    if not os.access(SHM, os.W_OK | os.X_OK, effective_ids=True):
         return problem(f"{SHM} cannot be written by user {os.geteuid()}", f"as root: chmod 1777 {SHM}; mount it rw")
     kind = _file_system_of(str(SHM.resolve()))
     if kind != "tmpfs":
