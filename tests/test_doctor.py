@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -131,9 +130,13 @@ def stranger(site: Path) -> None:
 
 def test_an_installation_that_is_whole(tmp_path: Path) -> None:
     install(tmp_path)
-    code, found = doctor(path=[tmp_path], cwd=tmp_path)
-    assert code == 0 and all(found[name]["status"] == "ok" for name in NEEDED), found
-    assert "kvledger 9.9, interpreted" in found["version"]["found"] and str(tmp_path) in found["packages"]["found"]
+    link = tmp_path / "lib64"  # as virtual environments have on some systems
+    link.symlink_to(tmp_path)
+    for path in (tmp_path, link):
+        code, found = doctor(path=[path], cwd=tmp_path)
+        assert code == 0 and all(found[name]["status"] == "ok" for name in NEEDED), found
+        assert "kvledger 9.9, interpreted" in found["version"]["found"]
+        assert f"kvledger's own, in {tmp_path.resolve()}" in found["packages"]["found"]
 
 
 def test_a_strangers_statemachine_is_imported(tmp_path: Path) -> None:
@@ -171,11 +174,14 @@ def test_one_over_the_other_and_what_its_removal_leaves(tmp_path: Path) -> None:
     assert code == 2 and "python-statemachine (statemachine)" in found["packages"]["found"]
     shutil.rmtree(tmp_path / "python_statemachine-9.9.dist-info")
     code, found = doctor(path=[tmp_path], cwd=tmp_path)
-    assert code == 2 and "statemachine/__init__.py and 2 more is missing or not as" in found["packages"]["found"]
+    assert code == 2 and "statemachine/__init__.py and 2 more" in found["packages"]["found"]
     for name in ("__init__", "state", "events"):
         (tmp_path / "statemachine" / f"{name}.py").unlink()
     code, found = doctor(path=[tmp_path], cwd=tmp_path)
-    assert code == 2 and "statemachine/__init__.py and 2 more is missing" in found["packages"]["found"]
+    assert (
+        code == 2
+        and "missing, or not as it was installed: statemachine/__init__.py and 2 more" in found["packages"]["found"]
+    )
     assert found["imports"]["status"] == "problem" and "--force-reinstall" in found["packages"]["advice"]
 
 
@@ -183,7 +189,7 @@ def test_a_dependency_is_missing(tmp_path: Path) -> None:
     (tmp_path / "xxhash.py").write_text("raise ModuleNotFoundError(\"No module named 'xxhash'\", name='xxhash')\n")
     code, found = doctor(path=[tmp_path, ROOT])
     assert code == 2 and "No module named 'xxhash'" in found["imports"]["found"]
-    assert found["packages"]["status"] == "ok" and found["imports"]["advice"].endswith("pip install kvledger")
+    assert found["packages"]["status"] == "ok" and "missing: pip install kvledger; " in found["imports"]["advice"]
 
 
 def test_checksums_in_software(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +284,7 @@ def test_memory_behind_shm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     container(shared_memory.LEAST_BYTES)
     monkeypatch.setattr("os.statvfs", lambda path: os.statvfs_result((4096, 4096, *[1 << 20] * 6, 0, 255)))
     expect(shared_memory.room(), Status.NOTE, "/dev/shm is larger than the memory behind it")
-    container(8 << 30)
     (tmp_path / "none").write_text(f"{1 << 62}\n")
-    monkeypatch.setattr(memory, "available_memory", lambda: 8 << 30)
     monkeypatch.setattr(shared_memory, "available_memory", lambda: 8 << 30)
     expect(shared_memory.room(), Status.OK, "4.0 GiB of 4.0 GiB free", "8.0 GiB of memory")
     (tmp_path / "none").write_text(f"{64 << 20}\n")
@@ -306,7 +310,7 @@ def test_segments(ledger: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # Limits
 
 
-@pytest.mark.parametrize("files", [6, 10, 40, 100])
+@pytest.mark.parametrize("files", [8, 40, 100])
 def test_few_open_files(files: int) -> None:
     code, found = doctor(limit=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)))
     status = "note" if files == 100 else "problem"
@@ -330,9 +334,9 @@ def test_small_address_space(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda which, room=room: (used + room, used + room))
         expect(limits.address_space(), status, "(ulimit -v)")
     monkeypatch.undo()
-    code, found = doctor(limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)))
+    code, found = doctor(limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30)))
     assert code == 0 and found["address space"]["status"] == "note"
-    assert found["address space"]["found"].startswith("8.0 GiB (ulimit -v), ")
+    assert found["address space"]["found"].startswith("64.0 GiB (ulimit -v), ")
 
 
 # Processes
@@ -457,20 +461,38 @@ def test_bytes_that_do_not_come_back(ledger: str, monkeypatch: pytest.MonkeyPatc
     assert not [name for name in os.listdir(SHM) if name.startswith(ledger)]
 
 
+HELD = """
+import sys
+from kvledger.cli import main
+from kvledger.doctor import trial
+swap = trial._swap
+def held(manager):
+    print("swapping", file=sys.stderr, flush=True)
+    sys.stdin.readline()
+    return swap(manager)
+trial._swap = held
+sys.argv = ["kvledger", "doctor"]
+main()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing(number: int) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvledger.cli", "doctor"],
+        [sys.executable, "-c", HELD],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
     mine = f"doctor-{process.pid}-"
-    deadline = time.monotonic() + 60
-    while not any(mine in name and ".rank0" in name for name in os.listdir(SHM)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    os.killpg(process.pid, number)  # as a terminal does: its worker hears it too
-    out, _ = process.communicate(timeout=100)
-    assert process.returncode == 130 and not out
+    try:
+        assert process.stderr is not None and process.stderr.readline() == "swapping\n"
+        assert any(mine in name for name in os.listdir(SHM))
+        os.killpg(process.pid, number)  # as a terminal does: its worker hears it too
+        out, errors = process.communicate("\n", timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and not out and not errors
     assert not [name for name in os.listdir(SHM) if mine in name]

@@ -22,7 +22,8 @@ _PACKAGES = ("statemachine", "ipc", "workers", "kvledger")
 _ENTRANCES = ("kvledger.manager", "workers.transfer", "kvledger.run")
 """Modules that import all others which an engine, a worker and the command line cannot do without."""
 _REINSTALL = "pip install --force-reinstall --no-deps kvledger"
-ROOT = Path(__file__).parents[2]
+_AGAIN = "then type this again, all further checks need it"
+ROOT = Path(__file__).parents[2].resolve()
 """The directory that holds this kvledger, and so has to hold the other three packages."""
 
 
@@ -62,7 +63,7 @@ def packages() -> Finding:
     damaged = _damaged()
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        return problem(f"{damaged[0]}{more} is missing or not as it was installed", _REINSTALL)
+        return problem(f"missing, or not as it was installed: {damaged[0]}{more}", _REINSTALL)
     return ok(f"{', '.join(_PACKAGES)} are kvledger's own, in {ROOT}")
 
 
@@ -108,7 +109,7 @@ def _damaged() -> list[str]:
 
 
 def imports() -> Finding:
-    """Whether it can be imported."""
+    """Whether it can be imported; all further checks need that."""
     for module in _ENTRANCES:
         try:
             importlib.import_module(module)
@@ -117,8 +118,8 @@ def imports() -> Finding:
                 error = error.__cause__
             what = f"{module} cannot be imported: {type(error).__name__}: {error}"
             if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in _PACKAGES:
-                return problem(what, "a package that kvledger needs is missing: pip install kvledger")
-            return problem(what, f"if nothing is said about it above: {_REINSTALL}")
+                return problem(what, f"a package that kvledger needs is missing: pip install kvledger; {_AGAIN}")
+            return problem(what, f"if nothing is said about it above: {_REINSTALL}; {_AGAIN}")
     return ok("kvledger and what it needs can be imported")
 
 

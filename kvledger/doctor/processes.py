@@ -35,7 +35,7 @@ def worker() -> Finding:
         lines = done.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"exit status {done.returncode}"
         return problem(f"a worker cannot be started with {sys.executable}: {reason}", advice)
-    place = Path(done.stdout.strip()).resolve().parents[1]
+    place = Path(done.stdout.strip()).parents[1].resolve()
     if place != ROOT:
         return problem(f"a worker imports kvledger from {place}, this process from {ROOT}", advice)
     return ok(f"{sys.executable} starts workers")
