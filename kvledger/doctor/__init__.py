@@ -39,7 +39,7 @@ def examine() -> Iterator[Result]:
 
     ledger = f"doctor-{os.getpid()}-{secrets.token_hex(4)}"  # containers may share /dev/shm and not process ids
     checks: list[tuple[str, Callable[[], Finding]]] = [
-        ("checksums", installation.checksums),
+        ("crc32c", installation.checksums),
         ("/dev/shm", shared_memory.file_system),
         ("room", shared_memory.room),
         ("segment", lambda: shared_memory.shared_segment(ledger)),
