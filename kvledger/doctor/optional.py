@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import resource
 import subprocess
-import sys
 
 from kvledger.doctor.finding import Finding, note, ok, problem, size
+from workers.programs import environment, python
 
 EXTRAS = {
     "paddle": ("paddle",),
@@ -46,9 +46,9 @@ def gpu() -> Finding:
 
     A process of its own asks: the driver of a sick GPU may hang, or end who called it.
     """
-    command = [sys.executable, "-P", "-c", _ASK]
+    command = python("-c", _ASK)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return problem(f"the driver does not answer within {_TIMEOUT_S:g} s", "see what dmesg says about the GPU")
     if done.returncode < 0:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from kvledger.doctor.finding import Finding, note, ok, problem, size
 from kvledger.doctor.installation import ROOT
 from kvledger.ledgers import ledgers
+from workers.programs import environment, python
 
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _WORKER = "import workers.transfer; print(workers.transfer.__file__)"
@@ -18,27 +18,24 @@ _MOST_NAMES = 3
 
 
 def worker() -> Finding:
-    """Whether the interpreter can be started as a worker, and imports the worker that belongs to this kvledger.
-
-    Like ``python -m``, ``-c`` looks for modules in the working directory first.
-    """
+    """Whether the interpreter can be started as a worker, and imports the worker that belongs to this kvledger."""
+    command = python("-c", _WORKER)
     try:
-        done = subprocess.run([sys.executable, "-c", _WORKER], capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         return problem(
-            f"{sys.executable or 'the interpreter'} cannot be started: {error}",
+            f"{command[0]} cannot be started: {error}",
             "raise what limits processes (ulimit -u, pids.max of the container)",
         )
-    advice = f"start the engine elsewhere than in {Path.cwd()} if that has a workers/, ipc/ or statemachine/; "
-    advice += "or set PYTHONSAFEPATH=1"
+    advice = "take what hides kvledger off PYTHONPATH, or give it an environment of its own"
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"exit status {done.returncode}"
-        return problem(f"a worker cannot be started with {sys.executable}: {reason}", advice)
+        return problem(f"a worker cannot be started with {command[0]}: {reason}", advice)
     place = Path(done.stdout.strip()).parents[1].resolve()
     if place != ROOT:
         return problem(f"a worker imports kvledger from {place}, this process from {ROOT}", advice)
-    return ok(f"{sys.executable} starts workers")
+    return ok(f"{command[0]} starts workers")
 
 
 def cores() -> Finding:

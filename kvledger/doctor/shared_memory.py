@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import posix_ipc
@@ -15,6 +14,7 @@ from ipc.memory import available_memory
 from ipc.names import SHM, bell_name, segment_name, unlink
 from kvledger.config import CacheConfig
 from kvledger.doctor.finding import Finding, note, ok, problem, size
+from workers.programs import environment, python
 
 LEAST_BYTES = 2 * CacheConfig.segment_bytes + (1 << 20)
 """What a ledger without pools begins with: a segment in use, one prepared, the control segment."""
@@ -106,7 +106,8 @@ def shared_segment(ledger: str) -> Finding:
         mode = stat.S_IMODE(os.stat(SHM / name[1:]).st_mode)
         if mode != 0o600:
             return problem(f"a segment was made with mode {mode:o}, not 600", f"mount {SHM} as a plain tmpfs")
-        read = subprocess.run([sys.executable, "-P", "-c", _READ, name], capture_output=True, timeout=_TIMEOUT_S)
+        command = python("-c", _READ, name)
+        read = subprocess.run(command, env=environment(), capture_output=True, timeout=_TIMEOUT_S)
         if read.stdout != data:
             reason = read.stderr.decode(errors="replace").strip().splitlines()
             return problem(
