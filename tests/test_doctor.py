@@ -359,6 +359,13 @@ def test_workers_find_something_else(tmp_path: Path) -> None:
     assert code == 2 and f"a worker imports kvledger from {tmp_path}" in found["worker"]["found"]
 
 
+def test_workers_find_what_this_process_alone_was_told_of(tmp_path: Path) -> None:
+    install(tmp_path)
+    code, found = doctor(python=[sys.executable, "-S"], path=[], cwd=tmp_path)
+    assert code == 0 and found["worker"]["status"] == found["segment"]["status"] == "ok", found
+    assert f"kvledger's own, in {tmp_path.resolve()}" in found["packages"]["found"]
+
+
 def test_what_lies_in_the_working_directory_is_no_matter(tmp_path: Path) -> None:
     for name in ("workers", "ipc", "statemachine"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
