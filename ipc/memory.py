@@ -20,18 +20,21 @@ _CGROUP = Path("/sys/fs/cgroup")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def populate(map: mmap.mmap) -> None:
+def populate(map: mmap.mmap) -> bool:
     """Map all pages now. Through ctypes, which releases the interpreter lock (``mmap.madvise`` holds it).
 
     In pieces: the kernel locks the address space meanwhile, and a ``malloc`` that wants more of it waits.
     Linux before 5.14 does not know the advice; pages then appear at their first touch, as they do without it.
+    Returns whether it was taken.
     """
     first = ctypes.c_char.from_buffer(map)
     start, end = ctypes.addressof(first), ctypes.addressof(first) + len(map)
+    taken = True
     for piece in range(start, end, _PIECE_BYTES):
         size = min(_PIECE_BYTES, end - piece)
-        _libc.madvise(ctypes.c_void_p(piece), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
+        taken &= not _libc.madvise(ctypes.c_void_p(piece), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
     del first
+    return taken
 
 
 def open_new(name: str) -> posix_ipc.SharedMemory:

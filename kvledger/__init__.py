@@ -1,23 +1,36 @@
 """kvledger: the KV-block manager of an LLM serving engine as an event-sourced state machine with shared-memory IPC."""
 
 from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
-from kvledger.config import CacheConfig, ConfigError
-from kvledger.errors import CallTooLarge, ManagerClosed, Paused, WrongThread
-from kvledger.manager import Admission, CacheManager
-from kvledger.ranks import Progress
-from statemachine.content import InvalidTokens, Item, namespace_key
-from statemachine.errors import (
-    Busy,
-    CommandRejected,
-    DuplicateRequest,
-    InvalidCommand,
-    InvariantViolation,
-    OutOfBlocks,
-    RequestNotReady,
-    UnknownRequest,
-)
-from statemachine.events import HostPolicy, ReleaseReason, Tier
+try:
+    from kvledger.config import CacheConfig, ConfigError
+    from kvledger.errors import CallTooLarge, ManagerClosed, Paused, WrongThread
+    from kvledger.manager import Admission, CacheManager
+    from kvledger.ranks import Progress
+    from statemachine.content import InvalidTokens, Item, namespace_key
+    from statemachine.errors import (
+        Busy,
+        CommandRejected,
+        DuplicateRequest,
+        InvalidCommand,
+        InvariantViolation,
+        OutOfBlocks,
+        RequestNotReady,
+        UnknownRequest,
+    )
+    from statemachine.events import HostPolicy, ReleaseReason, Tier
+except ImportError as error:
+    # Another package has the name of one of ours, or a part is missing. What tells which has to be importable:
+    # kvledger.doctor. Everything else fails with this error, at the first name that is taken from here.
+    _broken = error
+    if not TYPE_CHECKING:
+
+        def __getattr__(name: str) -> Any:
+            raise ImportError(
+                f"kvledger is not whole here ({_broken}): run kvledger doctor", name=_broken.name, path=_broken.path
+            ) from _broken
+
 
 __all__ = [
     "Admission",
@@ -53,4 +66,6 @@ def is_compiled() -> bool:
     There, an argument of the wrong type raises ``TypeError`` where the interpreted build raises
     :class:`InvalidCommand`; nothing has changed in either.
     """
+    from kvledger.manager import CacheManager
+
     return not isinstance(CacheManager.admit, FunctionType)

@@ -1,29 +1,13 @@
 """The command line: one module per command or small family of commands, all registered here."""
 
+import sys
 from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from kvledger import is_compiled
-from kvledger.cli.audit import audit
-from kvledger.cli.check import bisect, check, leaks_command
-from kvledger.cli.explain import explain_command
-from kvledger.cli.export import export
-from kvledger.cli.log import log
-from kvledger.cli.metrics import metrics
-from kvledger.cli.pushes import pushes
-from kvledger.cli.record import record
-from kvledger.cli.redact import redact
-from kvledger.cli.replay import diff, replay, shrink_command
-from kvledger.cli.run import run
-from kvledger.cli.segments import segments
-from kvledger.cli.show import show
-from kvledger.cli.simulate import simulate
-from kvledger.cli.spans import spans
-from kvledger.cli.top import top
-from kvledger.cli.view import view
-from kvledger.cli.what_if import what_if
+from kvledger.cli.doctor import doctor
+from kvledger.cli.exits import BAD_INPUT
 
 __all__ = ["app", "main"]
 
@@ -35,22 +19,45 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 something is wrong with the cache (bytes, digest, invariant), 2 bad input or no resources, "
     "130 interrupted.",
 )
-
-
-app.command()(run)
-app.command()(segments)
-app.command()(simulate)
-app.command()(audit)
-app.command()(record)
-app.command()(redact)
-app.command()(metrics)
-app.command()(spans)
-app.command()(pushes)
-for command in (log, show, check, bisect, diff, replay, what_if, export, top, view):
-    app.command(rich_help_panel="Debugger")(command)
-app.command("explain", rich_help_panel="Debugger")(explain_command)
-app.command("leaks", rich_help_panel="Debugger")(leaks_command)
-app.command("shrink", rich_help_panel="Debugger")(shrink_command)
+_broken: ImportError | None = None
+try:
+    from kvledger import is_compiled
+    from kvledger.cli.audit import audit
+    from kvledger.cli.check import bisect, check, leaks_command
+    from kvledger.cli.explain import explain_command
+    from kvledger.cli.export import export
+    from kvledger.cli.log import log
+    from kvledger.cli.metrics import metrics
+    from kvledger.cli.pushes import pushes
+    from kvledger.cli.record import record
+    from kvledger.cli.redact import redact
+    from kvledger.cli.replay import diff, replay, shrink_command
+    from kvledger.cli.run import run
+    from kvledger.cli.segments import segments
+    from kvledger.cli.show import show
+    from kvledger.cli.simulate import simulate
+    from kvledger.cli.spans import spans
+    from kvledger.cli.top import top
+    from kvledger.cli.view import view
+    from kvledger.cli.what_if import what_if
+except ImportError as error:  # the installation is not whole: there is the doctor alone, which says why
+    _broken = error
+else:
+    app.command()(run)
+    app.command()(segments)
+    app.command()(simulate)
+    app.command()(audit)
+    app.command()(record)
+    app.command()(redact)
+    app.command()(metrics)
+    app.command()(spans)
+    app.command()(pushes)
+    for command in (log, show, check, bisect, diff, replay, what_if, export, top, view):
+        app.command(rich_help_panel="Debugger")(command)
+    app.command("explain", rich_help_panel="Debugger")(explain_command)
+    app.command("leaks", rich_help_panel="Debugger")(leaks_command)
+    app.command("shrink", rich_help_panel="Debugger")(shrink_command)
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,4 +80,7 @@ def options(
 
 def main() -> None:
     """Entry point of the ``kvledger`` command."""
+    if _broken is not None and sys.argv[1:2] != ["doctor"]:
+        print(f"error kvledger is not whole here ({_broken}): run kvledger doctor", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     app()
