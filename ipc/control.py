@@ -233,6 +233,11 @@ class Control:
                 )
         return found
 
+    def disown(self) -> None:
+        """This process is a fork of the writer: the lock ends with the writer, not with this process."""
+        self._writes = False
+        self.close()  # the mapping, too: it has a descriptor of its own
+
     def close(self) -> None:
         """Unmap it; a writer gives up its lock, and is one no longer although its process lives."""
         if self._writes:

@@ -396,6 +396,10 @@ class LogWriter:
         """How many segments have been sealed."""
         return self._index
 
+    def disown(self) -> None:
+        """This process is a fork of the writer: the lock is not its own."""
+        self._control.disown()
+
     def close(self, *, unlink: bool = False) -> None:
         """Give up the ledger; with ``unlink`` remove everything that belongs to it."""
         self._helper.shutdown(wait=True)

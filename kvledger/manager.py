@@ -23,7 +23,7 @@ import numpy as np
 
 from ipc import Control, LogWriter, SharedMemoryFull, record_bytes
 from ipc.writer import next_epoch, segment_bytes_for
-from kvledger import waiting
+from kvledger import forks, waiting
 from kvledger.arguments import block_ids, expect_bool, expect_namespace, expect_seconds, expect_tier, not_whole
 from kvledger.config import CacheConfig, ConfigError
 from kvledger.errors import CallTooLarge, ManagerClosed, Paused, WrongThread
@@ -56,6 +56,7 @@ from workers.pools import Pools, create_pools, ids_of, reopen_pools
 _log = logging.getLogger(__name__)
 _EVICTED_BYTES = 16
 """What a block of a one-block run takes in the log when it is evicted: its id, its run's id and size."""
+_FORKED = "this process is a fork of the one that owns it"
 
 
 class Admission(NamedTuple):
@@ -106,6 +107,7 @@ class CacheManager:
         self._applying = False
         self._paused = False
         self._weights = config.weights
+        forks.watch(self)
 
     @classmethod
     def create(
@@ -715,6 +717,8 @@ class CacheManager:
 
     def _expect_owner(self) -> None:
         """Refuse calls from other threads, and apply what these have released."""
+        if self._transactions.closed:
+            raise ManagerClosed(f"ledger {self.name!r}: {self._transactions.closed}")
         if get_ident() != self._owner:
             raise WrongThread(
                 f"ledger {self.name!r} belongs to thread {self._owner}, this is {get_ident()}: make all calls from "
@@ -728,9 +732,10 @@ class CacheManager:
 
         From any thread, while no other is in a call. What fails to close keeps nothing else from it.
         """
-        if self._transactions.closed == "closed":
+        if self._transactions.closed in ("closed", _FORKED):
             return
         self._transactions.closed = "closed"
+        forks.forget(self)
         self.pools = []  # their memory goes as soon as nobody else holds them
         with contextlib.ExitStack() as last_first:
             last_first.callback(self._writer.close, unlink=not keep)
@@ -739,6 +744,11 @@ class CacheManager:
             last_first.callback(self._retention.stop)
             for handoff in self._handoffs:
                 last_first.callback(handoff.close, keep=keep)
+
+    def disown(self) -> None:
+        """This process is a fork of the one that owns the ledger. See :mod:`kvledger.forks`."""
+        self._transactions.closed = _FORKED
+        self._writer.disown()
 
     def __enter__(self) -> Self:
         return self

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from statemachine.check import check
 from statemachine.events import RequestReleased, TransferFinished, WorkerJoined, WorkerLost
 from workers import supervisor
 
+ROOT = Path(__file__).parents[1]
 BLOCK = 4
 TOKENS = np.arange(4 * BLOCK, dtype=np.int32)
 
@@ -213,3 +217,51 @@ def test_what_fails_to_close_keeps_nothing_else_from_it(name: str) -> None:
         manager.close()
     assert pid is not None and not os.path.exists(f"/proc/{pid}")
     assert not [each for each in os.listdir(SHM) if name in each]
+
+
+def test_a_forked_child_neither_writes_nor_ends_what_is_its_parents(name: str) -> None:
+    with CacheManager.create(name, config()) as manager:
+        manager.admit("a", TOKENS)
+        before, objects = manager.digest(), {each for each in os.listdir(SHM) if name in each}
+        child = os.fork()
+        if not child:
+            refused = 0
+            try:
+                with manager:
+                    for call in (lambda: manager.admit("b", TOKENS), manager.poll, lambda: manager.release("a")):
+                        try:
+                            call()
+                        except ManagerClosed:
+                            refused += 1
+            finally:
+                os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert manager.digest() == before and {each for each in os.listdir(SHM) if name in each} == objects
+        manager.cache("a")
+        manager.release("a")
+        swapped(manager, "c")
+
+
+_PARENT = """
+import os, sys, time
+from kvledger import CacheConfig, CacheManager
+manager = CacheManager.create(sys.argv[1], CacheConfig(device_blocks=8))
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_ledger_can_be_opened_while_a_fork_of_its_dead_engine_lives(name: str) -> None:
+    engine = subprocess.Popen([sys.executable, "-c", _PARENT, name], stdout=subprocess.PIPE, cwd=ROOT)
+    assert engine.stdout is not None
+    child = int(engine.stdout.readline())
+    try:
+        engine.kill()
+        engine.wait()
+        with CacheManager.open(name) as manager:
+            assert manager.state.epoch == 2
+    finally:
+        os.kill(child, signal.SIGKILL)
+        engine.stdout.close()

@@ -35,8 +35,8 @@ def test_what_changes_nothing_survives(tree: Path) -> None:
     harmless = mutant(
         "harmless",
         "ipc/record.py",
-        "TXN_BEGIN = 1\n",
-        "TXN_BEGIN = 1  # one\n",
+        "TXN_BEGIN: Final = 1\n",
+        "TXN_BEGIN: Final = 1  # one\n",
         "tests/test_codec.py::test_unknown_kind",
     )
     verdict = plant(harmless, tree, isolation())
@@ -45,7 +45,13 @@ def test_what_changes_nothing_survives(tree: Path) -> None:
 
 
 def test_a_test_that_does_not_exist_finds_nothing(tree: Path) -> None:
-    wrong = mutant("wrong", "ipc/record.py", "TXN_BEGIN = 1\n", "TXN_BEGIN = 3\n", "tests/test_codec.py::test_nothing")
+    wrong = mutant(
+        "wrong",
+        "ipc/record.py",
+        "TXN_BEGIN: Final = 1\n",
+        "TXN_BEGIN: Final = 3\n",
+        "tests/test_codec.py::test_nothing",
+    )
     verdict = plant(wrong, tree, isolation())
     assert not verdict.caught_by and "not found" in verdict.trouble
 
