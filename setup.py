@@ -6,7 +6,10 @@ is pure Python, which is what one edits, debugs, simulates and breaks on purpose
 digests.
 """
 
+import glob
 import os
+import shutil
+import sys
 
 from setuptools import setup
 
@@ -39,6 +42,10 @@ NATIVE = {
 }
 """Modules that a step of a scheduler, a worker or a replay runs through, by package. The others are tables, exceptions
 (which mypyc cannot compile), made at import, or wait for something slower than Python."""
+
+if "bdist_wheel" in sys.argv:  # setuptools would pack what an earlier build has left there, compiled or deleted since
+    for left in glob.glob("build/lib*") + glob.glob("build/temp*") + glob.glob("build/bdist*"):
+        shutil.rmtree(left)
 
 if os.environ.get("KVLEDGER_NATIVE") == "1":
     try:

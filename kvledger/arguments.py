@@ -1,21 +1,34 @@
-"""What callers of the manager pass, looked at before it becomes a command: typed errors that name the argument."""
+"""What callers of the manager pass, looked at before it becomes a command.
+
+All of these raise :class:`InvalidCommand`, naming the argument.
+"""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from operator import index
+from typing import SupportsIndex
 
 from statemachine.errors import InvalidCommand
 from statemachine.events import IntArray, Tier
 
 
-def not_whole(name: str, value: object) -> InvalidCommand:
-    """The error for what is no whole number from 0."""
-    return InvalidCommand(f"{name} must be a whole number from 0, not {value!r:.80}")
+def whole(name: str, value: SupportsIndex) -> int:
+    """A whole number from 0, Python's or NumPy's; a bool is none."""
+    if type(value) is int and value >= 0:
+        return value
+    try:
+        number = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise InvalidCommand(f"{name} must be a whole number from 0, not {value!r:.80}")
+    return number
 
 
 def expect_namespace(namespace: object) -> None:
-    """Raises :class:`InvalidCommand`, as all of these do."""
+    """Neither a text nor ``None``."""
     if type(namespace) is not bytes:
         raise InvalidCommand(f"a namespace is bytes, from namespace_key(), not {type(namespace).__name__}")
 

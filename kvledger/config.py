@@ -111,6 +111,13 @@ class CacheConfig:
                 f"host_policy {self.host_policy.name.lower()} does not go with {self.host_blocks} host_blocks: "
                 "give the host tier blocks and a policy (exclusive, write-through), or neither"
             )
+        if self.watermark_blocks >= self.device_blocks:
+            raise ConfigError(
+                f"watermark_blocks {self.watermark_blocks} of {self.device_blocks} device_blocks: nothing could be "
+                "admitted while a request runs; make it smaller"
+            )
+        if self.backup_after > 1 and self.host_policy != HostPolicy.WRITE_THROUGH:
+            raise ConfigError(f"backup_after {self.backup_after} needs host_policy write-through")
         for name in ("transfer_timeout_s", "ready_timeout_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from ipc import KvlogWriter, LedgerError, LedgerNotFound, LogReader
 from ipc.names import check_name, objects_of, remove_objects
+from kvledger import is_compiled
 from kvledger.config import ConfigError
 from kvledger.pattern import WrongBytes
 from kvledger.run import Crashes, RunOptions, Summary
@@ -100,6 +101,8 @@ class CrashRun:
         crashes: list[Crash],
         chaos: int | None,
     ) -> None:
+        if is_compiled():  # the moments of its kills are between two lines of the log's writer
+            raise ConfigError("--crash and --chaos need a kvledger that was installed without KVLEDGER_NATIVE")
         ranks = options.ranks if options.data else 0
         for crash in crashes:
             if crash.who == "worker" and crash.rank >= ranks:

@@ -17,14 +17,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from threading import get_ident
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, SupportsIndex
 
 import numpy as np
 
 from ipc import Control, LogWriter, SharedMemoryFull, record_bytes
 from ipc.writer import next_epoch, segment_bytes_for
 from kvledger import forks, waiting
-from kvledger.arguments import block_ids, expect_bool, expect_namespace, expect_seconds, expect_tier, not_whole
+from kvledger.arguments import block_ids, expect_bool, expect_namespace, expect_seconds, expect_tier, whole
 from kvledger.config import CacheConfig, ConfigError
 from kvledger.errors import CallTooLarge, ManagerClosed, Paused, WrongThread
 from kvledger.handoff import Handoff, end_messagers, end_receiving
@@ -49,6 +49,7 @@ from statemachine.events import (
     ReleaseReason,
     RequestMatched,
     Tier,
+    TransferStarted,
 )
 from statemachine.state import Request, State
 from workers.pools import Pools, create_pools, ids_of, reopen_pools
@@ -70,6 +71,11 @@ class Admission(NamedTuple):
     ready: bool
     """False: nothing may be written or attended before :meth:`CacheManager.poll` reports the request."""
 
+    @property
+    def cached_blocks(self) -> int:
+        """Leading blocks that need not be computed."""
+        return self.device_blocks + self.host_blocks
+
 
 class CacheManager:
     """Decides which KV block holds which tokens, on which tier, for which request.
@@ -78,7 +84,7 @@ class CacheManager:
 
         with CacheManager.create("demo", CacheConfig(device_blocks=1000)) as manager:
             admission = manager.admit("request-1", prompt_tokens)
-            ...  # compute the KV of admission.block_table[admission.device_blocks:]
+            ...  # compute the KV of admission.block_table[admission.cached_blocks:]
             manager.cache("request-1")
             manager.release("request-1")
     """
@@ -233,7 +239,7 @@ class CacheManager:
         *,
         items: Sequence[Item] = (),
         namespace: bytes = b"",
-        max_blocks: int | None = None,
+        max_blocks: SupportsIndex | None = None,
     ) -> Admission:
         """Begin a request: find, pin and if need be swap in the cached prefix of its prompt.
 
@@ -249,8 +255,8 @@ class CacheManager:
         Raises:
             statemachine.content.InvalidTokens, DuplicateRequest, Paused
         """
-        words, limit, whole = self._prompt(tokens, items, max_blocks)
-        events = self._execute(commands.Match(key, words, self._namespace(namespace), limit, whole))
+        words, limit, uncut = self._prompt(tokens, items, max_blocks)
+        events = self._execute(commands.Match(key, words, self._namespace(namespace), limit, uncut))
         return self._admission(events[0], words)
 
     def admit(
@@ -260,32 +266,30 @@ class CacheManager:
         *,
         items: Sequence[Item] = (),
         namespace: bytes = b"",
-        max_blocks: int | None = None,
-        blocks: int | None = None,
+        max_blocks: SupportsIndex | None = None,
+        blocks: SupportsIndex | None = None,
     ) -> Admission:
         """Match and allocate in one transaction, or not at all.
 
-        ``blocks`` is the length of the block table, by default enough for the prompt; more reserves blocks for the
-        first decode steps. The rest as in :meth:`match`.
+        ``blocks`` is the length of the block table, by default enough for the prompt: more reserves blocks for the
+        first decode steps, fewer are enough for the first chunk of a prefill; it is never shorter than what matches.
+        The rest as in :meth:`match`.
 
         Raises:
             OutOfBlocks: there is no room (beyond the watermark); nothing is pinned.
         """
-        words, limit, whole = self._prompt(tokens, items, max_blocks)
-        if blocks is None:
-            blocks = -(-len(words) // self._state.block_bytes)
-        elif type(blocks) is not int:
-            raise not_whole("blocks", blocks)
+        words, limit, uncut = self._prompt(tokens, items, max_blocks)
+        count = -(-len(words) // self._state.block_bytes) if blocks is None else whole("blocks", blocks)
         watermark = self.config.watermark_blocks
         namespace = self._namespace(namespace)
-        events = self._execute(commands.Admit(key, words, namespace, limit, blocks, whole, watermark))
+        events = self._execute(commands.Admit(key, words, namespace, limit, count, uncut, watermark))
         return self._admission(events[0], words)
 
     def peek(self, tokens: Tokens, *, items: Sequence[Item] = (), namespace: bytes = b"") -> tuple[int, int]:
         """How many leading blocks would match now, on the device and after those on the host. Changes nothing."""
         expect_namespace(namespace)
-        words, _, whole = self._prompt(tokens, items, 0)
-        return peek(self._state, words, versioned(self._weights, namespace), len(words), whole)
+        words, _, uncut = self._prompt(tokens, items, 0)
+        return peek(self._state, words, versioned(self._weights, namespace), len(words), uncut)
 
     def extend(self, key: str) -> Progress:
         """Between two chunks of a prefill: match again behind what the request has cached.
@@ -307,7 +311,7 @@ class CacheManager:
             self._back_up(key)
         return Progress(key, table_of(request), request.leaf.end, False)
 
-    def allocate(self, counts: Mapping[str, int]) -> dict[str, BlockTable]:
+    def allocate(self, counts: Mapping[str, SupportsIndex]) -> dict[str, BlockTable]:
         """Give each named request so many more blocks: one call per scheduler step, all or nothing.
 
         Returns the new ids per request. A request whose new blocks are still being copied out is not
@@ -319,12 +323,13 @@ class CacheManager:
         """
         if type(counts) is not dict and not isinstance(counts, Mapping):
             raise InvalidCommand(f"counts are a mapping from request to blocks, not {type(counts).__name__}")
-        for key, count in counts.items():
-            if type(count) is not int or count < 0:
-                raise InvalidCommand(f"request {key!r} cannot get {count!r} blocks: counts are whole numbers from 0")
+        numbers = [
+            count if type(count) is int and count >= 0 else whole(f"blocks for request {key!r}", count)
+            for key, count in counts.items()
+        ]
         if self._paused:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
-        events = self._execute(commands.Allocate(list(counts), list(counts.values())))
+        events = self._execute(commands.Allocate(list(counts), numbers))
         granted = np.empty(0, np.int32)
         if events:
             allocated = events[-1]
@@ -332,12 +337,12 @@ class CacheManager:
             granted = np.array(allocated.blocks, np.int32)
         new = {}
         start = 0
-        for key, count in counts.items():
+        for key, count in zip(counts, numbers):
             new[key] = granted[start : start + count]
             start += count
         return new
 
-    def preempt(self, blocks: int, candidates: Sequence[str]) -> list[str]:
+    def preempt(self, blocks: SupportsIndex, candidates: Sequence[str]) -> list[str]:
         """Preempt requests, in the order given (lowest priority first), until ``blocks`` can be allocated.
 
         Only as many as are needed are released; their names are returned. What they cached stays: a preempted request
@@ -349,13 +354,12 @@ class CacheManager:
             UnknownRequest
         """
         self._expect_owner()
-        if type(blocks) is not int or blocks < 0:
-            raise not_whole("blocks", blocks)
+        wanted = whole("blocks", blocks)
         if isinstance(candidates, str | bytes) or not isinstance(candidates, Sequence):
             raise InvalidCommand(f"candidates are a sequence of requests, not {type(candidates).__name__}")
         for key in candidates:
             request_named(self._state, key)
-        chosen = victims_for(self._state, blocks, candidates)
+        chosen = victims_for(self._state, wanted, candidates)
         for key in chosen:
             self.release(key, ReleaseReason.PREEMPTED)
         return chosen
@@ -363,10 +367,10 @@ class CacheManager:
     def cache(
         self,
         key: str,
-        blocks: int | None = None,
+        blocks: SupportsIndex | None = None,
         *,
         generated: Tokens | None = None,
-        computed: int | None = None,
+        computed: SupportsIndex | None = None,
     ) -> None:
         """Publish blocks: from now on other requests can match them.
 
@@ -389,12 +393,11 @@ class CacheManager:
             full = len(words) // size * size
             words, tail = words[:full], words[full:]
         if blocks is None:
-            blocks = request.leaf.end + (len(request.words) + len(words)) // size
-        elif type(blocks) is not int or blocks < 0:
-            raise not_whole("blocks", blocks)
-        if computed is not None and (type(computed) is not int or computed < 0):
-            raise not_whole("computed", computed)
-        self._execute(commands.Cache(key, blocks, words, computed))
+            count = request.leaf.end + (len(request.words) + len(words)) // size
+        else:
+            count = whole("blocks", blocks)
+        ready = None if computed is None else whole("computed", computed)
+        self._execute(commands.Cache(key, count, words, ready))
         if generated is not None:
             self._tails[key] = tail
         if self._state.policy == HostPolicy.WRITE_THROUGH:
@@ -409,12 +412,11 @@ class CacheManager:
         except CallTooLarge as error:
             _log.warning("ledger %s: what request %r has cached is not copied to the host: %s", self.name, key, error)
 
-    def trim(self, key: str, blocks: int) -> None:
+    def trim(self, key: str, blocks: SupportsIndex) -> None:
         """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
-        if type(blocks) is not int:
-            raise not_whole("blocks", blocks)
+        kept = whole("blocks", blocks)
         self._expect_still(key)
-        self._execute(commands.Trim(key, blocks))
+        self._execute(commands.Trim(key, kept))
 
     def reassign(self, key: str, target: str, blocks: Sequence[int]) -> None:
         """Move private blocks of one request to the end of another's block table."""
@@ -608,30 +610,33 @@ class CacheManager:
             self._weights = weights
         self._paused = False
 
-    def make_room(self, blocks: int) -> None:
-        """Get so many more device blocks free ahead of need, by the same choices as an allocation would make.
+    def make_room(self, blocks: SupportsIndex) -> int:
+        """Get so many more device blocks free ahead of need, or as many as can be, as an allocation would.
 
-        Blocks that are swapped out for it are free once :meth:`poll` has seen the end of the copy.
+        Returns how many. Those that are swapped out for it are free once :meth:`poll` has seen the end of the copy.
         """
-        if type(blocks) is not int or blocks < 0:
-            raise not_whole("blocks", blocks)
-        self._execute(commands.MakeRoom(blocks))
+        given_up = 0
+        for event in self._execute(commands.MakeRoom(whole("blocks", blocks))):
+            if isinstance(event, BlocksEvicted) and event.tier == Tier.DEVICE:
+                given_up += len(event.blocks)
+            elif isinstance(event, TransferStarted):
+                given_up += len(event.sources)
+        return given_up
 
-    def evict(self, tier: Tier, blocks: int) -> int:
+    def evict(self, tier: Tier, blocks: SupportsIndex) -> int:
         """Drop up to so many unused cached blocks of one tier for good, in eviction order. Returns how many."""
         expect_tier(tier)
-        if type(blocks) is not int or blocks < 0:
-            raise not_whole("blocks", blocks)
-        events = self._execute(commands.Evict(tier, blocks))
+        events = self._execute(commands.Evict(tier, whole("blocks", blocks)))
         return sum(len(event.blocks) for event in events if isinstance(event, BlocksEvicted))
 
-    def forget(self, node: int) -> None:
-        """Drop one unused run that nothing continues, and those above it that lead nowhere else then."""
-        if type(node) is not int:
-            raise not_whole("a run's number", node)
-        self._execute(commands.Forget(node))
+    def forget(self, node: SupportsIndex) -> bool:
+        """Drop one unused run that nothing continues, and those above it that lead nowhere else then.
 
-    def resize(self, tier: Tier, blocks: int) -> None:
+        ``node``: its number in the log and in :attr:`state`. Returns whether it was dropped.
+        """
+        return bool(self._execute(commands.Forget(whole("a run's number", node))))
+
+    def resize(self, tier: Tier, blocks: SupportsIndex) -> None:
         """Change the number of blocks of a tier. Shrinking drops what is cached in the highest ids.
 
         The pools themselves are not moved: with workers a tier can only shrink below its first size and grow back.
@@ -642,24 +647,23 @@ class CacheManager:
             InvalidCommand
         """
         expect_tier(tier)
-        if type(blocks) is not int:
-            raise not_whole("blocks", blocks)
+        wanted = whole("blocks", blocks)
+        if tier == Tier.HOST and self._state.policy == HostPolicy.OFF:
+            raise InvalidCommand("there is no host tier: give a new ledger host_blocks and a host_policy")
         if self.pools:
             most = self.config.device_blocks if tier == Tier.DEVICE else self.config.host_blocks
-            if blocks > most:
-                raise InvalidCommand(f"the {tier.name} pool has room for {most} blocks, not for {blocks}")
-        while not isinstance(self._execute(commands.Resize(tier, blocks, self._evict_step))[-1], PoolResized):
+            if wanted > most:
+                raise InvalidCommand(f"the {tier.name} pool has room for {most} blocks, not for {wanted}")
+        while not isinstance(self._execute(commands.Resize(tier, wanted, self._evict_step))[-1], PoolResized):
             pass
 
     def available_blocks(self) -> int:
         """Device blocks that are free or can be evicted."""
         return available_blocks(self._state)
 
-    def can_allocate(self, blocks: int) -> bool:
+    def can_allocate(self, blocks: SupportsIndex) -> bool:
         """Whether an allocation of so many blocks would succeed now; counts what can be evicted, and evicts nothing."""
-        if type(blocks) is not int or blocks < 0:
-            raise not_whole("blocks", blocks)
-        return can_allocate(self._state, blocks)
+        return can_allocate(self._state, whole("blocks", blocks))
 
     def block_table(self, key: str) -> BlockTable:
         """The device block ids of a request, in token order."""
@@ -705,11 +709,9 @@ class CacheManager:
         """Sequence number of the next event."""
         return self._writer.next_sequence
 
-    def step(self, number: int) -> None:
-        """Number of the scheduler step, written beside every event from now on (for people)."""
-        if type(number) is not int:
-            raise not_whole("a step", number)
-        self._transactions.step = number & 0xFFFFFFFF
+    def step(self, number: SupportsIndex) -> None:
+        """Number of the scheduler step, written beside every event from now on, in 32 bits (for people)."""
+        self._transactions.step = whole("a step", number) & 0xFFFFFFFF
 
     def adopt_thread(self) -> None:
         """The calling thread owns the manager from now on; the one that owned it must not call any more."""
@@ -804,17 +806,17 @@ class CacheManager:
         return versioned(self._weights, namespace) if self._weights else namespace
 
     def _prompt(
-        self, tokens: Tokens, items: Sequence[Item], max_blocks: int | None
+        self, tokens: Tokens, items: Sequence[Item], max_blocks: SupportsIndex | None
     ) -> tuple[memoryview, int, tuple[tuple[int, int], ...]]:
         """``(words, most blocks to match, ranges that are not to be cut)``."""
         words = words_of(tokens, items=items)
         if max_blocks is None:
-            max_blocks = max(len(words) // 4 - 1, 0) // self.config.block_size
-        elif type(max_blocks) is not int or max_blocks < 0:
-            raise not_whole("max_blocks", max_blocks)
+            most = max(len(words) // 4 - 1, 0) // self.config.block_size
+        else:
+            most = whole("max_blocks", max_blocks)
         if not items or self.config.chunked_multimodal:
-            return words, max_blocks, ()
-        return words, max_blocks, tuple((item.offset, item.offset + item.length) for item in items)
+            return words, most, ()
+        return words, most, tuple((item.offset, item.offset + item.length) for item in items)
 
     def _admission(self, matched: Event, words: memoryview) -> Admission:
         assert isinstance(matched, RequestMatched)

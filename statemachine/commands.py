@@ -19,7 +19,7 @@ class Match(NamedTuple):
 
 
 class Admit(NamedTuple):
-    """Match, and allocate up to ``blocks`` blocks in all, in one transaction or not at all."""
+    """Match, and allocate what is missing to ``blocks`` blocks in all, in one transaction or not at all."""
 
     key: str
     words: memoryview

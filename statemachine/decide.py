@@ -136,34 +136,31 @@ def victims_for(state: State, blocks: int, candidates: Sequence[str]) -> list[st
                 freed += node.size
             node = node.parent
     if blocks > available + freed:
-        raise out_of_blocks(state, AllocationRefused(0, blocks, available + freed, 0, 0, ""))
+        refused = AllocationRefused(0, blocks, available + freed, 0, 0, "")
+        raise out_of_blocks(state, refused, never_fits=blocks > state.device.capacity)
     return chosen
 
 
-def out_of_blocks(state: State, event: AllocationRefused, fitting: int = 0) -> OutOfBlocks:
+def out_of_blocks(state: State, event: AllocationRefused, **more: Any) -> OutOfBlocks:
     """The error for a refused allocation; it carries the event that records it."""
     in_transfer = sum(len(transfer_blocks(transfer, Tier.DEVICE)) for transfer in state.transfers.values())
-    return OutOfBlocks(event, in_transfer, fitting)
+    return OutOfBlocks(event, in_transfer, **more)
 
 
 def _admit(state: State, command: Admit) -> list[Event]:
     path = _path(state, command)
     _, cut, device, host, _ = path
-    wanted = command.blocks - device
-    if wanted < host:
-        raise InvalidCommand(
-            f"{command.blocks} blocks are fewer than the {device + host} that match; "
-            "pass the number of blocks of the whole prompt, or a smaller limit"
-        )
+    wanted = max(command.blocks - device, host)
     kept, own = _kept(path)
-    available = available_blocks(state) - own - (command.watermark if state.requests else 0)
+    reserved = command.watermark if state.requests else 0
+    available = available_blocks(state) - own - reserved
     supply = None
     if wanted <= available:
         supply = device_supply(state, wanted, kept, host, state.next_node + (1 if cut else 0))
     if supply is None:
         leaf = path.leaf.id if path.leaf is not None else 0
         refused = AllocationRefused(0, wanted, max(min(available, wanted - 1), 0), leaf, path.cut, command.key)
-        raise out_of_blocks(state, refused)
+        raise out_of_blocks(state, refused, reserved=reserved, never_fits=device + wanted > state.device.capacity)
     events: list[Event] = [_matched(state, command, path), *supply.events]
     if host:
         events.append(_swapped_in(state, path, supply, events))
@@ -294,7 +291,9 @@ def _allocate(state: State, command: Allocate) -> list[Event]:
             fitting += 1
         request = requests[0] if len(requests) == 1 else 0
         refused = AllocationRefused(request, total, min(available, total - 1), 0, 0, command.keys[0])
-        raise out_of_blocks(state, refused, fitting)
+        longest = max(len(state.requests[id].table) + count for id, count in zip(requests, command.counts, strict=True))
+        never = longest > state.device.capacity
+        raise out_of_blocks(state, refused, fitting=fitting, of=len(requests), never_fits=never)
     return [*supply.events, _granted(requests, array("I", command.counts), supply, total)]
 
 
@@ -316,7 +315,7 @@ def _cache(state: State, command: Cache) -> list[Event]:
     if len(command.words) % block_bytes or len(content) < count * block_bytes:
         raise InvalidCommand(
             f"the content of {len(content) / block_bytes:g} full blocks after the first {start} of {command.key!r} is "
-            f"known, {count} are to be cached: pass the words of the generated blocks, whole blocks only"
+            f"known, {count} are to be cached: pass the tokens that follow as generated"
         )
     if any(position < command.blocks for position in request.waits.values()):
         raise RequestNotReady(f"request {command.key!r} still waits for transfers {[*request.waits]}: poll() first")

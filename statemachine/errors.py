@@ -44,20 +44,40 @@ class OutOfBlocks(CommandRejected):
     """Not enough blocks are free or evictable.
 
     ``wanted`` and ``available`` count blocks of the device; ``in_transfer`` of the missing ones will come back by
-    themselves when transfers in flight have ended (poll and try again). ``event`` is the record of the refusal.
+    themselves when transfers in flight have ended (poll and try again). ``reserved`` are available, too, but kept for
+    requests that run already. ``never_fits``: not even an empty pool would do. ``fitting``: of several requests, so
+    many in order would fit. ``event`` is the record of the refusal.
     """
 
-    def __init__(self, event: AllocationRefused, in_transfer: int, fitting: int = 0) -> None:
+    def __init__(
+        self,
+        event: AllocationRefused,
+        in_transfer: int,
+        *,
+        fitting: int = 0,
+        of: int = 1,
+        reserved: int = 0,
+        never_fits: bool = False,
+    ) -> None:
         self.event = event
-        self.wanted = wanted = event.wanted
-        self.available = available = event.available
+        self.wanted = event.wanted
+        self.available = event.available
         self.in_transfer = in_transfer
         self.fitting = fitting
-        hint = "poll() and try again" if in_transfer else "release or preempt a request, or make the pool larger"
-        super().__init__(
-            f"{wanted} device blocks wanted, {available} free or evictable"
-            f" ({in_transfer} more in transfer, {fitting} of the requests would fit): {hint}"
-        )
+        self.reserved = reserved
+        self.never_fits = never_fits
+        text = f"{event.wanted} device blocks wanted, {event.available} free or evictable"
+        if reserved:
+            text += f" beyond the {reserved} that are kept for requests that run (watermark_blocks)"
+        if in_transfer:
+            text += f", {in_transfer} more in transfer"
+        if of > 1:
+            text += f"; {fitting} of the {of} requests would fit"
+        if never_fits:
+            hint = "the pool is too small for it: refuse the request, or make the pool larger"
+        else:
+            hint = "poll() and try again" if in_transfer else "release or preempt a request, or make the pool larger"
+        super().__init__(f"{text}: {hint}")
 
 
 class InvariantViolation(AssertionError):

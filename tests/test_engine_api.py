@@ -18,6 +18,7 @@ from kvledger import (
     Busy,
     CacheConfig,
     CacheManager,
+    ConfigError,
     HostPolicy,
     InvalidCommand,
     Item,
@@ -510,3 +511,89 @@ def test_a_successor_keeps_what_others_vouch_for() -> None:
     with CacheManager.open(f"e{os.getpid()}") as successor:
         assert successor.peek(tokens(8)) == (4, 0) and successor.available_blocks() == 16
         assert not any(node.ahead for node in successor.state.nodes.values()) and replays(successor)
+
+
+def test_what_a_refusal_says() -> None:
+    with ledger(device_blocks=20, watermark_blocks=13) as manager:
+        manager.admit("a", list(range(5 * 4)))
+        with pytest.raises(OutOfBlocks, match="5 device blocks wanted, 2 free or evictable beyond the 13") as refused:
+            manager.admit("b", list(range(1000, 1000 + 5 * 4)))
+        assert refused.value.reserved == 13 and not refused.value.never_fits
+        assert "requests would fit" not in str(refused.value)
+        with pytest.raises(OutOfBlocks, match="the pool is too small for it") as refused:
+            manager.admit("b", list(range(21 * 4)))
+        assert refused.value.never_fits
+        manager.admit("b", [7])
+        with pytest.raises(OutOfBlocks, match="1 of the 2 requests would fit") as refused:
+            manager.allocate({"b": 3, "a": 13})
+        assert refused.value.fitting == 1 and not refused.value.never_fits
+        with pytest.raises(OutOfBlocks) as refused:
+            manager.allocate({"b": 20})
+        assert refused.value.never_fits
+
+
+def test_an_admission_gives_at_least_what_matches() -> None:
+    prompt = list(range(8 * 4))
+    with ledger(device_blocks=20) as manager:
+        first = manager.admit("a", prompt, blocks=2)
+        assert len(first.block_table) == 2 and first.cached_blocks == 0
+        manager.allocate({"a": 6})
+        manager.cache("a")
+        second = manager.admit("b", prompt, blocks=2)
+        assert len(second.block_table) == second.cached_blocks == 7
+
+
+def test_numbers_may_be_numpys_and_never_bools() -> None:
+    with ledger(device_blocks=20) as manager:
+        manager.admit("a", list(range(4 * 4)), blocks=np.int64(4), max_blocks=np.int32(0))
+        assert len(manager.allocate({"a": np.int64(2)})["a"]) == 2
+        manager.cache("a", np.int16(2), computed=np.uint8(2))
+        manager.trim("a", np.int64(4))
+        assert manager.can_allocate(np.int64(16)) and not manager.can_allocate(np.int64(17))
+        calls: list[Callable[[], object]] = [
+            lambda: manager.allocate({"a": True}),
+            lambda: manager.admit("b", [1], blocks=True),
+            lambda: manager.trim("a", True),
+            lambda: manager.cache("a", True),
+            lambda: manager.make_room(True),
+            lambda: manager.evict(Tier.DEVICE, True),
+            lambda: manager.step(True),
+            lambda: manager.step(-1),
+            lambda: manager.forget(-1),
+            lambda: manager.can_allocate(np.float64(1)),  # type: ignore[arg-type]
+        ]
+        for call in calls:
+            with pytest.raises(InvalidCommand, match="whole number from 0, not"):
+                call()
+
+
+def test_what_is_dropped_on_request_is_told() -> None:
+    with ledger(device_blocks=8) as manager:
+        manager.admit("a", list(range(5 * 4)))
+        manager.cache("a")
+        manager.release("a")
+        assert manager.make_room(500) == 5 == manager.stats()["device_evicted_blocks"]
+        assert manager.make_room(1) == 0
+        manager.admit("b", list(range(5 * 4)))
+        manager.cache("b")
+        (run,) = manager.state.nodes
+        assert not manager.forget(run) and not manager.forget(999)
+        manager.release("b")
+        assert manager.forget(run) and not manager.state.nodes
+
+
+def test_there_is_no_host_tier_to_resize() -> None:
+    with ledger(device_blocks=8) as manager, pytest.raises(InvalidCommand, match="there is no host tier"):
+        manager.resize(Tier.HOST, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"watermark_blocks": 8}, "watermark_blocks 8 of 8 device_blocks"),
+        ({"backup_after": 2}, "backup_after 2 needs host_policy write-through"),
+    ],
+)
+def test_settings_that_could_never_work(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        CacheConfig(device_blocks=8, **settings)

@@ -224,7 +224,7 @@ sys.exit(transfer.main(sys.argv[1:]))
     real = subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> Any:
-        return real([command[0], "-c", program, *command[3:]], **options)
+        return real([command[0], "-c", program, *command[command.index("-m") + 2 :]], **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("workers.supervisor.subprocess.Popen", popen)

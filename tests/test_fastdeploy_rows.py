@@ -190,7 +190,7 @@ def test_row_13_launch_gives_up_with_the_reason(monkeypatch: pytest.MonkeyPatch)
             with pytest.raises(TimeoutError, match=r"ranks \[1\]"):
                 launch(it, 2, suffix, create=False)
             it.ready_timeout_s = 60.0
-            monkeypatch.setattr("workers.supervisor.sys.executable", "/bin/false")
+            monkeypatch.setattr("workers.programs.sys.executable", "/bin/false")
             with pytest.raises(WorkerFailed, match="exit status 1"):
                 launch(it, 2, suffix)
             monkeypatch.undo()
