@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test check chaos soak mutants bench bench-run bench-compare clean native
+.PHONY: run test check docs chaos soak mutants bench bench-run bench-compare clean native
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
@@ -20,6 +20,10 @@ check: $(VENV)/tested
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# The pages that are made from the code.
+docs: $(VENV)/tested
+	$(VENV)/bin/python docs/generate.py
 
 # Hours of simulated crashes; stops at the first failure and says how to repeat it.
 SOAK_SECONDS ?= 14400
