@@ -141,8 +141,13 @@ class Control:
                 break
             except BlockingIOError:
                 # A writer that was killed while it started a process leaves the lock to the child, until that execs.
-                if self.writer_alive() or time.monotonic() > deadline:
+                if self.writer_alive():
                     raise WriterAlive(_who_is_there(self.ledger)) from None
+                if time.monotonic() > deadline:
+                    raise WriterAlive(
+                        f"ledger {self.ledger!r}: its writer, process {self.writer[0]}, is dead, but a child of it "
+                        "still holds the lock: end that child"
+                    ) from None
             time.sleep(0.001)
         # The start time first: who sees one without the other takes the writer for dead, not for alive.
         pid, self.words[_START] = own_identity()
@@ -256,7 +261,7 @@ def _who_is_there(ledger: str) -> str:
     try:
         pid, started = control.writer
         if alive(pid, started):
-            return f"ledger {ledger!r} is written by process {pid} (started at clock tick {started})"
+            return f"ledger {ledger!r} is written by process {pid}: end that first, or choose another name"
         left = f"is left of process {pid}, which is dead" if pid else "was closed and kept"
         return (
             f"ledger {ledger!r} {left}: open it, choose another name, or remove it with kvledger segments --remove-dead"
