@@ -15,12 +15,12 @@ import logging
 import mmap
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import posix_ipc
 from crc32c import crc32c
 
 from ipc import segment, snapshots
+from ipc.background import Background, Task
 from ipc.control import MASK, PARKED, Control
 from ipc.errors import LedgerError, SharedMemoryFull, TransactionTooLarge
 from ipc.fence import make_fence
@@ -81,7 +81,7 @@ class LogWriter:
         it is not known yet who needs it."""
         self._bells: dict[int, posix_ipc.Semaphore] = {}
         self._listeners: list[tuple[int, int, int]] = []
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="kvledger-segment")
+        self._helper = Background("kvledger-segment")
         self._map, self._buffer, self._words, self._words32 = self._begin_segment(
             segment.create(self.ledger, epoch, 0, segment_bytes)
         )
@@ -276,7 +276,7 @@ class LogWriter:
         """Keep everything from the sequence on that ``oldest`` returns, for workers that are yet to come."""
         self._hold = oldest
 
-    def _prepare(self) -> Future[mmap.mmap]:
+    def _prepare(self) -> Task[mmap.mmap]:
         return self._helper.submit(self._reserve_segment, self._index + 1)
 
     def _reserve_segment(self, index: int) -> mmap.mmap:
@@ -402,9 +402,11 @@ class LogWriter:
 
     def close(self, *, unlink: bool = False) -> None:
         """Give up the ledger; with ``unlink`` remove everything that belongs to it."""
-        self._helper.shutdown(wait=True)
-        if self._prepared.exception() is None:  # raising it here would tie it to what is being handled, and its memory
-            self._prepared.result().close()
+        self._helper.close()
+        # asking for an exception, not raising it here, which would tie it to what is being handled, and its memory
+        prepared = self._prepared.result() if self._prepared.exception() is None else None
+        if prepared is not None and prepared is not self._map:  # the same: a rotation was interrupted
+            prepared.close()
             if not unlink:
                 remove(segment_name(self.ledger, self._epoch, self._index + 1))
         for bell in self._bells.values():

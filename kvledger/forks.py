@@ -7,6 +7,7 @@ the parent dies, whether the child lives on or not.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,8 @@ def forget(manager: CacheManager) -> None:
 
 def _in_child() -> None:
     for manager in _living.values():
-        manager.disown()
+        with contextlib.suppress(Exception):  # one that is half closed keeps no other from it
+            manager.disown()
     _living.clear()
 
 

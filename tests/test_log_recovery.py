@@ -198,7 +198,7 @@ def successor(name: str, dead: LogWriter) -> LogWriter:
 
 def abandon(writer: LogWriter) -> None:
     """Close what a writer that was left behind has open; its segments stay."""
-    writer._helper.shutdown(wait=True)
+    writer._helper.close()
     writer._prepared.result().close()
 
 

@@ -21,12 +21,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import posix_ipc
 
+from ipc.background import Task
 from kvledger import is_compiled
 from kvledger.testing.points import INTERPRETED_ONLY, entrances, watched
 from kvledger.testing.schedule import Process, Schedule
@@ -296,21 +296,18 @@ class _Poll:
         return [1] if ended else []
 
 
-class _InlineExecutor:
+class _Inline:
     """What the log writer's thread does, at once."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
         pass
 
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(work(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Task[Any]:
+        task = Task(work, arguments)
+        task.run()
+        return task
 
-    def shutdown(self, wait: bool = True, **options: object) -> None:
+    def close(self) -> None:
         pass
 
 
@@ -354,7 +351,7 @@ def _places(modules: int) -> list[tuple[Any, str, Any]]:
     ``modules``: how many there are; a run may import further ones.
     """
     reached = (posix_ipc, os, mmap, fcntl, time, subprocess, signal, select, threading)
-    named = ("ThreadPoolExecutor", "start_time", "tempfile", "populate", "available_memory")
+    named = ("Background", "start_time", "tempfile", "populate", "available_memory")
     found: list[tuple[Any, str, Any]] = []
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in _PACKAGES and not name.startswith(_NOT_REPLACED):
@@ -389,7 +386,7 @@ def installed(system: System, *others: tuple[Any, str, Any]) -> Iterator[None]:
 
     replacements = {
         **_replacements(system),
-        "ThreadPoolExecutor": _InlineExecutor,
+        "Background": _Inline,
         "start_time": start_time,
         "tempfile": SimpleNamespace(TemporaryFile=io.BytesIO),
         "populate": lambda map: None,
