@@ -305,7 +305,7 @@ def test_diff_names_the_first_difference(chat: Path, tmp_path: Path) -> None:
 
 
 def test_leaks_know_age_and_maker(chat: Path) -> None:
-    found = json.loads(ok("leaks", chat, "--at", 150, "--json"))
+    found = json.loads(ok("leaks", chat, "--at", 150, "--json"))["leaks"]
     with open_source(str(chat)) as source:
         state = source.at(150)
     assert {leak["name"] for leak in found if leak["kind"] == "request"} == set(state.keys)

@@ -15,6 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="The KV-block manager of an LLM serving engine, as an event-sourced state machine.\n\n"
     "Exit codes: 0 done, 1 something is wrong with the cache (bytes, digest, invariant), 2 bad input or no resources, "
     "130 interrupted.",

@@ -23,7 +23,7 @@ def export(
     from kvledger.debugger import SourceError
     from kvledger.debugger.export import Format, export
 
-    with reading(src) as (source, report):
+    with reading(src, whole=True) as (source, report):
         if to not in list(Format):
             raise SourceError(f"--to takes {', '.join(Format)}, not {to!r}")
         export(source, Format(to), out, words=words, progress=reached(source, report))

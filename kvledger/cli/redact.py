@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from kvledger.cli.debugging import note_damage
 from kvledger.cli.exits import BAD_INPUT
+from kvledger.debugger.wording import count
 
 
 def redact(
@@ -22,6 +24,7 @@ def redact(
     """Rewrite a recording without prompts, request names and namespaces; all structure stays, so it can be handed on.
 
     With the same key file, equal prompts in several recordings stay equal. Keep the key to yourself: it tests guesses.
+    Of a recording that is damaged or cut off what can be read is rewritten, and the exit code is 2.
     """
     import secrets
 
@@ -38,7 +41,9 @@ def redact(
         errors.print(f"[bold red]error[/] {error}")
         raise typer.Exit(BAD_INPUT) from error
     if done.damage:
-        errors.print(f"the recording ends early: {done.damage}")
+        note_damage(done.damage)
     if done.broken:
         errors.print(f"from its first broken event on, equal prompts are not recognised any more: {done.broken}")
-    print(f"{done.events:,} events in {target}")
+    print(f"{count(done.events, 'event')} in {target}")
+    if done.damage:
+        raise typer.Exit(BAD_INPUT)

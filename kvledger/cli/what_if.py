@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from kvledger.cli.debugging import Json, Src, reading
+from kvledger.cli.debugging import Json, Src, in_json, reading
 from kvledger.cli.whole_log import reached, wide_console
 from kvledger.debugger import Source, SourceError
 from statemachine.events import HostPolicy
@@ -67,8 +66,9 @@ def what_if(
 
     Requests come, grow, publish and end in the order of the log; everything else is decided anew by the real state
     machine. Lists multiply: every combination is a scenario, all of them run in one pass.
+    Exit code 2, after the answer, if the log is damaged or cut off.
     """
-    with reading(src) as (source, report):
+    with reading(src, whole=True) as (source, report):
         log = Log(source, reached(source, report))
         if not curve:
             if sample is not None:
@@ -141,7 +141,7 @@ def _scenarios(log: Log, scenarios: list[Scenario], plot: Path | None, as_json: 
             lines.append(Line(label, [result.scenario.device_blocks for result in results], rates))
         _draw(log, lines, plot)
     if as_json:
-        print(json.dumps([_as_json(result) for result in answers.results]))
+        print(in_json(log.source, {"scenarios": [_as_json(result) for result in answers.results]}))
         return
     _print(log, answers)
 
@@ -216,7 +216,7 @@ def _curve(log: Log, capacities: list[int], rate: float, plot: Path | None, as_j
         label = "device tier" if rate == 1 else f"device tier, {rate:g} of the blocks sampled"
         _draw(log, [Line(label, found.capacities, found.hit_rates)], plot)
     if as_json:
-        print(json.dumps(dataclasses.asdict(found)))
+        print(in_json(log.source, dataclasses.asdict(found)))
         return
     table = Table(
         title=f"hit-rate curve: {log.source.name}, {found.requests:,} requests for {found.blocks:,} blocks",
