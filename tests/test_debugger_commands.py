@@ -102,6 +102,13 @@ def test_filters(chat: Path, rows: list[dict[str, Any]]) -> None:
     expect(on_host, "--tier", "host")
 
 
+def test_a_filter_that_matches_nothing_says_so(chat: Path) -> None:
+    for arguments in (("--block", 99999), ("--kind", "TierLost"), ("--kind", "TierLost", "--json")):
+        done = kvledger("log", chat, *arguments)
+        assert (done.exit_code, done.stdout, done.stderr) == (0, "", "no event matches\n")
+    assert kvledger("log", chat, "--kind", "LedgerOpened").stderr == ""
+
+
 def test_a_hash_names_content_wherever_it_is(chat: Path) -> None:
     with open_source(str(chat)) as source:
         state = source.at(100)
@@ -351,6 +358,9 @@ def test_a_killed_engine_s_ledger(dead: str) -> None:
     assert "request a: 1 block of its own, pins 2 cached blocks" in ok("leaks", dead)
     assert "all invariants hold" in ok("check", dead)
     assert ok("log", dead, "--follow", "--from", 1).count("\n") == 4  # nobody writes any more: it ends
+    assert ok("log", dead, "--follow", "--request", "#1") == ok("log", dead, "--request", "a")
+    assert "request 'a' begins" in ok("log", dead, "--follow", "--request", "#1")
+    assert ok("log", dead, "--follow", "--request", "nobody") == ""
 
 
 @pytest.mark.parametrize(
@@ -360,12 +370,17 @@ def test_a_killed_engine_s_ledger(dead: str) -> None:
         (("log", "nobody"), "neither a .kvlog file nor a ledger"),
         (("log", "CHAT", "--kind", "Nonsense"), "there is no kind of event 'Nonsense'; there are LedgerOpened"),
         (("log", "CHAT", "--request", "nobody"), "no request 'nobody' begins in"),
+        (("log", "CHAT", "--request", "#999"), "no request #999 has begun"),
+        (("log", "CHAT", "--request", "#0"), "no request #0 has begun"),
         (("log", "CHAT", "--from", "50", "--to", "40"), "--from is event 50, after --to, event 40"),
         (("log", "CHAT", "--follow"), "is a recording, it does not grow"),
         (("log", "CHAT", "--follow", "--to", "9"), "goes with neither --to nor --hash"),
         (("log", "CHAT", "--hash", "zz"), "is no block hash"),
         (("show", "CHAT", "--request", "chat-1"), "is not live after event"),
         (("show", "CHAT", "--node", "99999"), "there is no run 99999"),
+        (("show", "CHAT", "--block", "48"), "there is no device block 48: the blocks of that tier are 0 to 47"),
+        (("bisect", "CHAT", "--predicate", "owner(HOST, 99999) != 'free'"), "at event 1: there is no host block 99999"),
+        (("bisect", "CHAT", "--predicate", "owner(DEVICE, -1) != 'free'"), "at event 1: there is no device block -1"),
         (("show", "CHAT", "--node", "1", "--block", "1"), "one of --block, --request and --node"),
         (("explain", "CHAT", "block", "x"), "'x' is no number"),
         (("explain", "CHAT", "block", "48"), "there is no device block 48: the blocks of that tier are 0 to 47"),
