@@ -38,10 +38,10 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
-        _say("error", error)
+        say("error", error)
         raise typer.Exit(BAD_INPUT) from None
     except Contradiction as error:
-        _say("FAILED", f"{error}; nothing after event {error.sequence - 1} has a state (kvledger check shows more)")
+        say("FAILED", f"{error}; nothing after event {error.sequence - 1} has a state (kvledger check shows more)")
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
@@ -51,7 +51,8 @@ def one_line_errors() -> Iterator[None]:
         raise
 
 
-def _say(word: str, message: object) -> None:
+def say(word: str, message: object) -> None:
+    """On standard error: what kind of trouble, and which."""
     errors.print(f"[bold red]{word}[/] ", end="")
     errors.print(str(message), markup=False)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from kvledger.cli.debugging import From, Json, Src, To, errors, reading, span
+from kvledger.cli.stopping import until_asked
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.filters import Filter, kinds_named, request_number, request_numbers, select
@@ -36,7 +38,7 @@ def log(
     as_json: Json = False,
 ) -> None:
     """Show the events of a log, one line each."""
-    with reading(src) as (source, report):
+    with until_asked(follow), reading(src) as (source, report):
         start, stop = span(source, begin, end)
         if follow and (end is not None or hash is not None):
             raise SourceError("--follow goes on for ever: it goes with neither --to nor --hash")
@@ -119,6 +121,7 @@ def _follow(source: Source, wanted: Filter, show: _Line, start: int) -> None:
                     show(entry)
                 else:
                     show.learn(event)
+            sys.stdout.flush()  # whoever reads from a pipe follows, too
             if not entries and not alive:
                 return
     finally:

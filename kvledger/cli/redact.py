@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from kvledger.cli.debugging import note_damage
+from kvledger.cli.debugging import errors, note_damage, say
 from kvledger.cli.exits import BAD_INPUT
+from kvledger.cli.following import is_ledger
 from kvledger.debugger.wording import count
 
 
@@ -32,13 +32,15 @@ def redact(
     from kvledger.redaction import KEY_BYTES, read_key
     from kvledger.redaction import redact as write
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    if is_ledger(str(source)):
+        say("error", f"{source} is a ledger, not a recording: record it first (kvledger record {source} FILE.kvlog)")
+        raise typer.Exit(BAD_INPUT)
     try:
         key = secrets.token_bytes(KEY_BYTES) if key_file is None else read_key(key_file)
         with errors.status(f"redacting {source.name}"):
             done = write(source, target, key)
     except LedgerError as error:
-        errors.print(f"[bold red]error[/] {error}")
+        say("error", error)
         raise typer.Exit(BAD_INPUT) from error
     if done.damage:
         note_damage(done.damage)

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ipc import LedgerError
 from kvledger import sample, traces
+from kvledger.cli.debugging import errors, say
 from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
 from kvledger.config import ConfigError
 from kvledger.debugger.wording import count
@@ -95,13 +96,12 @@ def run(
     cached for it. Where there is no room for a request, requests in flight are ended early, the oldest first, as many
     as it takes. The formats of traces are in docs/traces.md.
     """
-    errors = Console(stderr=True)
     try:
         blocks, policy = _host_tier(host_blocks, host_policy)
         _expect_new("--per-request", per_request)
         _expect_new("--record", record)
     except ConfigError as error:
-        _print_error(errors, error)
+        say("error", error)
         raise typer.Exit(BAD_INPUT) from error
     options = RunOptions(
         device_blocks=device_blocks,
@@ -131,10 +131,10 @@ def run(
             job = CrashRun(source, len(loaded.requests), options, [Crash.parse(text) for text in crash or []], chaos)
         summary = _execute(loaded, job or Run(loaded, options), name, errors)
     except (WrongBytes, InvariantViolation) as error:
-        errors.print(f"[bold red]FAILED[/] {error}", highlight=False, soft_wrap=True)
+        say("FAILED", error)
         raise typer.Exit(FAILED) from error
     except (TraceError, ConfigError, LedgerError, CommandRejected, WorkerFailed, OSError) as error:
-        _print_error(errors, error)
+        say("error", error)
         raise typer.Exit(BAD_INPUT) from error
     if as_json:
         rates = {"device_hit_rate": summary.device_hit_rate, "host_hit_rate": summary.host_hit_rate}
@@ -142,18 +142,13 @@ def run(
     else:
         _print(summary, options)
     if summary.replay_digest != summary.digest:
-        errors.print("[bold red]FAILED[/] the replay of the log has another digest than the run")
+        say("FAILED", "the replay of the log has another digest than the run")
         raise typer.Exit(FAILED)
     if summary.crashes is not None and summary.crashes.lost_events:
-        errors.print("[bold red]FAILED[/] events were lost that had been published")
+        say("FAILED", "events were lost that had been published")
         raise typer.Exit(FAILED)
     if summary.interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def _print_error(console: Console, error: Exception) -> None:
-    console.print("[bold red]error[/] ", end="")
-    console.print(str(error), highlight=False, soft_wrap=True, markup=False)
 
 
 def _host_tier(blocks: int | None, policy: Policy | None) -> tuple[int, HostPolicy]:
