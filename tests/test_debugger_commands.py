@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -125,6 +127,21 @@ def test_a_hash_names_content_wherever_it_is(chat: Path) -> None:
     assert done.exit_code == 2 and "no block up to event" in done.output
 
 
+def test_help_is_in_paragraphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However wide the terminal is: no line is broken where the source is, none is indented as the source is."""
+    monkeypatch.setenv("COLUMNS", "90")
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert len(names) > 15
+    for name in (name.removesuffix("_command").replace("_", "-") for name in names):
+        text = re.split(r"^[^\w\s]", ok(name, "--help"), maxsplit=1, flags=re.MULTILINE)[0]
+        lines = [line.rstrip() for line in text.splitlines()[3:]]
+        assert not [line for line in lines if line.startswith("     ")], text
+        for line, following in itertools.pairwise(lines):
+            first = following.split(" ")[1] if following.strip() else ""
+            if line.strip() and first and not following.startswith((" •", "   ")):
+                assert len(line.rstrip()) + 1 + len(first) > 88, f"{name}: {line!r} breaks before {first!r}"
+
+
 def test_places(chat: Path, rows: list[dict[str, Any]]) -> None:
     last_of = {row["step"]: row["sequence"] for row in rows}
     for at in ("step:20", "11:00:00.500900", "2026-01-01T11:00:00.500900", "2026-01-01 12:00:00.5009+01:00"):
@@ -204,7 +221,8 @@ def test_explain_requests_and_transfers(chat: Path) -> None:
 
 
 def test_check_and_replay_a_sound_log(chat: Path) -> None:
-    assert "all invariants hold" in ok("check", chat)
+    assert ok("check", chat).endswith("all invariants hold after every one (the whole state was checked 1 time)\n")
+    assert ok("check", chat, "--to", 1).startswith("1 event, all invariants hold")
     assert json.loads(ok("check", chat, "--full", "--json"))["violation"] is None
     assert "decided again: all the same events" in ok("replay", chat, "--decide")
     assert json.loads(ok("replay", chat, "--json"))["different"] == 0

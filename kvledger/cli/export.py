@@ -23,7 +23,7 @@ def export(
     from kvledger.debugger import SourceError
     from kvledger.debugger.export import Format, export
 
-    with reading(src, whole=True) as (source, report):
+    with reading(src) as (source, report):
         if to not in list(Format):
             raise SourceError(f"--to takes {', '.join(Format)}, not {to!r}")
         show = reached(source, report)

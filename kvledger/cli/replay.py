@@ -93,7 +93,8 @@ def _decide(source: Source, start: int, stop: int, report: Report, as_json: bool
 
 def _print_decision(source: Source, decision: Decision, made: int) -> None:
     first = decision.entries[0].sequence
-    print(f"the first {made - 1:,} commands are decided as they were; the one at event {first} is not:")
+    same = "1 command is decided as it was" if made == 2 else f"{made - 1:,} commands are decided as they were"
+    print(f"the first {same}; the one at event {first} is not:")
     name = type(decision.command).__name__ if decision.command is not None else "no command of this version"
     print(f"{name} came to")
     events_around(source, decision.entries, 0)

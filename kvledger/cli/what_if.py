@@ -16,6 +16,7 @@ from rich.table import Table
 from kvledger.cli.debugging import Json, Src, in_json, reading
 from kvledger.cli.whole_log import reached, wide_console
 from kvledger.debugger import Source, SourceError
+from kvledger.debugger.wording import count
 from statemachine.events import HostPolicy
 
 if TYPE_CHECKING:
@@ -119,6 +120,10 @@ def _combinations(
     return list(scenarios)
 
 
+def _traffic(requests: int, blocks: int) -> str:
+    return f"{count(requests, 'request')} for {count(blocks, 'block')}"
+
+
 def _tiers(scenario: Scenario) -> str:
     if not scenario.host_blocks:
         return "no host tier"
@@ -150,7 +155,7 @@ def _print(log: Log, answers: Answers) -> None:
 
     first = answers.results[0]
     table = Table(
-        title=f"what if: {log.source.name}, {first.requests:,} requests for {first.blocks:,} blocks",
+        title=f"what if: {log.source.name}, {_traffic(first.requests, first.blocks)}",
         title_justify="left",
         caption=_remarks(answers),
         caption_justify="left",
@@ -196,14 +201,13 @@ def _remarks(answers: Answers) -> str:
     results = answers.results
     remarks = ["evicted and copied count blocks"]
     if answers.refused:
-        remarks.append(
-            f"the recorded cache refused {answers.refused:,} times: what the engine did about it is in this traffic too"
-        )
+        refused = f"the recorded cache refused {count(answers.refused, 'time')}"
+        remarks.append(f"{refused}: what the engine did about it is in this traffic too")
     if any(result.stalls for result in results):
         remarks.append("stalls: no room for a request or a step of one; the oldest requests were ended early for it")
     if any(result.too_large for result in results):
         most = max(result.too_large for result in results)
-        remarks.append(f"up to {most:,} requests are longer than the device pool: they ran without being cached")
+        remarks.append(f"longer than the device pool: up to {count(most, 'request')}, which ran without being cached")
     return "\n".join(remarks)
 
 
@@ -219,7 +223,7 @@ def _curve(log: Log, capacities: list[int], rate: float, plot: Path | None, as_j
         print(in_json(log.source, dataclasses.asdict(found)))
         return
     table = Table(
-        title=f"hit-rate curve: {log.source.name}, {found.requests:,} requests for {found.blocks:,} blocks",
+        title=f"hit-rate curve: {log.source.name}, {_traffic(found.requests, found.blocks)}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
