@@ -39,7 +39,8 @@ def recording(tmp_path: Path) -> Path:
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "kvledger.cli", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # as users have it: what goes into a pipe waits to be flushed
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered)
 
 
 def refused(*arguments: object, **environment: str) -> str:
@@ -124,7 +125,7 @@ def test_a_ledger_is_recorded_before_it_is_redacted(ledger: str, recording: Path
     assert not key.exists()
     assert "cannot read absent: No such file" in refused("redact", "absent", tmp_path / "out.kvlog")
     told = refused("redact", recording, recording)
-    assert f"{recording} exists: remove it, or choose another name" in told
+    assert told == f"error {recording} exists: remove it, or choose another name\n"
 
 
 def test_what_is_wrong_with_where_to_listen(ledger: str) -> None:
