@@ -85,8 +85,10 @@ class KvlogWriter:
         try:
             self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
             os.fchmod(self._file.fileno(), 0o600)  # whatever the umask is
+        except FileExistsError:
+            raise LedgerError(f"{path} exists: remove it, or choose another name") from None
         except OSError as error:
-            raise LedgerError(f"cannot record to {path}: {error.strerror}") from error
+            raise LedgerError(f"cannot write {path}: {error.strerror}") from error
         self.path = path
         self.base_sequence = base_sequence
         self.next_sequence = base_sequence
@@ -168,10 +170,12 @@ class KvlogReader:
         self.path = path
         self.damage: LogCorrupt | None = None
         """Why reading ended early, once it has."""
+        self._told = False
+        """Whether somebody was given no records because of it."""
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe is not waited for
         except OSError as error:
-            raise LedgerError(f"cannot read {path}: {error}") from error
+            raise LedgerError(f"cannot read {path}: {error.strerror}") from error
         status = os.fstat(self._file)
         if not stat.S_ISREG(status.st_mode):
             self.close()
@@ -211,6 +215,7 @@ class KvlogReader:
         self.place = place
         self.cursor = place.sequence
         self.damage = None
+        self._told = False
 
     def unpack(self, start: int, stop: int) -> bytes:
         """What the chunks between two offsets hold, unpacked, as one piece. :attr:`place` stays where it is.
@@ -228,7 +233,14 @@ class KvlogReader:
         return b"".join(parts)
 
     def poll(self, limit: int = 1 << 20) -> list[Record]:
-        """The next records, about ``limit`` at most (whole chunks, of 256 KiB or so); none at the end."""
+        """The next records, about ``limit`` at most (whole chunks, of 256 KiB or so); none at the end.
+
+        Raises:
+            LogCorrupt: this was called again after :attr:`damage` had ended the reading. Who needs more than there is
+                does not wait for it for ever.
+        """
+        if self.damage is not None and self._told:
+            raise self.damage
         found: list[Record] = []
         while self.damage is None and self.place.offset < self._size and len(found) < limit:
             at = self.place
@@ -243,7 +255,15 @@ class KvlogReader:
             self.place = Place(self.place.offset, position.sequence, position.crc)
             if damaged is not None or position.offset != len(chunk[1]):
                 self._end_here(at.offset)
+        self._told = self.damage is not None and not found
         return found
+
+    def seek_damage(self) -> LogCorrupt | None:
+        """Read on to the end of the file, whatever is in it; what ended the reading early, if anything did."""
+        self.cursor = 1 << 63  # nobody wants the records
+        while self.damage is None and self.place.offset < self._size:
+            self.poll(1)
+        return self.damage
 
     def _read_chunk(self) -> tuple[int, bytes] | None:
         """Kind and content of the chunk at :attr:`place`, which then names the next one; ``None``: damaged."""
@@ -285,7 +305,8 @@ class KvlogReader:
             raise LedgerError(f"cannot read {self.path}: {error}") from error
 
     def _end_here(self, offset: int) -> None:
-        reason = f"cut off or damaged here; everything up to record {self.place.sequence - 1} was read"
+        lost = f"nothing after event {self.place.sequence - 1} can be read ({self._size - offset:,} bytes)"
+        reason = f"cut off or damaged here: {lost}"
         self.damage = LogCorrupt(str(self.path), offset, reason)
 
     def close(self) -> None:

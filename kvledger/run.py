@@ -87,7 +87,9 @@ class Summary:
     device_hit_blocks: int = 0
     host_hit_blocks: int = 0
     bypassed: int = 0
+    """Requests that are larger than the device pool: nothing is cached for them."""
     early_releases: int = 0
+    """Requests that were ended before their time, for want of room for another one."""
     seconds: float = 0.0
     data_seconds: float = 0.0
     """Spent by the run's engine in writing and verifying patterns."""
@@ -203,7 +205,7 @@ class Run:
             manager = self.manager(name, config)
             stack.callback(manager.close, keep=self.options.keep)
             if self.options.per_request is not None:
-                self._per_request = stack.enter_context(open(self.options.per_request, "w"))
+                self._per_request = stack.enter_context(open(self.options.per_request, "x"))
             if self.options.record is not None:
                 self._recording = stack.enter_context(KvlogWriter(self.options.record, schema_hash=codec.SCHEMA_HASH))
                 self._recorder = LogReader(name)

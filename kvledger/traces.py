@@ -1,4 +1,4 @@
-"""Request traces: the project's own token traces, and Mooncake's JSONL traces.
+"""Request traces: the project's own token traces, and Mooncake's JSONL traces. For users: docs/traces.md.
 
 Own format, one JSON object per line: ``timestamp`` (ms), ``tokens`` (ids), ``output`` (generated ids), and
 optionally ``images`` (objects with ``hash`` in hex, ``offset``, ``length``), ``lora``, ``salt``, and ``final`` (the

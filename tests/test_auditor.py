@@ -344,7 +344,7 @@ def test_the_command_says_what_it_found(manager: CacheManager) -> None:
     serve(manager, 0, 30)
     manager.take_digest()
     done = command(manager.name, "--once", "--check-every", "1")
-    assert done.returncode == 0 and "all invariants hold" in done.stdout and "1 digests agree" in done.stdout
+    assert done.returncode == 0 and "all invariants hold" in done.stdout and "1 digest agrees" in done.stdout
     manager.state.counters.requests += 1
     manager.take_digest()
     done = command(manager.name, "--once", "--json")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -102,6 +104,13 @@ def test_filters(chat: Path, rows: list[dict[str, Any]]) -> None:
     expect(on_host, "--tier", "host")
 
 
+def test_a_filter_that_matches_nothing_says_so(chat: Path) -> None:
+    for arguments in (("--block", 99999), ("--kind", "TierLost"), ("--kind", "TierLost", "--json")):
+        done = kvledger("log", chat, *arguments)
+        assert (done.exit_code, done.stdout, done.stderr) == (0, "", "no event matches\n")
+    assert kvledger("log", chat, "--kind", "LedgerOpened").stderr == ""
+
+
 def test_a_hash_names_content_wherever_it_is(chat: Path) -> None:
     with open_source(str(chat)) as source:
         state = source.at(100)
@@ -116,6 +125,21 @@ def test_a_hash_names_content_wherever_it_is(chat: Path) -> None:
         assert done.exit_code == 2 and "is no block hash" in done.output
     done = kvledger("explain", chat, "hash", "0123456789")
     assert done.exit_code == 2 and "no block up to event" in done.output
+
+
+def test_help_is_in_paragraphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However wide the terminal is: no line is broken where the source is, none is indented as the source is."""
+    monkeypatch.setenv("COLUMNS", "90")
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert len(names) > 15
+    for name in (name.removesuffix("_command").replace("_", "-") for name in names):
+        text = re.split(r"^[^\w\s]", ok(name, "--help"), maxsplit=1, flags=re.MULTILINE)[0]
+        lines = [line.rstrip() for line in text.splitlines()[3:]]
+        assert not [line for line in lines if line.startswith("     ")], text
+        for line, following in itertools.pairwise(lines):
+            first = following.split(" ")[1] if following.strip() else ""
+            if line.strip() and first and not following.startswith((" •", "   ")):
+                assert len(line.rstrip()) + 1 + len(first) > 88, f"{name}: {line!r} breaks before {first!r}"
 
 
 def test_places(chat: Path, rows: list[dict[str, Any]]) -> None:
@@ -197,7 +221,8 @@ def test_explain_requests_and_transfers(chat: Path) -> None:
 
 
 def test_check_and_replay_a_sound_log(chat: Path) -> None:
-    assert "all invariants hold" in ok("check", chat)
+    assert ok("check", chat).endswith("all invariants hold after every one (the whole state was checked 1 time)\n")
+    assert ok("check", chat, "--to", 1).startswith("1 event, all invariants hold")
     assert json.loads(ok("check", chat, "--full", "--json"))["violation"] is None
     assert "decided again: all the same events" in ok("replay", chat, "--decide")
     assert json.loads(ok("replay", chat, "--json"))["different"] == 0
@@ -305,7 +330,7 @@ def test_diff_names_the_first_difference(chat: Path, tmp_path: Path) -> None:
 
 
 def test_leaks_know_age_and_maker(chat: Path) -> None:
-    found = json.loads(ok("leaks", chat, "--at", 150, "--json"))
+    found = json.loads(ok("leaks", chat, "--at", 150, "--json"))["leaks"]
     with open_source(str(chat)) as source:
         state = source.at(150)
     assert {leak["name"] for leak in found if leak["kind"] == "request"} == set(state.keys)
@@ -351,6 +376,9 @@ def test_a_killed_engine_s_ledger(dead: str) -> None:
     assert "request a: 1 block of its own, pins 2 cached blocks" in ok("leaks", dead)
     assert "all invariants hold" in ok("check", dead)
     assert ok("log", dead, "--follow", "--from", 1).count("\n") == 4  # nobody writes any more: it ends
+    assert ok("log", dead, "--follow", "--request", "#1") == ok("log", dead, "--request", "a")
+    assert "request 'a' begins" in ok("log", dead, "--follow", "--request", "#1")
+    assert ok("log", dead, "--follow", "--request", "nobody") == ""
 
 
 @pytest.mark.parametrize(
@@ -360,12 +388,17 @@ def test_a_killed_engine_s_ledger(dead: str) -> None:
         (("log", "nobody"), "neither a .kvlog file nor a ledger"),
         (("log", "CHAT", "--kind", "Nonsense"), "there is no kind of event 'Nonsense'; there are LedgerOpened"),
         (("log", "CHAT", "--request", "nobody"), "no request 'nobody' begins in"),
+        (("log", "CHAT", "--request", "#999"), "no request #999 has begun"),
+        (("log", "CHAT", "--request", "#0"), "no request #0 has begun"),
         (("log", "CHAT", "--from", "50", "--to", "40"), "--from is event 50, after --to, event 40"),
         (("log", "CHAT", "--follow"), "is a recording, it does not grow"),
         (("log", "CHAT", "--follow", "--to", "9"), "goes with neither --to nor --hash"),
         (("log", "CHAT", "--hash", "zz"), "is no block hash"),
         (("show", "CHAT", "--request", "chat-1"), "is not live after event"),
         (("show", "CHAT", "--node", "99999"), "there is no run 99999"),
+        (("show", "CHAT", "--block", "48"), "there is no device block 48: the blocks of that tier are 0 to 47"),
+        (("bisect", "CHAT", "--predicate", "owner(HOST, 99999) != 'free'"), "at event 1: there is no host block 99999"),
+        (("bisect", "CHAT", "--predicate", "owner(DEVICE, -1) != 'free'"), "at event 1: there is no device block -1"),
         (("show", "CHAT", "--node", "1", "--block", "1"), "one of --block, --request and --node"),
         (("explain", "CHAT", "block", "x"), "'x' is no number"),
         (("explain", "CHAT", "block", "48"), "there is no device block 48: the blocks of that tier are 0 to 47"),

@@ -14,6 +14,7 @@ import pytest
 import typer
 import yaml
 
+from kvledger import traces
 from kvledger.cli import app
 from kvledger.fastdeploy import SIGNALS
 from kvledger.metrics.table import BY_NAME
@@ -37,6 +38,31 @@ def test_links_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_page_about_traces_is_true(tmp_path: Path) -> None:
+    """Its examples can be read, and what is malformed gets the answers that it shows."""
+    page = (ROOT / "docs" / "traces.md").read_text()
+    path = tmp_path / "trace.jsonl"
+    examples = re.findall(r"```jsonl\n(.*?)```", page, re.DOTALL)
+    loaded = []
+    for example in examples:
+        path.write_text(example)
+        loaded.append(traces.load(path))
+        assert len(loaded[-1].requests) == example.count("\n")
+    assert [trace.block_size for trace in loaded] == [None, 4]
+    used = {field for example in examples for line in example.splitlines() for field in json.loads(line)}
+    told = set(
+        re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", page.partition("## What is wrong")[0], re.M)))
+    )
+    assert used == told
+    rows = re.findall(r"^\| (.*?) ?\| `(.*)` \|$", page.partition("## What is wrong")[2], re.M)
+    assert len(rows) > 10
+    for lines, answer in rows:
+        path.write_text("\n".join(re.findall(r"`(.*?)`", lines)))
+        with pytest.raises(traces.TraceError) as error:
+            traces.load(path)
+        assert re.match(rf"{re.escape(str(path))}[,:] {re.escape(answer)}", str(error.value)), str(error.value)
 
 
 def test_the_steps_of_integrating_run_in_order() -> None:

@@ -318,3 +318,5 @@ def test_a_cut_recording_is_exported_up_to_its_end(recorded: Path, tmp_path: Pat
     cut.write_bytes(recorded.read_bytes()[:-1])
     done = CliRunner().invoke(app, ["export", str(cut), str(tmp_path / "out"), "--to", "jsonl"])
     assert done.exit_code == 0 and "cut off or damaged" in done.stderr
+    last = json.loads((tmp_path / "out").read_text().splitlines()[-1])["sequence"]
+    assert done.stdout.startswith(f"{tmp_path / 'out'}: events 1 to {last:,}, ") and done.stdout.endswith(" MB\n")

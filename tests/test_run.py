@@ -202,6 +202,59 @@ def test_command_line_errors_are_clear_and_leave_nothing(tmp_path: Path) -> None
         assert done.stderr.strip() and "Traceback" not in done.stderr, (arguments, done.stderr)
 
 
+def test_requests_that_are_larger_than_the_pool_are_not_called_served() -> None:
+    def row(told: str, name: str) -> str:
+        return next(line.split("│")[2].strip() for line in told.splitlines() if line.startswith(f"│ {name}"))
+
+    told = kvledger("run", "--no-data", "--device-blocks", "1", "--requests", "10").stdout
+    assert row(told, "requests").startswith("10 (0 served, 10 bypassed) in ")
+    assert row(told, "bypassed").startswith("10: larger than the device pool")
+    told = kvledger("run", "--no-data", "--device-blocks", "300", "--requests", "60").stdout
+    assert row(told, "requests").startswith("60 (all served) in ") and "bypassed" not in told
+    early = row(told, "ended early for want of room")
+    summary = json.loads(
+        kvledger("run", "--no-data", "--device-blocks", "300", "--requests", "60", "--json").stdout,
+    )
+    assert (summary["bypassed"], summary["early_releases"]) == (0, int(early)) and summary["early_releases"] > 0
+    told = " ".join(kvledger("run", "--help").stdout.replace("│", " ").split())
+    assert "larger than the device pool bypasses the cache" in told and "requests in flight are ended early" in told
+    assert "docs/traces.md" in told
+
+
+def test_one_option_alone_decides_about_the_host_tier(tmp_path: Path) -> None:
+    def host_tier(*arguments: str) -> tuple[int, str]:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.kvlog"
+        done = kvledger("run", "--no-data", "--requests", "2", "--record", str(path), *arguments)
+        assert done.returncode == 0, done.stderr
+        reader = KvlogReader(path)
+        state = replay(reader).state
+        reader.close()
+        return state.host_blocks, state.policy.name
+
+    assert host_tier() == (2048, "EXCLUSIVE")
+    assert host_tier("--host-policy", "off") == host_tier("--host-blocks", "0") == (0, "OFF")
+    assert host_tier("--host-policy", "off", "--host-blocks", "0") == (0, "OFF")
+    assert host_tier("--host-policy", "write-through") == (2048, "WRITE_THROUGH")
+    assert host_tier("--host-blocks", "99") == (99, "EXCLUSIVE")
+    for policy, blocks in (("off", "20"), ("exclusive", "0"), ("write-through", "0")):
+        done = kvledger("run", "--host-policy", policy, "--host-blocks", blocks)
+        assert done.returncode == 2 and done.stderr.startswith("error --host-") and "leave one" in done.stderr
+
+
+def test_files_that_cannot_be_written_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.write_text("mine")
+    for option in ("--per-request", "--record"):
+        for path, why in ((there, "exists: remove it"), (tmp_path / "no" / "x", f"there is no folder {tmp_path}/no")):
+            name = f"refused-{os.getpid()}"
+            done = kvledger("run", "--requests", "2", "--keep", "--name", name, option, str(path))
+            assert done.returncode == 2 and done.stderr.startswith(f"error {option}: ") and why in done.stderr
+            assert not list(Path("/dev/shm").glob(f"{name}*"))
+    assert there.read_text() == "mine"
+    done = kvledger("run", "--no-data", "--requests", "5", "--per-request", str(tmp_path / "hits"))
+    assert done.returncode == 0 and len((tmp_path / "hits").read_text().splitlines()) == 5
+
+
 def test_the_sample_is_reproducible_and_survives_its_file(tmp_path: Path) -> None:
     trace = sample.generate(80, seed=3)
     path = tmp_path / "sample.jsonl"

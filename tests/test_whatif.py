@@ -273,7 +273,7 @@ def test_command_line(recorded: Path, tmp_path: Path) -> None:
         invoke(
             str(recorded), "--device-blocks", "1000,2000", "--host-blocks", "0,500", "--plot", str(picture), "--json"
         )
-    )
+    )["scenarios"]
     assert [(row["device_blocks"], row["host_blocks"], row["host_policy"]) for row in rows] == [
         (1000, 0, "off"),
         (2000, 0, "off"),

@@ -15,9 +15,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="The KV-block manager of an LLM serving engine, as an event-sourced state machine.\n\n"
-    "Exit codes: 0 done, 1 something is wrong with the cache (bytes, digest, invariant), 2 bad input or no resources, "
-    "130 interrupted.",
+    "Exit codes:\n\n"
+    "- 0: done, and the answer is yes. What follows a ledger (audit, record, metrics, spans, view, top, log -f) "
+    "also ends with 0 when it is asked to, by Ctrl-C or SIGTERM.\n"
+    "- 1: the answer is no: wrong bytes, a broken invariant, a difference, nothing found.\n"
+    "- 2: bad input, a damaged recording, or no resources.\n"
+    "- 130: interrupted before the end.",
 )
 _broken: ImportError | None = None
 try:

@@ -6,10 +6,12 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from kvledger.cli.exits import BAD_INPUT, FAILED
-from kvledger.cli.stopping import until_signal
+from kvledger.cli.debugging import errors, say
+from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
+from kvledger.cli.following import cannot_follow
+from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.debugger.wording import count
 
 
 def audit(
@@ -25,18 +27,22 @@ def audit(
 
     Runs until the ledger ends, or Ctrl-C. Exit code 1 names the first event that broke something, and what.
     """
+    with until_asked(not once):
+        _audit(name, check_every, once, as_json)
+
+
+def _audit(name: str, check_every: int | None, once: bool, as_json: bool) -> None:
     from ipc import LedgerError
     from workers.auditor import Auditor, AuditorRunning
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         try:
             auditor = Auditor(name, check_every=check_every)
         except AuditorRunning as running:
-            errors.print(f"{running}; this one only checks, that one writes the snapshots")
+            errors.print(f"{running}; this one only checks, that one writes the snapshots", markup=False)
             auditor = Auditor(name, check_every=check_every, publish=False)
     except LedgerError as error:
-        errors.print(f"[bold red]error[/] {error}")
+        say("error", cannot_follow(name, error))
         raise typer.Exit(BAD_INPUT) from error
     first = auditor.follower.sequence + 1
     if first > 1:
@@ -46,10 +52,11 @@ def audit(
             while not stopped() and auditor.verdict is None:
                 if not auditor.step(0 if once else 0.25) and (once or auditor.follower.ended()):
                     break
-                status.update(f"event {auditor.follower.sequence:,}: {auditor.checks:,} checks, all well")
+                status.update(f"event {auditor.follower.sequence:,}: {count(auditor.checks, 'check')}, all well")
             auditor.check()
+            interrupted = once and stopped()
     except LedgerError as error:
-        errors.print(f"[bold red]error[/] {error}")
+        say("error", error)
         raise typer.Exit(BAD_INPUT) from error
     finally:
         auditor.close()
@@ -75,10 +82,13 @@ def audit(
     if auditor.follower.missed_from:
         errors.print(f"the ledger was removed before its events from {auditor.follower.missed_from} on could be read")
     if verdict is not None:
-        errors.print(f"[bold red]FAILED[/] {verdict.reason}")
+        say("FAILED", verdict.reason)
         raise typer.Exit(FAILED)
     if not as_json:
         print(
-            f"{auditor.events:,} events audited up to event {auditor.follower.sequence:,}: all invariants hold "
-            f"({auditor.checks:,} checks), {auditor.digests:,} digests agree"
+            f"{count(auditor.events, 'event')} audited up to event {auditor.follower.sequence:,}: all invariants hold "
+            f"({count(auditor.checks, 'check')}), "
+            f"{count(auditor.digests, 'digest')} {'agrees' if auditor.digests == 1 else 'agree'}"
         )
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)

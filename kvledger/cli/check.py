@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import At, From, Json, Src, To, one_line_errors, place, reading, span
-from kvledger.cli.exits import FAILED
+from kvledger.cli.debugging import At, From, Json, Src, To, in_json, one_line_errors, place, reading, span
+from kvledger.cli.exits import BAD_INPUT, FAILED
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.bisect import first_true
 from kvledger.debugger.checking import check_log
@@ -16,10 +15,10 @@ from kvledger.debugger.leaks import leaks
 from kvledger.debugger.places import clock
 from kvledger.debugger.plain import entry_fields
 from kvledger.debugger.predicates import NAMES, predicate
-from kvledger.debugger.wording import Wording
+from kvledger.debugger.wording import Wording, count
 from statemachine.replay import Contradiction
 
-_NAMES = "  \n".join(f"`{name}`: {meaning}" for name, meaning in NAMES.items())
+_NAMES = "\n".join(f"- `{name}`: {meaning}" for name, meaning in NAMES.items())
 
 
 def check(
@@ -31,9 +30,9 @@ def check(
 ) -> None:
     """Check all invariants at every event; show the first violation with the events around it.
 
-    Exit code 1 if there is one.
+    Exit code 1 if there is one; 2 if there is none and the log is damaged or cut off.
     """
-    with reading(src) as (source, report):
+    with reading(src, whole=True) as (source, report):
         start, stop = span(source, begin, end)
         checked = check_log(source, start, stop, every_event_in_full=full, progress=report)
         violation = checked.violation
@@ -41,11 +40,12 @@ def check(
             wrong = None
             if violation is not None:
                 wrong = {"messages": violation.messages, "event": entry_fields(violation.entry)}
-            print(json.dumps({"events": checked.events, "full_checks": checked.full_checks, "violation": wrong}))
+            counts = {"events": checked.events, "full_checks": checked.full_checks}
+            print(in_json(source, {**counts, "violation": wrong}))
         elif violation is None:
             print(
-                f"{checked.events:,} events, all invariants hold after every one "
-                f"(the whole state was checked {checked.full_checks:,} times)"
+                f"{count(checked.events, 'event')}, all invariants hold after every one "
+                f"(the whole state was checked {count(checked.full_checks, 'time')})"
             )
         else:
             print(f"event {violation.entry.sequence} is the first that is wrong:")
@@ -76,7 +76,8 @@ def bisect(
         except Contradiction as error:
             ended = str(error)
         if as_json:
-            print(json.dumps({"found": entry_fields(found) if found is not None else None, "ended": ended}))
+            where = entry_fields(found) if found is not None else None
+            print(in_json(source, {"found": where, "ended": ended}))
         elif found is not None:
             print(f"true from event {found.sequence} on:")
             before = list(source.entries(max(found.sequence - 3, source.first), found.sequence))
@@ -85,21 +86,21 @@ def bisect(
             print(f"not true before the log breaks: {ended}")
         else:
             print(f"never true from event {start} to {stop}")
-        if found is None:
-            raise typer.Exit(FAILED)
+        if found is None:  # it may become true in what is missing
+            raise typer.Exit(BAD_INPUT if source.damage and not ended else FAILED)
 
 
 bisect.__doc__ = f"""Find the first event after which a predicate over the state is true.
 
-    The predicate is your own Python and runs with your rights: an expression, or a file that defines
-    predicate(state, entry). Every event is looked at in order; with --stays (what is true once stays true, like a
-    counter that passed a mark) the kept states are searched by halves, which takes a second however long the log is.
-    Exit code 1 if it is never true.
+The predicate is your own Python and runs with your rights: an expression, or a file that defines
+predicate(state, entry). Every event is looked at in order; with --stays (what is true once stays true, like a counter
+that passed a mark) the kept states are searched by halves, which takes a second however long the log is.
+Exit code 1 if it is never true; 2 if it was not true yet where a damaged log ends.
 
-    An expression can use:
+An expression can use:
 
-    {_NAMES}
-    """
+{_NAMES}
+"""
 
 
 def leaks_command(
@@ -110,13 +111,13 @@ def leaks_command(
 ) -> None:
     """List what holds blocks: requests, transfers, cleared trees; what is suspicious first, then the oldest.
 
-    Exit code 1 if something is suspicious by itself, whatever its age.
+    Exit code 1 if something is suspicious by itself, whatever its age; else 2 if the log is damaged or cut off.
     """
-    with reading(src) as (source, _):
+    with reading(src, whole=True) as (source, _):
         sequence = place(source, at)
         found = [leak for leak in leaks(source, sequence) if leak.idle_s >= idle]
         if as_json:
-            print(json.dumps([leak._asdict() for leak in found]))
+            print(in_json(source, {"leaks": [leak._asdict() for leak in found]}))
         elif not found:
             print(f"nothing is held after event {sequence}")
         else:

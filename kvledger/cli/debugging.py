@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -37,10 +38,10 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
-        _say("error", error)
+        say("error", error)
         raise typer.Exit(BAD_INPUT) from None
     except Contradiction as error:
-        _say("FAILED", f"{error}; nothing after event {error.sequence - 1} has a state (kvledger check shows more)")
+        say("FAILED", f"{error}; nothing after event {error.sequence - 1} has a state (kvledger check shows more)")
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
@@ -50,14 +51,30 @@ def one_line_errors() -> Iterator[None]:
         raise
 
 
-def _say(word: str, message: object) -> None:
+def say(word: str, message: object) -> None:
+    """On standard error: what kind of trouble, and which."""
     errors.print(f"[bold red]{word}[/] ", end="")
     errors.print(str(message), markup=False)
 
 
+def note_damage(damage: str) -> None:
+    """Say that a log ends early, and what that means for what is printed."""
+    errors.print(f"note: {damage}; the answer holds for what was read only", markup=False)
+
+
+def in_json(source: Source, fields: dict[str, Any]) -> str:
+    """What a command gives machines, and whether the log that it is about ends early."""
+    return json.dumps({**fields, "damaged_at": source.damaged_at})
+
+
 @contextmanager
-def reading(src: str) -> Iterator[tuple[Source, Report]]:
-    """The source, and how to report progress; both with errors in one line."""
+def reading(src: str, *, whole: bool = False) -> Iterator[tuple[Source, Report]]:
+    """The source, and how to report progress; both with errors in one line.
+
+    Args:
+        whole: the answer is about all of the log. Of one that is damaged or cut off there is none: exit code 2 after
+            what could be read, unless that was enough to say no (1).
+    """
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -76,9 +93,18 @@ def reading(src: str) -> Iterator[tuple[Source, Report]]:
 
     try:
         with one_line_errors(), open_source(src, report) as source:
-            if source.damage:
-                errors.print(f"note: {source.damage}", markup=False)
-            yield source, report
+            told = source.damage
+            if told:
+                note_damage(told)
+            if whole:
+                _expect_events(source)
+            try:
+                yield source, report
+            finally:
+                if source.damage and not told:
+                    note_damage(source.damage)
+            if whole and source.damage:
+                raise typer.Exit(BAD_INPUT)
     finally:
         if bar.live.is_started:
             bar.stop()
@@ -86,13 +112,22 @@ def reading(src: str) -> Iterator[tuple[Source, Report]]:
 
 def place(source: Source, text: str | None) -> int:
     """Where ``--at`` points to; by default the last event that has a state."""
-    return source.last_state if text is None else locate(source, text)
+    if text is not None:
+        return locate(source, text)
+    _expect_events(source)
+    return source.last_state
 
 
 def span(source: Source, begin: str | None, end: str | None) -> tuple[int, int]:
     """The events from ``--from`` to ``--to``. Raises :class:`SourceError`."""
+    _expect_events(source)
     start = source.first if begin is None else locate(source, begin)
     stop = source.last if end is None else locate(source, end)
     if start > stop:
         raise SourceError(f"--from is event {start}, after --to, event {stop}")
     return start, stop
+
+
+def _expect_events(source: Source) -> None:
+    if source.last < source.first:
+        raise SourceError(f"{source.name} holds no event that can be read")

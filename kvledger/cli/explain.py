@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import At, Json, Src, place, reading
+from kvledger.cli.debugging import At, Json, Src, in_json, place, reading
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import SourceError, explain
 from kvledger.debugger.places import clock
@@ -47,7 +46,7 @@ def explain_command(
             case What.TRANSFER:
                 told = explain.explain_transfer(source, _number(which), sequence, most)
         if as_json:
-            print(json.dumps({**told._asdict(), "history": [fact._asdict() for fact in told.history]}))
+            print(in_json(source, {**told._asdict(), "history": [fact._asdict() for fact in told.history]}))
             return
         print(f"{told.subject}, after event {told.at}:")
         for line in told.now:

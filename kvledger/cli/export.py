@@ -26,4 +26,13 @@ def export(
     with reading(src) as (source, report):
         if to not in list(Format):
             raise SourceError(f"--to takes {', '.join(Format)}, not {to!r}")
-        export(source, Format(to), out, words=words, progress=reached(source, report))
+        show = reached(source, report)
+        last = 0
+
+        def progress(sequence: int) -> None:
+            nonlocal last
+            last = sequence
+            show(sequence)
+
+        export(source, Format(to), out, words=words, progress=progress)
+        print(f"{out}: events {source.first:,} to {last:,}, {out.stat().st_size / 1e6:.1f} MB")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import From, Json, Src, To, reading, span
+from kvledger.cli.debugging import From, Json, Src, To, errors, reading, span
+from kvledger.cli.stopping import until_asked
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import Entry, Source, SourceError
-from kvledger.debugger.filters import Filter, kinds_named, request_numbers, select
+from kvledger.debugger.filters import Filter, kinds_named, request_number, request_numbers, select
 from kvledger.debugger.hashes import find_hash
 from kvledger.debugger.places import clock
 from kvledger.debugger.plain import entry_fields
@@ -35,11 +38,15 @@ def log(
     as_json: Json = False,
 ) -> None:
     """Show the events of a log, one line each."""
-    with reading(src) as (source, report):
+    with until_asked(follow), reading(src) as (source, report):
         start, stop = span(source, begin, end)
         if follow and (end is not None or hash is not None):
             raise SourceError("--follow goes on for ever: it goes with neither --to nor --hash")
-        numbers = request_numbers(source, request) if request is not None and not follow else []
+        numbers: list[int] = []
+        if request is not None and not follow:
+            numbers = request_numbers(source, request)
+        elif request is not None:
+            numbers = _begun(source, request)
         wanted = Filter(
             start=start,
             stop=stop,
@@ -57,8 +64,20 @@ def log(
         if follow:
             _follow(source, wanted, show, source.first if begin is None else start)
             return
+        entry = None
         for entry in select(source, wanted, content, show.learn):
             show(entry)
+        if entry is None:
+            errors.print("no event matches")
+
+
+def _begun(source: Source, request: str) -> list[int]:
+    """The numbers that a request to be followed has so far; it may be yet to come."""
+    if (number := request_number(request)) is not None:
+        return [number]
+    with suppress(SourceError):
+        return request_numbers(source, request)
+    return []
 
 
 class _Line:
@@ -102,6 +121,7 @@ def _follow(source: Source, wanted: Filter, show: _Line, start: int) -> None:
                     show(entry)
                 else:
                     show.learn(event)
+            sys.stdout.flush()  # whoever reads from a pipe follows, too
             if not entries and not alive:
                 return
     finally:

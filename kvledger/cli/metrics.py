@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from kvledger.cli.debugging import errors, say
 from kvledger.cli.exits import BAD_INPUT, FAILED
+from kvledger.cli.following import cannot_follow
+from kvledger.cli.stopping import until_asked, until_signal
 
 
 def metrics(
@@ -20,31 +23,34 @@ def metrics(
     Runs until the ledger is removed, or Ctrl-C; it outlives the engine, and goes on when that is started again.
     Exit code 1: an event contradicts the state before it (the last metrics name it).
     """
-    from ipc import LedgerError
-    from kvledger.cli.stopping import until_signal
+    with until_asked():
+        _metrics(name, port, address)
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+def _metrics(name: str, port: int, address: str) -> None:
+    from ipc import LedgerError
+
     try:
         from prometheus_client import CollectorRegistry, start_http_server
 
         from kvledger.metrics.collectors import PictureCollector
     except ModuleNotFoundError as error:
-        errors.print("[bold red]error[/] this needs prometheus_client: pip install 'kvledger\\[metrics]'")
+        say("error", "this needs prometheus_client: pip install 'kvledger[metrics]'")
         raise typer.Exit(BAD_INPUT) from error
     from kvledger.metrics.exporter import Exporter
 
     try:
         exporter = Exporter(name)
     except LedgerError as error:
-        errors.print(f"[bold red]error[/] {error}")
+        say("error", cannot_follow(name, error))
         raise typer.Exit(BAD_INPUT) from error
     registry = CollectorRegistry()
     registry.register(PictureCollector(exporter.picture))
     try:
         server, thread = start_http_server(port, address, registry)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         exporter.close()
-        errors.print(f"[bold red]error[/] cannot listen on {address}:{port}: {error.strerror}; choose another --port")
+        say("error", _cannot_listen(address, port, error))
         raise typer.Exit(BAD_INPUT) from error
     errors.print(f"serving http://{address}:{server.server_port}/metrics")
     try:
@@ -52,7 +58,7 @@ def metrics(
             while not stopped() and (exporter.step(0.25) or exporter.follower.reader.exists()):
                 pass
     except LedgerError as error:
-        errors.print(f"[bold red]error[/] {error}")
+        say("error", error)
         raise typer.Exit(BAD_INPUT) from error
     finally:
         server.shutdown()
@@ -61,3 +67,13 @@ def metrics(
         exporter.close()
     if exporter.contradiction:
         raise typer.Exit(FAILED)
+
+
+def _cannot_listen(address: str, port: int, error: OSError | UnicodeError) -> str:
+    """Which of the two is at fault."""
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"cannot listen on {address}: port {port} is in use; choose another --port, or 0 for any that is free"
+    if isinstance(error, OSError) and error.errno == errno.EACCES:
+        return f"cannot listen on {address}: port {port} is not for everybody; choose a --port from 1024 on"
+    why = error.strerror if isinstance(error, OSError) else "no name of a host"
+    return f"cannot listen on --address {address}: {why}; it must be one of this machine, like 127.0.0.1 or 0.0.0.0"

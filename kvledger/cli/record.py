@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from kvledger.cli.exits import BAD_INPUT
-from kvledger.cli.stopping import until_signal
+from kvledger.cli.debugging import errors, say
+from kvledger.cli.exits import BAD_INPUT, INTERRUPTED
+from kvledger.cli.following import cannot_follow
+from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.debugger.wording import count
 
 
 def record(
@@ -25,11 +27,16 @@ def record(
 
     Runs until the ledger ends, or Ctrl-C. The files hold users' prompts: mode 0600; kvledger redact takes them out.
     """
+    with until_asked(not once):
+        _record(name, file, rotate_mb, rotate_minutes, once)
+
+
+def _record(name: str, file: Path, rotate_mb: float | None, rotate_minutes: float | None, once: bool) -> None:
     from ipc import LedgerError
     from workers.recorder import Recorder
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     recorder: Recorder | None = None
+    interrupted = False
     try:
         recorder = Recorder(
             name,
@@ -43,10 +50,11 @@ def record(
                     if not recorder.step(0 if once else 0.25) and (once or recorder.follower.ended()):
                         break
                     status.update(f"event {recorder.follower.sequence:,} in {recorder.files[-1].name}")
+                interrupted = once and stopped()
         finally:
             recorder.close()
     except (LedgerError, OSError) as error:
-        errors.print(f"[bold red]error[/] {error}")
+        say("error", cannot_follow(name, error) if isinstance(error, LedgerError) else error)
         if recorder is not None:
             errors.print(f"{recorder.files[-1]} can be read up to the last whole transaction in it")
         raise typer.Exit(BAD_INPUT) from error
@@ -56,4 +64,6 @@ def record(
         errors.print(f"the ledger was removed before its events from {recorder.follower.missed_from} on could be read")
     if recorder.broken:
         errors.print(f"this ledger cannot be replayed to its end: {recorder.broken}")
-    print(f"{recorder.events:,} events in {', '.join(map(str, recorder.files))}")
+    print(f"{count(recorder.events, 'event')} in {', '.join(map(str, recorder.files))}")
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)

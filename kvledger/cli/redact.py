@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from kvledger.cli.debugging import errors, note_damage, say
 from kvledger.cli.exits import BAD_INPUT
+from kvledger.cli.following import is_ledger
+from kvledger.debugger.wording import count
 
 
 def redact(
@@ -22,6 +24,7 @@ def redact(
     """Rewrite a recording without prompts, request names and namespaces; all structure stays, so it can be handed on.
 
     With the same key file, equal prompts in several recordings stay equal. Keep the key to yourself: it tests guesses.
+    Of a recording that is damaged or cut off what can be read is rewritten, and the exit code is 2.
     """
     import secrets
 
@@ -29,16 +32,20 @@ def redact(
     from kvledger.redaction import KEY_BYTES, read_key
     from kvledger.redaction import redact as write
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    if is_ledger(str(source)):
+        say("error", f"{source} is a ledger, not a recording: record it first (kvledger record {source} FILE.kvlog)")
+        raise typer.Exit(BAD_INPUT)
     try:
         key = secrets.token_bytes(KEY_BYTES) if key_file is None else read_key(key_file)
         with errors.status(f"redacting {source.name}"):
             done = write(source, target, key)
     except LedgerError as error:
-        errors.print(f"[bold red]error[/] {error}")
+        say("error", error)
         raise typer.Exit(BAD_INPUT) from error
     if done.damage:
-        errors.print(f"the recording ends early: {done.damage}")
+        note_damage(done.damage)
     if done.broken:
         errors.print(f"from its first broken event on, equal prompts are not recognised any more: {done.broken}")
-    print(f"{done.events:,} events in {target}")
+    print(f"{count(done.events, 'event')} in {target}")
+    if done.damage:
+        raise typer.Exit(BAD_INPUT)

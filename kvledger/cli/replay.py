@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.check import events_around
-from kvledger.cli.debugging import From, Json, Report, Src, To, one_line_errors, reading, span
+from kvledger.cli.debugging import From, Json, Report, Src, To, in_json, one_line_errors, reading, span
 from kvledger.cli.exits import FAILED
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.diff import differences, diverge, fields_that_differ
@@ -21,7 +21,7 @@ from kvledger.debugger.predicates import predicate
 from kvledger.debugger.pytest_file import as_test
 from kvledger.debugger.replaying import Decision, decisions, evolve
 from kvledger.debugger.shrink import shrink
-from kvledger.debugger.wording import Wording
+from kvledger.debugger.wording import Wording, count
 from statemachine.events import DigestScope
 
 _MOST_DIFFERENCES = 40
@@ -40,9 +40,9 @@ def replay(
 
     --decide derives the command behind each transaction, runs it through the decisions of this version of kvledger and
     stops at the first that is different: it proves determinism, or shows what a change of the code changes.
-    Exit code 1 if something differs.
+    Exit code 1 if something differs; 2 if nothing does and the log is damaged or cut off.
     """
-    with reading(src) as (source, report):
+    with reading(src, whole=True) as (source, report):
         start, stop = span(source, begin, end)
         (_decide if decide else _evolve)(source, start, stop, report, as_json)
 
@@ -52,13 +52,14 @@ def _evolve(source: Source, start: int, stop: int, report: Report, as_json: bool
     for digest in evolve(source, start, stop, report):
         if digest.own:
             if as_json:
-                print(json.dumps({"digests": compared, "different": different, "digest": digest.replayed.hex()}))
+                fields = {"digests": compared, "different": different, "digest": digest.replayed.hex()}
+                print(in_json(source, fields))
             else:
                 digests = f"{compared - different:,} of {compared:,} digests equal"
                 if not source.digests_comparable:
                     digests = "its digests are those of an earlier version and cannot be compared"
-                print(f"{stop - start + 1:,} events, {digests}")
-                print(f"digest after event {stop}: {digest.replayed.hex()}")
+                print(f"{count(digest.sequence - start + 1, 'event')}, {digests}")
+                print(f"digest after event {digest.sequence}: {digest.replayed.hex()}")
             continue
         compared += 1
         if not digest.equal:
@@ -72,24 +73,28 @@ def _evolve(source: Source, start: int, stop: int, report: Report, as_json: bool
 
 
 def _decide(source: Source, start: int, stop: int, report: Report, as_json: bool) -> None:
-    count = 0
+    made = 0
     for decision in decisions(source, start, stop, report):
-        count += 1
+        made += 1
         if not decision.same:
             if as_json:
                 entries = [entry_fields(entry) for entry in decision.entries]
                 today = [{"kind": type(event).__name__, **event_fields(event)} for event in decision.events]
-                fields = {"transactions": count, "logged": entries, "decided": today, "rejected": decision.rejected}
-                print(json.dumps(fields))
+                fields = {"transactions": made, "logged": entries, "decided": today, "rejected": decision.rejected}
+                print(in_json(source, fields))
             else:
-                _print_decision(source, decision, count)
+                _print_decision(source, decision, made)
             raise typer.Exit(FAILED)
-    print(json.dumps({"transactions": count}) if as_json else f"{count:,} commands decided again: all the same events")
+    if as_json:
+        print(in_json(source, {"transactions": made}))
+    else:
+        print(f"{count(made, 'command')} decided again: all the same events")
 
 
-def _print_decision(source: Source, decision: Decision, count: int) -> None:
+def _print_decision(source: Source, decision: Decision, made: int) -> None:
     first = decision.entries[0].sequence
-    print(f"the first {count - 1:,} commands are decided as they were; the one at event {first} is not:")
+    same = "1 command is decided as it was" if made == 2 else f"{made - 1:,} commands are decided as they were"
+    print(f"the first {same}; the one at event {first} is not:")
     name = type(decision.command).__name__ if decision.command is not None else "no command of this version"
     print(f"{name} came to")
     events_around(source, decision.entries, 0)
@@ -114,12 +119,12 @@ def diff(
 ) -> None:
     """Show where two logs part; or with A@SEQ B@SEQ (a time, step:N) in what two states differ.
 
-    Exit code 1 if they differ.
+    Exit code 1 if they differ; 2 if two logs do not and one is damaged or cut off.
     """
     (one, here), (other, there) = _with_place(first), _with_place(second)
     with ExitStack() as stack:
-        left, report = stack.enter_context(reading(one))
-        right, _ = stack.enter_context(reading(other))
+        left, report = stack.enter_context(reading(one, whole=here is None and there is None))
+        right, _ = stack.enter_context(reading(other, whole=here is None and there is None))
         if here is None and there is None:
             parted = diverge(left, right, report)
             if parted is None:

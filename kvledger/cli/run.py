@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 from enum import StrEnum
 from pathlib import Path
@@ -17,8 +18,10 @@ from rich.table import Table
 
 from ipc import LedgerError
 from kvledger import sample, traces
+from kvledger.cli.debugging import errors, say
 from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
 from kvledger.config import ConfigError
+from kvledger.debugger.wording import count
 from kvledger.pattern import WrongBytes
 from kvledger.run import Crashes, Run, RunOptions, Summary
 from kvledger.traces import Trace, TraceError
@@ -28,6 +31,9 @@ from workers import WorkerFailed
 
 if TYPE_CHECKING:
     from kvledger.crashes import CrashRun
+
+
+_HOST_BLOCKS = 2048
 
 
 class Policy(StrEnum):
@@ -46,10 +52,17 @@ class Clock(StrEnum):
 
 
 def run(
-    trace: Annotated[Path | None, typer.Argument(help="Own token trace or Mooncake JSONL; default: a sample")] = None,
+    trace: Annotated[
+        Path | None, typer.Argument(help="Token trace or Mooncake trace (docs/traces.md); default: a sample")
+    ] = None,
     device_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the device pool")] = 1024,
-    host_blocks: Annotated[int, typer.Option(min=0, help="Blocks of the host pool; 0 = no host tier")] = 2048,
-    host_policy: Annotated[Policy, typer.Option(help="When blocks are copied to the host")] = Policy.EXCLUSIVE,
+    host_blocks: Annotated[
+        int | None, typer.Option(min=0, help="Blocks of the host pool; 0 = no host tier; default: 2048")
+    ] = None,
+    host_policy: Annotated[
+        Policy | None,
+        typer.Option(help="When blocks are copied to the host; off = no host tier; default: exclusive"),
+    ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block (Mooncake traces: 4)")] = 16,
     ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, one worker process each")] = 2,
     layers: Annotated[int, typer.Option(min=1)] = 4,
@@ -64,7 +77,9 @@ def run(
     prefill_ms: Annotated[float, typer.Option(min=0, help="With --clock trace")] = 1000.0,
     token_ms: Annotated[float, typer.Option(min=0, help="With --clock trace")] = 30.0,
     no_data: Annotated[bool, typer.Option("--no-data", help="Decisions and log only: no pools, no workers")] = False,
-    per_request: Annotated[Path | None, typer.Option(help="Write hits per request to this JSONL file")] = None,
+    per_request: Annotated[
+        Path | None, typer.Option(help="Write hits per request to this JSONL file (must not exist)")
+    ] = None,
     record: Annotated[Path | None, typer.Option(help="Write the log to this .kvlog file (must not exist)")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the ledger in /dev/shm for inspection")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the ledger; default run-PID")] = None,
@@ -75,11 +90,23 @@ def run(
     chaos: Annotated[int | None, typer.Option(help="Kill engine and workers at random events, drawn from SEED")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
 ) -> None:
-    """Drive a trace through a real manager, log and worker processes; verify every byte; summarise."""
+    """Drive a trace through a real manager, log and worker processes; verify every byte; summarise.
+
+    A request that is larger than the device pool bypasses the cache: what is cached of it is counted, and nothing is
+    cached for it. Where there is no room for a request, requests in flight are ended early, the oldest first, as many
+    as it takes. The formats of traces are in docs/traces.md.
+    """
+    try:
+        blocks, policy = _host_tier(host_blocks, host_policy)
+        _expect_new("--per-request", per_request)
+        _expect_new("--record", record)
+    except ConfigError as error:
+        say("error", error)
+        raise typer.Exit(BAD_INPUT) from error
     options = RunOptions(
         device_blocks=device_blocks,
-        host_blocks=host_blocks,
-        host_policy=HostPolicy[host_policy.name] if host_blocks else HostPolicy.OFF,
+        host_blocks=blocks,
+        host_policy=policy,
         block_size=block_size,
         ranks=ranks,
         layers=layers,
@@ -94,7 +121,6 @@ def run(
         record=record,
         keep=keep,
     )
-    errors = Console(stderr=True)
     try:
         loaded = _load(trace, requests, seed)
         job = None
@@ -105,10 +131,10 @@ def run(
             job = CrashRun(source, len(loaded.requests), options, [Crash.parse(text) for text in crash or []], chaos)
         summary = _execute(loaded, job or Run(loaded, options), name, errors)
     except (WrongBytes, InvariantViolation) as error:
-        errors.print(f"[bold red]FAILED[/] {error}", highlight=False, soft_wrap=True)
+        say("FAILED", error)
         raise typer.Exit(FAILED) from error
     except (TraceError, ConfigError, LedgerError, CommandRejected, WorkerFailed, OSError) as error:
-        errors.print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        say("error", error)
         raise typer.Exit(BAD_INPUT) from error
     if as_json:
         rates = {"device_hit_rate": summary.device_hit_rate, "host_hit_rate": summary.host_hit_rate}
@@ -116,13 +142,37 @@ def run(
     else:
         _print(summary, options)
     if summary.replay_digest != summary.digest:
-        errors.print("[bold red]FAILED[/] the replay of the log has another digest than the run")
+        say("FAILED", "the replay of the log has another digest than the run")
         raise typer.Exit(FAILED)
     if summary.crashes is not None and summary.crashes.lost_events:
-        errors.print("[bold red]FAILED[/] events were lost that had been published")
+        say("FAILED", "events were lost that had been published")
         raise typer.Exit(FAILED)
     if summary.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _host_tier(blocks: int | None, policy: Policy | None) -> tuple[int, HostPolicy]:
+    """The host tier; either option alone decides whether there is one. Raises :class:`ConfigError`."""
+    if blocks and policy == Policy.OFF:
+        raise ConfigError(f"--host-policy off does not go with --host-blocks {blocks}: leave one of them out")
+    if blocks == 0 and policy not in (None, Policy.OFF):
+        raise ConfigError(f"--host-blocks 0 does not go with --host-policy {policy}: leave one of them out")
+    if blocks == 0 or policy == Policy.OFF:
+        return 0, HostPolicy.OFF
+    chosen = Policy.EXCLUSIVE if policy is None else policy
+    return _HOST_BLOCKS if blocks is None else blocks, HostPolicy[chosen.name]
+
+
+def _expect_new(option: str, path: Path | None) -> None:
+    """Look at a file that is to be written before anything is started. Raises :class:`ConfigError`."""
+    if path is None:
+        return
+    if path.exists():
+        raise ConfigError(f"{option}: {path} exists: remove it, or choose another name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{option}: nothing can be written to {path.parent}")
 
 
 def _load(path: Path | None, requests: int | None, seed: int) -> Trace:
@@ -166,14 +216,21 @@ def _print(summary: Summary, options: RunOptions) -> None:
     table = Table(title=f"kvledger run: {summary.trace}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    state = "interrupted, so far" if summary.interrupted else "all served"
+    state = "all served"
+    if summary.bypassed:
+        served = summary.requests - summary.bypassed
+        state = f"{served:,} served, {summary.bypassed:,} bypassed"
+    if summary.interrupted:
+        state = f"interrupted, so far {state}" if summary.bypassed else "interrupted, so far"
     rate = summary.requests / max(summary.seconds, 1e-9)
     stats = summary.stats
     table.add_row("requests", f"{summary.requests:,} ({state}) in {summary.seconds:.1f} s, {rate:,.0f}/s")
     table.add_row("blocks asked for", f"{summary.blocks:,}")
     table.add_row("device hits", f"{summary.device_hit_blocks:,} ({summary.device_hit_rate:.1%})")
     table.add_row("host hits", f"{summary.host_hit_blocks:,} ({summary.host_hit_rate:.1%})")
-    table.add_row("bypassed / released early", f"{summary.bypassed:,} / {summary.early_releases:,}")
+    if summary.bypassed:
+        table.add_row("bypassed", f"{summary.bypassed:,}: larger than the device pool, nothing is cached for them")
+    table.add_row("ended early for want of room", f"{summary.early_releases:,}")
     evicted = f"{stats['device_evicted_blocks']:,} device, {stats['host_evicted_blocks']:,} host blocks"
     table.add_row("evicted", evicted)
     moved = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in summary.moved_blocks.items() if count)
@@ -184,7 +241,7 @@ def _print(summary: Summary, options: RunOptions) -> None:
     if options.data:
         table.add_row("bytes written / verified", f"{summary.written_bytes:,} / {summary.verified_bytes:,}")
     table.add_row("events", f"{summary.events:,}")
-    table.add_row("invariants", f"all hold, checked {summary.invariants_checked:,} times in the replay")
+    table.add_row("invariants", f"all hold, checked {count(summary.invariants_checked, 'time')} in the replay")
     table.add_row("digest", summary.digest)
     agree = "equal" if summary.replay_digest == summary.digest else f"DIFFERENT: {summary.replay_digest}"
     table.add_row("replay from the log", agree)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvledger.cli.debugging import say
 from kvledger.cli.exits import BAD_INPUT
 
 
@@ -28,10 +29,9 @@ def segments(
     found = ledgers()
     unknown = sorted(set(names or ()) - {ledger.name for ledger in found})
     if unknown:
-        errors = Console(stderr=True, highlight=False, soft_wrap=True)
         what = "is no ledger" if len(unknown) == 1 else "are no ledgers"
-        errors.print(f"[bold red]error[/] there {what} {', '.join(map(repr, unknown))} in /dev/shm: ", end="")
-        errors.print("kvledger segments lists what is there")
+        listed = ", ".join(map(repr, unknown))
+        say("error", f"there {what} {listed} in /dev/shm: kvledger segments lists what is there")
         raise typer.Exit(BAD_INPUT)
     removed = remove_dead(names or ()) if remove else []
     gone_names = {gone.name for gone in removed}

@@ -46,8 +46,9 @@ def show(
         sequence = place(source, at)
         state = source.at(sequence)
         if block is not None:
+            told = describe(state, tier.tier, block)
             owners = [short(owner) for owner in owners_of(state, tier.tier, block)]
-            _print(describe(state, tier.tier, block), {"block": block, "tier": tier.value, "owners": owners}, as_json)
+            _print(told, {"block": block, "tier": tier.value, "owners": owners}, as_json)
         elif request is not None:
             number = request_numbers(source, request, sequence)[-1]
             if number not in state.requests:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
-from rich.console import Console
 
+from kvledger.cli.debugging import errors, say
 from kvledger.cli.exits import BAD_INPUT, FAILED
+from kvledger.cli.following import cannot_follow
+from kvledger.cli.stopping import until_asked, until_signal
 
 
 def spans(
@@ -22,10 +26,13 @@ def spans(
     Begins with the requests that are matched from now on; the names of requests are attributes. Runs until the ledger
     is removed, or Ctrl-C.
     """
-    from ipc import LedgerError, Overrun
-    from kvledger.cli.stopping import until_signal
+    with until_asked():
+        _spans(name, endpoint)
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+def _spans(name: str, endpoint: str | None) -> None:
+    from ipc import LedgerError, Overrun
+
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -34,18 +41,21 @@ def spans(
 
         from kvledger.telemetry import RequestSpans
     except ModuleNotFoundError as error:
-        errors.print("[bold red]error[/] this needs OpenTelemetry: pip install 'kvledger\\[otel]'")
+        say("error", "this needs OpenTelemetry: pip install 'kvledger[otel]'")
         raise typer.Exit(BAD_INPUT) from error
     from statemachine.codec import CodecError
     from statemachine.errors import InvariantViolation
     from workers.follow import Follower
 
+    if wrong := _wrong_endpoint(endpoint):
+        say("error", wrong)
+        raise typer.Exit(BAD_INPUT)
     try:
         follower = Follower(name)
         while old := follower.poll():  # what ended before is not told again at each start
             follower.apply(old)
     except (LedgerError, InvariantViolation, CodecError) as error:
-        errors.print(f"[bold red]error[/] {error}")
+        say("error", cannot_follow(name, error) if isinstance(error, LedgerError) else error)
         raise typer.Exit(BAD_INPUT if isinstance(error, LedgerError) else FAILED) from error
     provider = TracerProvider(resource=Resource.create({"service.name": "kvledger", "kvledger.ledger": name}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
@@ -65,11 +75,29 @@ def spans(
                 if not records and not follower.reader.exists():
                     break
     except (InvariantViolation, CodecError) as error:
-        errors.print(f"[bold red]FAILED[/] {error}")
+        say("FAILED", error)
         raise typer.Exit(FAILED) from error
     except LedgerError as error:
-        errors.print(f"[bold red]error[/] {error}")
+        say("error", error)
         raise typer.Exit(BAD_INPUT) from error
     finally:
         provider.shutdown()
         follower.close()
+
+
+_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+def _wrong_endpoint(option: str | None) -> str:
+    """What is wrong with where spans are to be sent; the exporter itself would only drop them. Empty: nothing."""
+    given = {"--endpoint": option, **{name: os.environ.get(name) or None for name in _VARIABLES}}
+    name, url = next(((name, url) for name, url in given.items() if url is not None), ("", ""))
+    if not name:
+        return ""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return ""
+    except ValueError:
+        pass
+    return f"{name} {url!r} is no URL of a collector: it looks like http://127.0.0.1:4318/v1/traces"

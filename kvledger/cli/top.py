@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvledger.cli.debugging import errors, one_line_errors
-from kvledger.cli.stopping import until_signal
+from kvledger.cli.stopping import until_asked, until_signal
 
 if TYPE_CHECKING:
     from kvledger.debugger.occupancy import Occupancy
@@ -40,7 +40,7 @@ def top(
     """
     from kvledger.debugger.top import Top
 
-    with one_line_errors():
+    with until_asked(not once and not as_json), one_line_errors():
         with errors.status("reading the log"):
             observer = Top(name)
         try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvledger.cli.debugging import At, From, Src, To, reading
+from kvledger.cli.stopping import until_asked
 from kvledger.debugger import SourceError
 from kvledger.debugger.places import locate
 from kvledger.view.log import Log
@@ -31,7 +31,7 @@ def view(
     The page is served on 127.0.0.1 only, under an address with a secret, and changes nothing. Prompts stay hidden.
     With --export it becomes a file that needs no server: the last 5,000 events, or --from ... --to.
     """
-    with reading(src) as (source, _):
+    with until_asked(export is None), reading(src) as (source, _):
         if export is None and (start is not None or stop is not None):
             raise SourceError("--from and --to go with --export FILE: the page itself shows all events")
         if export is not None and (words or at is not None):
@@ -60,9 +60,7 @@ def _serve(log: Log, port: int, fragment: str) -> None:
     except OSError as error:
         why = f"cannot listen on port {port} ({error.strerror}): leave --port out to get a free one"
         raise SourceError(why) from error
-    with server, contextlib.suppress(KeyboardInterrupt):
-        for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
-            signal.signal(number, signal.default_int_handler)
+    with server:
         print(server.url + fragment, flush=True)
         print("Open this address on this machine; it stays valid until Ctrl-C ends this command.", flush=True)
         server.serve_forever()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -14,9 +13,10 @@ import typer
 from rich import box
 from rich.table import Table
 
-from kvledger.cli.debugging import Json, Src, reading
+from kvledger.cli.debugging import Json, Src, in_json, reading
 from kvledger.cli.whole_log import reached, wide_console
 from kvledger.debugger import Source, SourceError
+from kvledger.debugger.wording import count
 from statemachine.events import HostPolicy
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ def what_if(
 
     Requests come, grow, publish and end in the order of the log; everything else is decided anew by the real state
     machine. Lists multiply: every combination is a scenario, all of them run in one pass.
+    Exit code 2, after the answer, if the log is damaged or cut off.
     """
-    with reading(src) as (source, report):
+    with reading(src, whole=True) as (source, report):
         log = Log(source, reached(source, report))
         if not curve:
             if sample is not None:
@@ -119,6 +120,10 @@ def _combinations(
     return list(scenarios)
 
 
+def _traffic(requests: int, blocks: int) -> str:
+    return f"{count(requests, 'request')} for {count(blocks, 'block')}"
+
+
 def _tiers(scenario: Scenario) -> str:
     if not scenario.host_blocks:
         return "no host tier"
@@ -141,7 +146,7 @@ def _scenarios(log: Log, scenarios: list[Scenario], plot: Path | None, as_json: 
             lines.append(Line(label, [result.scenario.device_blocks for result in results], rates))
         _draw(log, lines, plot)
     if as_json:
-        print(json.dumps([_as_json(result) for result in answers.results]))
+        print(in_json(log.source, {"scenarios": [_as_json(result) for result in answers.results]}))
         return
     _print(log, answers)
 
@@ -150,7 +155,7 @@ def _print(log: Log, answers: Answers) -> None:
 
     first = answers.results[0]
     table = Table(
-        title=f"what if: {log.source.name}, {first.requests:,} requests for {first.blocks:,} blocks",
+        title=f"what if: {log.source.name}, {_traffic(first.requests, first.blocks)}",
         title_justify="left",
         caption=_remarks(answers),
         caption_justify="left",
@@ -196,14 +201,13 @@ def _remarks(answers: Answers) -> str:
     results = answers.results
     remarks = ["evicted and copied count blocks"]
     if answers.refused:
-        remarks.append(
-            f"the recorded cache refused {answers.refused:,} times: what the engine did about it is in this traffic too"
-        )
+        refused = f"the recorded cache refused {count(answers.refused, 'time')}"
+        remarks.append(f"{refused}: what the engine did about it is in this traffic too")
     if any(result.stalls for result in results):
         remarks.append("stalls: no room for a request or a step of one; the oldest requests were ended early for it")
     if any(result.too_large for result in results):
         most = max(result.too_large for result in results)
-        remarks.append(f"up to {most:,} requests are longer than the device pool: they ran without being cached")
+        remarks.append(f"longer than the device pool: up to {count(most, 'request')}, which ran without being cached")
     return "\n".join(remarks)
 
 
@@ -216,10 +220,10 @@ def _curve(log: Log, capacities: list[int], rate: float, plot: Path | None, as_j
         label = "device tier" if rate == 1 else f"device tier, {rate:g} of the blocks sampled"
         _draw(log, [Line(label, found.capacities, found.hit_rates)], plot)
     if as_json:
-        print(json.dumps(dataclasses.asdict(found)))
+        print(in_json(log.source, dataclasses.asdict(found)))
         return
     table = Table(
-        title=f"hit-rate curve: {log.source.name}, {found.requests:,} requests for {found.blocks:,} blocks",
+        title=f"hit-rate curve: {log.source.name}, {_traffic(found.requests, found.blocks)}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )

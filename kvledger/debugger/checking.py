@@ -76,13 +76,19 @@ def check_log(
             return Checked(events, full, _violation(source, entry, [said(error)], recent))
         if broken:
             return Checked(events, full, _violation(source, entry, broken, recent))
-        if not events % FULL_EVERY or entry.sequence == stop:
+        if not events % FULL_EVERY:
             full += 1
             assert incremental is not None
             if incremental.full():
                 return Checked(events, full, _in_full(source, sound, sound_at + 1, entry.sequence))
             sound, sound_at = snapshot(state), entry.sequence
             progress(events, stop - start + 1)
+    if recent and recent[-1].sequence > sound_at:  # the last event, at ``stop`` or where a damaged log ends
+        full += 1
+        assert incremental is not None
+        if incremental.full():
+            return Checked(events, full, _in_full(source, sound, sound_at + 1, recent[-1].sequence))
+        progress(stop - start + 1, stop - start + 1)
     return Checked(events, incremental.full_checks if incremental is not None else 0, None)
 
 

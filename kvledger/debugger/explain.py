@@ -79,10 +79,6 @@ def explain_block(
         SourceError
     """
     state = source.at(at)
-    capacity = max(state.pool(tier).capacity, 0)
-    if not 0 <= block < capacity:
-        there = f"0 to {capacity - 1}" if capacity else "none"
-        raise SourceError(f"there is no {block_name(tier, block)}: the blocks of that tier are {there}")
     now = describe(state, tier, block, words)
     del state
     return _backwards(source, block_name(tier, block), now, _BlockStory(source, block, tier, words), at, most)
@@ -121,8 +117,6 @@ def explain_request(source: Source, text: str, at: int, most: int = MOST_FACTS) 
     request = state.requests.get(number)
     name = f"request {text!r}" if request is None else f"request {request.key!r} (number {number})"
     if request is None:
-        if number >= state.next_request:
-            raise SourceError(f"no request {text} has begun up to event {at}; there were {state.next_request - 1}")
         now = [f"{name} has ended"]
     else:
         own = len(request.private())

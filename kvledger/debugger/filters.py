@@ -28,14 +28,26 @@ def kinds_named(names: list[str]) -> frozenset[type[Event]]:
     return frozenset(found)
 
 
+def request_number(text: str) -> int | None:
+    """The number in ``#12``; ``None``: it is a name."""
+    return int(text[1:]) if text.startswith("#") and text[1:].isdecimal() else None
+
+
 def request_numbers(source: Source, text: str, stop: int | None = None) -> list[int]:
     """Numbers of the requests of that name, oldest first; ``#12`` is the number itself.
 
     Raises:
-        SourceError: no request of that name begins in the log (up to ``stop``).
+        SourceError: no request of that name begins in the log (up to ``stop``), or there has been none of that number.
     """
-    if text.startswith("#") and text[1:].isdecimal():
-        return [int(text[1:])]
+    if (number := request_number(text)) is not None:
+        at = source.last_state if stop is None else stop
+        try:
+            begun = source.at(at).next_request - 1
+        except SourceError:  # a ledger that was cut, and of which no state is known
+            return [number]
+        if not 0 < number <= begun:
+            raise SourceError(f"no request {text} has begun up to event {at}; there were {begun}")
+        return [number]
     numbers = [
         entry.event.request
         for first, last in source.spans("key", key_number(text))

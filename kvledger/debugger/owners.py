@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvledger.debugger.hashes import hash_of
+from kvledger.debugger.source import SourceError
 from kvledger.debugger.wording import block_name, count, listed
 from statemachine.events import Tier
 from statemachine.ownership import transfer_blocks
@@ -27,6 +28,14 @@ class Owner(NamedTuple):
     transfer: Transfer | None = None
     place: int = 0
     """In the run, from 0; in the block table; in the free list, 0 is granted next."""
+
+
+def expect_block(state: State, tier: Tier, block: int) -> None:
+    """Raises :class:`SourceError` unless the pool of the tier has this block, now."""
+    capacity = max(state.pool(tier).capacity, 0)
+    if not 0 <= block < capacity:
+        there = f"0 to {capacity - 1}" if capacity else "none"
+        raise SourceError(f"there is no {block_name(tier, block)}: the blocks of that tier are {there}")
 
 
 def owners_of(state: State, tier: Tier, block: int) -> list[Owner]:
@@ -98,11 +107,14 @@ def content(state: State, node: Node, place: int, words: bool = True) -> str:
 
 
 def describe(state: State, tier: Tier, block: int, words: bool = True) -> list[str]:
-    """A block now: its owner, what it holds, who holds it, when its turn to be evicted comes. See :func:`content`."""
+    """A block now: its owner, what it holds, who holds it, when its turn to be evicted comes. See :func:`content`.
+
+    Raises:
+        SourceError: there is no such block.
+    """
+    expect_block(state, tier, block)
     found = owners_of(state, tier, block)
     name = block_name(tier, block)
-    if not 0 <= block < state.pool(tier).capacity:
-        return [f"{name} is outside of the pool of {count(state.pool(tier).capacity, 'block')}"]
     if not found:
         return [f"{name} is lost: nobody has it"]
     if len(found) > 1:

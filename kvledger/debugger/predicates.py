@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvledger.debugger.owners import owners_of, short
+from kvledger.debugger.owners import expect_block, owners_of, short
 from kvledger.debugger.source import Entry, SourceError
 from statemachine import events
 from statemachine.check import check
@@ -37,7 +37,8 @@ NAMES = {
     "transfers": "copies in flight by number: .direction, .sources, .targets, .waiters, .quarantined",
     "counters": "totals since genesis",
     "DEVICE, HOST": "the tiers",
-    "owner(tier, block)": "who has a block, in words: 'free', \"private to request 'a', …\", 'block 3 of run 7'",
+    "owner(tier, block)": "who has a block, in words: 'free', \"private to request 'a', …\", 'block 3 of run 7'; "
+    "a block that the pool does not have then is an error",
     "check(state)": "the violated invariants, a list of texts",
 }
 """What an expression can use, beside plain functions like ``len`` and ``any``."""
@@ -64,7 +65,7 @@ def predicate(text: str) -> Predicate:
         try:
             return bool(eval(code, names))
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"
+            what = str(error) if isinstance(error, SourceError) else f"{type(error).__name__}: {error}"
             raise SourceError(f"the predicate fails at event {entry.sequence}: {what}") from None
 
     return holds
@@ -113,5 +114,10 @@ class _Names(dict[str, Any]):
             case "nodes" | "transfers" | "counters" | "device" | "host":
                 return getattr(state, name)
             case "owner":
-                return lambda tier, block: " and ".join(map(short, owners_of(state, tier, block))) or "nobody"
+                return lambda tier, block: _owner(state, tier, block)
         raise KeyError(name)
+
+
+def _owner(state: State, tier: Tier, block: int) -> str:
+    expect_block(state, tier, block)
+    return " and ".join(map(short, owners_of(state, tier, block))) or "nobody"

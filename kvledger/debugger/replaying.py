@@ -46,8 +46,9 @@ def evolve(source: Source, start: int, stop: int, progress: Progress = _silent) 
         Contradiction: an event contradicts the state that it meets.
     """
     state: State | None = None
+    reached = 0
     for entry, now in source.replay(start, stop):
-        state = now
+        state, reached = now, entry.sequence
         event = entry.event
         if isinstance(event, DigestTaken) and source.digests_comparable:
             take = state_digest if event.scope == DigestScope.STATE else counters_digest
@@ -56,7 +57,7 @@ def evolve(source: Source, start: int, stop: int, progress: Progress = _silent) 
             progress(entry.sequence - start, stop - start)
     if state is not None:
         digest = state_digest(state)
-        yield Digest(stop, DigestScope.STATE, digest, digest, True)
+        yield Digest(reached, DigestScope.STATE, digest, digest, True)
 
 
 def next_resize(source: Source, sequence: int) -> PoolResized | None:

@@ -16,7 +16,18 @@ from typing import NamedTuple, Self
 
 import zstandard
 
-from ipc import Control, InvalidName, LedgerError, LedgerNotFound, LogReader, Overrun, Record, snapshots
+from ipc import (
+    Control,
+    InvalidName,
+    KvlogReader,
+    LedgerError,
+    LedgerNotFound,
+    LogCorrupt,
+    LogReader,
+    Overrun,
+    Record,
+    snapshots,
+)
 from ipc.names import SHM, segments_of
 from ipc.record import TXN_BEGIN, TXN_END
 from ipc.segment import MappedSegment, locate
@@ -91,7 +102,9 @@ class Source(abc.ABC):
         self.name = name
         """What the user typed."""
         self.damage = ""
-        """Why the log ends early; empty if it does not."""
+        """Why the log ends early; empty if it does not. Reading may find it later than opening does."""
+        self.damaged_at: int | None = None
+        """The byte of the file (of a ledger: of its segment) from which on nothing could be read."""
         self.digests_comparable = True
         """Whether digests in the log mean what they mean today; not in a log of an earlier version."""
 
@@ -234,8 +247,9 @@ class RecordedSource(Source):
     def __init__(self, name: str, progress: Callable[[int, int], None]) -> None:
         super().__init__(name)
         self.recording = Recording(Path(name), progress)
-        self.damage = self.recording.damage
         self.digests_comparable = self.recording.digests_comparable
+        if self.recording.damage:
+            self._find_damage()
 
     @property
     def first(self) -> int:
@@ -255,7 +269,22 @@ class RecordedSource(Source):
         return self.recording.contradiction
 
     def records(self, start: int | None = None) -> Iterator[list[Record]]:
-        return self.recording.records(self.first if start is None else start)
+        start = self.first if start is None else start
+        reached = start - 1
+        for records in self.recording.records(start):
+            reached = records[-1].sequence
+            yield records
+        if reached < self.last and not self.damage:  # damaged since it was indexed
+            self._find_damage()
+
+    def _find_damage(self) -> None:
+        reader = KvlogReader(self.recording.path)
+        try:
+            damage = reader.seek_damage()
+        finally:
+            reader.close()
+        if damage is not None:
+            self.damage, self.damaged_at = str(damage), damage.offset
 
     def at(self, sequence: int) -> State:
         try:
@@ -350,6 +379,7 @@ class LedgerSource(Source):
             return self._upcast(reader.poll(_BATCH))
         except LedgerError as error:
             self.damage = str(error)
+            self.damaged_at = error.offset if isinstance(error, LogCorrupt) else None
             return []
 
     @property
