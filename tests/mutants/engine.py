@@ -7,6 +7,7 @@ from tests.mutants.log import SEEDS
 
 MANAGER = "tests/test_manager.py"
 CHECKSUMS = "tests/test_checksums.py"
+INTERRUPTED = "tests/test_interrupted.py"
 FAILING = "tests/test_failing_workers.py"
 RECOVERY = "tests/test_recovery.py"
 
@@ -210,6 +211,53 @@ MUTANTS: list[Mutant] = [
         "tests/test_manager.py::test_an_event_that_cannot_be_applied_is_never_published",
     ),
     mutant(
+        "what a pause has seen is never reported",
+        "kvledger/waiting.py",
+        "        manager.fold()\n        return done()\n",
+        "        manager.poll()\n        return done()\n",
+        f"{INTERRUPTED}::test_what_a_pause_has_seen_the_next_poll_reports",
+    ),
+    mutant(
+        "a fork of the engine may write",
+        "kvledger/forks.py",
+        "            manager.disown()\n",
+        "            pass\n",
+        f"{INTERRUPTED}::test_a_forked_child_neither_writes_nor_ends_what_is_its_parents",
+    ),
+    mutant(
+        "a fork keeps the lock of its dead parent",
+        "ipc/control.py",
+        "        self.close()  # the mapping, too: it has a descriptor of its own\n",
+        "        os.close(self._fd)\n",
+        f"{INTERRUPTED}::test_a_ledger_can_be_opened_while_a_fork_of_its_dead_engine_lives",
+    ),
+    mutant(
+        "a worker that joined while the log was full is forgotten",
+        "kvledger/ranks.py",
+        "            self._note(self._changes[0])\n            self._changes.popleft()\n",
+        "            self._note(self._changes.popleft())\n",
+        f"{INTERRUPTED}::test_a_worker_that_cannot_be_logged_is_logged_later",
+    ),
+    Mutant(
+        "a queued release that finds no room is forgotten",
+        (
+            Edit(
+                "kvledger/manager.py",
+                "                command = self._releases[0]\n",
+                "                command = self._releases.popleft()\n",
+            ),
+            Edit("kvledger/manager.py", "                self._releases.popleft()\n        finally", "        finally"),
+        ),
+        (f"{INTERRUPTED}::test_releases_from_other_threads_wait_for_room",),
+    ),
+    mutant(
+        "a worker runs what lies in the current directory",
+        "workers/programs.py",
+        '[sys.executable, "-P", *program]',
+        "[sys.executable, *program]",
+        "tests/test_security.py::test_no_process_runs_what_lies_in_the_current_directory",
+    ),
+    mutant(
         "any thread may change the cache",
         "kvledger/manager.py",
         "        if get_ident() != self._owner:\n            raise WrongThread(",
@@ -219,8 +267,8 @@ MUTANTS: list[Mutant] = [
     mutant(
         "the watermark is forgotten",
         "statemachine/decide.py",
-        " - (command.watermark if state.requests else 0)\n",
-        "\n",
+        "    reserved = command.watermark if state.requests else 0\n",
+        "    reserved = 0\n",
         "tests/test_engine_api.py::test_the_watermark_keeps_blocks_for_those_that_run",
     ),
     mutant(
