@@ -69,7 +69,11 @@ def test_what_is_refused_for_want_of_room_has_changed_nothing(
 ) -> None:
     host = 0 if policy == HostPolicy.OFF else rng.choice((4, 12))
     config = CacheConfig(
-        block_size=2, device_blocks=12, host_blocks=host, host_policy=policy, backup_after=backup_after
+        block_size=2,
+        device_blocks=12,
+        host_blocks=host,
+        host_policy=policy,
+        backup_after=backup_after if policy == HostPolicy.WRITE_THROUGH else 1,
     )
     with CacheManager.create(f"room-{os.getpid()}", config) as manager:
         traffic, stage = Traffic(manager, rng), manager._writer.stage
