@@ -136,15 +136,23 @@ def victims_for(state: State, blocks: int, candidates: Sequence[str]) -> list[st
                 freed += node.size
             node = node.parent
     if blocks > available + freed:
-        refused = AllocationRefused(0, blocks, available + freed, 0, 0, "")
-        raise out_of_blocks(state, refused, never_fits=blocks > state.device.capacity)
+        raise out_of_blocks(state, AllocationRefused(0, blocks, available + freed, 0, 0, ""), blocks)
     return chosen
 
 
-def out_of_blocks(state: State, event: AllocationRefused, **more: Any) -> OutOfBlocks:
-    """The error for a refused allocation; it carries the event that records it."""
+def out_of_blocks(
+    state: State, event: AllocationRefused, blocks: int, *, fitting: int = 0, requests: int = 1, reserved: int = 0
+) -> OutOfBlocks:
+    """The error for a refused allocation; it carries the event that records it.
+
+    Args:
+        blocks: so many the longest block table would have had.
+        fitting: so many of the ``requests``, in order, would fit.
+        reserved: blocks that are available, and kept for those that run already.
+    """
     in_transfer = sum(len(transfer_blocks(transfer, Tier.DEVICE)) for transfer in state.transfers.values())
-    return OutOfBlocks(event, in_transfer, **more)
+    never = blocks > state.device.capacity
+    return OutOfBlocks(event, in_transfer, fitting=fitting, requests=requests, reserved=reserved, never_fits=never)
 
 
 def _admit(state: State, command: Admit) -> list[Event]:
@@ -160,7 +168,7 @@ def _admit(state: State, command: Admit) -> list[Event]:
     if supply is None:
         leaf = path.leaf.id if path.leaf is not None else 0
         refused = AllocationRefused(0, wanted, max(min(available, wanted - 1), 0), leaf, path.cut, command.key)
-        raise out_of_blocks(state, refused, reserved=reserved, never_fits=device + wanted > state.device.capacity)
+        raise out_of_blocks(state, refused, device + wanted, reserved=reserved)
     events: list[Event] = [_matched(state, command, path), *supply.events]
     if host:
         events.append(_swapped_in(state, path, supply, events))
@@ -292,8 +300,7 @@ def _allocate(state: State, command: Allocate) -> list[Event]:
         request = requests[0] if len(requests) == 1 else 0
         refused = AllocationRefused(request, total, min(available, total - 1), 0, 0, command.keys[0])
         longest = max(len(state.requests[id].table) + count for id, count in zip(requests, command.counts, strict=True))
-        never = longest > state.device.capacity
-        raise out_of_blocks(state, refused, fitting=fitting, of=len(requests), never_fits=never)
+        raise out_of_blocks(state, refused, longest, fitting=fitting, requests=len(requests))
     return [*supply.events, _granted(requests, array("I", command.counts), supply, total)]
 
 

@@ -45,8 +45,8 @@ class OutOfBlocks(CommandRejected):
 
     ``wanted`` and ``available`` count blocks of the device; ``in_transfer`` of the missing ones will come back by
     themselves when transfers in flight have ended (poll and try again). ``reserved`` are available, too, but kept for
-    requests that run already. ``never_fits``: not even an empty pool would do. ``fitting``: of several requests, so
-    many in order would fit. ``event`` is the record of the refusal.
+    requests that run already. ``never_fits``: not even an empty pool would do. ``fitting``: of several
+    ``requests``, so many in order would fit. ``event`` is the record of the refusal.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class OutOfBlocks(CommandRejected):
         in_transfer: int,
         *,
         fitting: int = 0,
-        of: int = 1,
+        requests: int = 1,
         reserved: int = 0,
         never_fits: bool = False,
     ) -> None:
@@ -71,8 +71,8 @@ class OutOfBlocks(CommandRejected):
             text += f" beyond the {reserved} that are kept for requests that run (watermark_blocks)"
         if in_transfer:
             text += f", {in_transfer} more in transfer"
-        if of > 1:
-            text += f"; {fitting} of the {of} requests would fit"
+        if requests > 1:
+            text += f"; {fitting} of the {requests} requests would fit"
         if never_fits:
             hint = "the pool is too small for it: refuse the request, or make the pool larger"
         else:

@@ -38,7 +38,7 @@ class CheckedCopies:
             return
         blocks = self._memory.host.shape[0]
         for index, block in enumerate(transfer.sources):
-            if 0 <= block < blocks and self._digest(block) != self._memory.checksums[block]:
+            if 0 <= block < blocks and self._digest(block) != int(self._memory.checksums[block]):
                 reason = f"host block {block} of rank {self._memory.rank} is not what was written"
                 if not index:
                     self._ended.append(Ended(transfer.transfer, 0, reason, corrupt=True))
