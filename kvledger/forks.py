@@ -1,8 +1,8 @@
 """A fork of the engine's process: it inherits the manager, and neither writes nor ends what is its parent's.
 
-``multiprocessing`` forks by default on Linux before Python 3.14, and so do some engines. In the child every manager is
-closed to calls, its ``close()`` does nothing, and the ledger's lock is its parent's alone: it can be opened again when
-the parent dies, whether the child lives on or not.
+``multiprocessing`` forks by default on Linux before Python 3.14, and so do some engines. In the child every manager,
+with its sender and receiver, is closed to calls, its ``close()`` does nothing, and the ledger's lock is its parent's
+alone: it can be opened again when the parent dies, whether the child lives on or not.
 """
 
 from __future__ import annotations

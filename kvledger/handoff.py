@@ -63,6 +63,9 @@ class Handoff(Protocol):
     def close(self, *, keep: bool = False) -> None:
         """The manager closes."""
 
+    def disown(self) -> None:
+        """This process is a fork of the engine's: nothing is done here any more, nor ended."""
+
 
 def end_messagers(ledger: str) -> None:
     """End what a dead engine of this ledger was sending."""

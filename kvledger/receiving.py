@@ -241,6 +241,10 @@ class Receiver:
             if room.key == key:
                 self._quarantine(room)
 
+    def disown(self) -> None:
+        """See :mod:`kvledger.forks`."""
+        self._closed = True
+
     def close(self, *, keep: bool = False) -> None:
         """Take all tickets back. With ``keep`` the next engine of this ledger has to know what may still be written."""
         if self._closed:

@@ -280,6 +280,11 @@ class Sender:
             if push.key == key:
                 self._finish(number, Outcome.FAILED, "the prefill instance has released the request")
 
+    def disown(self) -> None:
+        """See :mod:`kvledger.forks`."""
+        self._closed = True
+        self._writer.disown()
+
     def close(self, *, keep: bool = False) -> None:
         """End all pushes, stop the messagers, and remove what is theirs."""
         if self._closed:

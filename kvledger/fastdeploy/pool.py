@@ -126,6 +126,7 @@ class DevicePool:
         """By task of :meth:`issue_swap_task`: the transfers it stands for."""
         self._stopped = threading.Event()
         self._open(self._ledger_config())
+        self._pid = os.getpid()
         atexit.register(self.close)
 
     def _wanted_gpu_blocks(self) -> int:
@@ -332,7 +333,7 @@ class DevicePool:
 
     def close(self) -> None:
         """Stop threads and workers, and remove everything from shared memory. Also done when the process ends."""
-        if self._stopped.is_set():
+        if self._stopped.is_set() or os.getpid() != self._pid:  # the exit of a fork is not its parent's
             return
         self._stopped.set()
         atexit.unregister(self.close)
