@@ -28,7 +28,7 @@ def whole(name: str, value: SupportsIndex) -> int:
 
 
 def expect_namespace(namespace: object) -> None:
-    """Neither a text nor ``None``."""
+    """A namespace is bytes."""
     if type(namespace) is not bytes:
         raise InvalidCommand(f"a namespace is bytes, from namespace_key(), not {type(namespace).__name__}")
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, Self, SupportsIndex
 
 import numpy as np
 
-from ipc import Control, LogWriter, SharedMemoryFull, record_bytes
+from ipc import Control, LedgerError, LogWriter, SharedMemoryFull, record_bytes
 from ipc.writer import next_epoch, segment_bytes_for
 from kvledger import forks, waiting
 from kvledger.arguments import block_ids, expect_bool, expect_namespace, expect_seconds, expect_tier, whole
@@ -38,7 +38,7 @@ from statemachine.apply import genesis
 from statemachine.content import Item, Tokens, namespace_key, versioned, words_of
 from statemachine.decide import available_blocks, can_allocate, decide, peek, request_named, victims_for
 from statemachine.encoding import state_digest
-from statemachine.errors import Busy, InvalidCommand, OutOfBlocks, RequestNotReady
+from statemachine.errors import Busy, CommandRejected, InvalidCommand, OutOfBlocks, RequestNotReady
 from statemachine.events import (
     BlocksAllocated,
     BlocksEvicted,
@@ -305,7 +305,7 @@ class CacheManager:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
         request = request_named(self._state, key)
         self._expect_still(key)
-        known = len(request.words) + len(self._tails[key])
+        known = len(request.words) + len(self._tail(key))
         limit = request.leaf.end + max(known // 4 - 1, 0) // self.config.block_size
         if self._execute(commands.Extend(key, limit)) and self.config.backup_after > 1:
             self._back_up(key)
@@ -385,11 +385,13 @@ class CacheManager:
             RequestNotReady: some of the blocks are still being copied.
             InvalidCommand, UnknownRequest
         """
+        self._expect_owner()
         request = request_named(self._state, key)
         size = self._state.block_bytes
-        words = tail = b""
+        words, tail = b"", self._tail(key)
+        known = tail
         if generated is not None:
-            words = self._tails[key] + words_of(generated)
+            words = tail + words_of(generated)
             full = len(words) // size * size
             words, tail = words[:full], words[full:]
         if blocks is None:
@@ -397,11 +399,22 @@ class CacheManager:
         else:
             count = whole("blocks", blocks)
         ready = None if computed is None else whole("computed", computed)
-        self._execute(commands.Cache(key, count, words, ready))
-        if generated is not None:
-            self._tails[key] = tail
+        del self._tails[key]  # not known while it is not certain: what interrupts this call must not garble the next
+        try:
+            self._execute(commands.Cache(key, count, words, ready))
+        except (CommandRejected, LedgerError):  # nothing has changed
+            self._tails[key] = known
+            raise
+        self._tails[key] = tail
         if self._state.policy == HostPolicy.WRITE_THROUGH:
             self._back_up(key)
+
+    def _tail(self, key: str) -> bytes:
+        tail = self._tails.get(key)
+        if tail is None:
+            why = "a call was interrupted; release it"
+            raise InvalidCommand(f"the last tokens of request {key!r} are not known: {why}")
+        return tail
 
     def _back_up(self, key: str) -> None:
         """The call that leads to a back-up has been logged: without one it is as good as done, never half done."""
@@ -497,10 +510,10 @@ class CacheManager:
         if self._ranks is not None:
             self._ranks.fold()
 
-    def told(self, request: Request) -> None:
+    def _told(self, request: Request) -> None:
         """Whoever waited for this request knows: :meth:`poll` need not report it."""
         if self._ranks is not None:
-            self._ranks.take(request)
+            self._ranks.told(request)
 
     def attach(self, handoff: Handoff) -> None:
         """A sender or receiver of this manager says so. Raises :class:`InvalidCommand`: there is one of its kind."""
@@ -751,6 +764,8 @@ class CacheManager:
         """This process is a fork of the one that owns the ledger. See :mod:`kvledger.forks`."""
         self._transactions.closed = _FORKED
         self._writer.disown()
+        for handoff in self._handoffs:
+            handoff.disown()
 
     def __enter__(self) -> Self:
         return self

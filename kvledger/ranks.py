@@ -157,33 +157,39 @@ class Ranks:
             if id not in self._orders:
                 self._orders[id] = _Order(sequence, deadline)
 
+    def _mend_orders(self) -> None:
+        """A call that was interrupted has ordered or ended a transfer, and could not note it here."""
+        for id in [id for id in self._orders if id not in self._state.transfers]:
+            del self._orders[id]
+            self._answers.pop(id, None)
+        self.started(self._writer.next_sequence)
+
     def _deadline(self) -> float:
         return time.monotonic() + self._config.transfer_timeout_s
 
     def poll(self) -> list[Progress]:
         """Fold the answers into the log; never blocks. Returns the requests that can go on, each once."""
         self.fold()
-        return [self._progress(number) for number in list(self._news) if self._is_news(number)]
-
-    def take(self, request: Request) -> bool:
-        """Whether a request was shortened; :meth:`poll` need not report it any more."""
-        return self._news.pop(request.id, False)
-
-    def _is_news(self, number: int) -> bool:
-        """Whether the request is still there, and can go on."""
-        request = self._state.requests.get(number)
-        if request is None:
+        requests = self._state.requests
+        progress = []
+        for number, shortened in list(self._news.items()):
+            request = requests.get(number)
+            if request is not None and request.waits and not shortened:
+                continue  # for other blocks now
             del self._news[number]
-            return False
-        return self._news[number] or not request.waits
+            if request is not None:
+                progress.append(Progress(request.key, table_of(request), request.leaf.end, shortened))
+        return progress
 
-    def _progress(self, number: int) -> Progress:
-        request = self._state.requests[number]
-        return Progress(request.key, table_of(request), request.leaf.end, self._news.pop(number))
+    def told(self, request: Request) -> None:
+        """Whoever waited for this request knows: :meth:`poll` need not report it."""
+        self._news.pop(request.id, None)
 
     def fold(self) -> None:
         """As :meth:`poll`, which has to report it then."""
         transfers = self._state.transfers
+        if self._orders.keys() != transfers.keys():
+            self._mend_orders()
         for answer in self.supervisor.acknowledgements():
             if isinstance(answer, EpochSeen):
                 self._heard(answer)

@@ -54,7 +54,7 @@ class Transactions:
 
         Raises:
             InvalidCommand: a value does not fit its field; nothing changed.
-            CallTooLarge, ipc.SharedMemoryFull: nothing changed.
+            CallTooLarge, ipc.SharedMemoryFull, ipc.LedgerError: there is no room for it; nothing changed.
             InvariantViolation: an event contradicts the state: it is not published.
 
         After that, and after whatever else interrupts it half-way (a signal handler that raises), :attr:`closed` says
@@ -72,7 +72,7 @@ class Transactions:
                 for event in events:
                     HANDLERS[type(event)](state, event)
             self._writer.publish()
-        except (CallTooLarge, LedgerError):  # there is no room for it: nothing has changed
+        except (CallTooLarge, LedgerError):  # of staging, which comes first
             raise
         except BaseException as error:
             self.closed = f"a transaction was not finished ({type(error).__name__}: {error}); reopen the ledger"

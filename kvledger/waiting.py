@@ -62,7 +62,7 @@ async def wait_async(manager: CacheManager, key: str, timeout: float | None) -> 
         if time.monotonic() > deadline:
             raise _late(manager, key)
         await asyncio.sleep(_LONGEST_PAUSE_S / 2)
-    manager.told(request)
+    manager._told(request)
     return Progress(key, table_of(request), request.leaf.end, request.leaf.end < promised)
 
 
