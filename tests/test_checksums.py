@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 from ipc.names import remove_objects
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy
 from kvledger.cli import app
+from kvledger.debugger.source import open_source
 from statemachine.check import check
 from statemachine.events import Direction, TransferStarted
 from tests.fastdeploy_engine import manager as drop_in
@@ -166,10 +169,15 @@ def test_a_setting_that_is_none() -> None:
         CacheConfig(device_blocks=1, checksums="yes")  # type: ignore[arg-type]
 
 
-def test_a_whole_run_with_checksums() -> None:
+def test_a_whole_run_with_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "run.kvlog"
     sizes = ["--requests", "150", "--device-blocks", "200", "--host-blocks", "400", "--name", f"checked-{os.getpid()}"]
-    done = CliRunner().invoke(app, ["run", "--checksums", *sizes, "--json"])
+    done = CliRunner().invoke(app, ["run", "--checksums", *sizes, "--record", str(path), "--json"])
     assert done.exit_code == 0, done.output
+    summary = json.loads(done.output)
+    assert summary["moved_blocks"]["swap_in"] > 0 and not summary["stats"]["failed_transfers"]
+    with open_source(str(path)) as source:
+        assert PoolLayout.parse(source.at(1).opened.layout).checksums
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,8 +42,9 @@ def fail(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     ],
 )
 def test_killed_at_a_moment_of_its_copy(name: str, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """With checksums: what a successor does again has the right one, so nothing is taken for damaged."""
     fail(monkeypatch, moment)
-    with CacheManager.create(name, CONFIG) as manager:
+    with CacheManager.create(name, replace(CONFIG, checksums=True)) as manager:
         engine = PatternEngine(manager.pools)
         hits = sum(serve(manager, engine, str(i), prompt(i % 4)) for i in range(24))
         assert hits == 20 * 6
@@ -52,6 +54,20 @@ def test_killed_at_a_moment_of_its_copy(name: str, monkeypatch: pytest.MonkeyPat
         lost = [event for event in story(name) if isinstance(event, WorkerLost)]
         assert [(event.rank, event.reason) for event in lost] == [(1, "killed by signal 9")]
         assert manager.state.workers == {0: 1, 1: 2}
+        assert not manager.stats()["failed_transfers"]
+
+
+def test_a_parked_worker_that_is_asked_to_end_just_ends(name: str) -> None:
+    with CacheManager.create(name, CONFIG) as manager:
+        pid = manager.worker_pid(0)
+        assert pid is not None
+        time.sleep(0.02)  # long enough to park
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while manager.state.workers.get(0) != 2 and time.monotonic() < deadline:
+            manager.poll()
+        (lost,) = [event for event in story(name) if isinstance(event, WorkerLost)]
+        assert lost.reason.startswith("exit status 0")
 
 
 def test_killed_while_parked_and_as_often_as_you_like(name: str) -> None:

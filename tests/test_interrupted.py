@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,12 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ipc import SharedMemoryFull, TooManyFiles, segment
+from ipc import LogReader, SharedMemoryFull, TooManyFiles, segment
 from ipc.names import SHM, remove_objects
-from kvledger import CacheConfig, CacheManager, HostPolicy, ManagerClosed
+from kvledger import CacheConfig, CacheManager, HostPolicy, InvalidCommand, ManagerClosed
+from kvledger.sending import Sender
 from kvledger.transactions import Transactions
 from statemachine.check import check
+from statemachine.encoding import state_digest
 from statemachine.events import RequestReleased, TransferFinished, WorkerJoined, WorkerLost
+from statemachine.replay import Replay
+from tests.fastdeploy_engine import manager as drop_in
+from tests.fastdeploy_engine import serve
 from workers import supervisor
 
 ROOT = Path(__file__).parents[1]
@@ -265,3 +272,112 @@ def test_a_ledger_can_be_opened_while_a_fork_of_its_dead_engine_lives(name: str)
     finally:
         os.kill(child, signal.SIGKILL)
         engine.stdout.close()
+
+
+def test_a_fork_ends_no_sender_and_no_drop_in(name: str) -> None:
+    """Nor with what the drop-in does at the exit of its process."""
+    with CacheManager.create(name, config()) as manager, drop_in(gpu=4, cpu=4) as it:
+        sender = Sender(manager)
+        objects = set(os.listdir(SHM))
+        child = os.fork()
+        if not child:
+            worked = 0
+            try:
+                sender.close()
+                it.close()
+                sender.poll()
+                worked = 7
+            finally:
+                os._exit(worked)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert set(os.listdir(SHM)) == objects
+        messager = sender.pid(0)
+        assert messager is not None and os.path.exists(f"/proc/{messager}")
+        assert serve(it, "a", [1, 2, 3, 4])
+
+
+class Alarm(BaseException):
+    """What a signal handler raises."""
+
+
+def test_calls_interrupted_at_any_moment(name: str) -> None:
+    """By an alarm clock: either the manager says that it has to be opened anew, or log and state are the same."""
+    armed = False
+
+    def ring(*_: object) -> None:
+        if armed:
+            raise Alarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    rng = random.Random(0)
+    closed = sound = 0
+    settings = CacheConfig(block_size=BLOCK, device_blocks=100, segment_bytes=64 << 10, retain_bytes=None)
+    try:
+        for number in range(250):
+            ledger = f"{name}-{number}"
+            with CacheManager.create(ledger, settings) as manager:
+                with contextlib.suppress(Alarm):
+                    armed = True
+                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(2e-4, 1.2e-3))
+                    for turn in range(1000):
+                        manager.admit(str(turn), TOKENS + turn)
+                        manager.cache(str(turn))
+                        manager.release(str(turn))
+                armed = False
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                try:
+                    manager.poll()
+                except ManagerClosed:
+                    closed += 1
+                    continue
+                for key in list(manager.state.keys):
+                    manager.release(key)
+                reader = LogReader(ledger)
+                replay = Replay(check_every=1000)
+                while records := reader.poll():
+                    replay.feed(records)
+                reader.close()
+                assert state_digest(replay.state) == manager.digest() and not check(manager.state)
+                sound += 1
+            assert not [each for each in os.listdir(SHM) if ledger in each]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert closed and sound
+
+
+def test_what_a_request_was_about_is_not_guessed_after_an_interruption(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next tokens would be published behind the wrong ones."""
+    with CacheManager.create(name, CacheConfig(block_size=BLOCK, device_blocks=100)) as manager:
+        manager.admit("a", [1, 2, 3], blocks=5)
+        with pytest.raises(InvalidCommand):
+            manager.cache("a", 9, generated=[4])  # refused: nothing has changed
+        real = manager._execute
+
+        def late(command: Any) -> Any:
+            real(command)
+            raise Alarm
+
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, "_execute", late)
+            with pytest.raises(Alarm):
+                manager.cache("a", generated=[4, 5, 6])
+        assert manager.cached_blocks("a") == 1 and manager.peek([1, 2, 3, 4]) == (1, 0)
+        with pytest.raises(InvalidCommand, match="the last tokens of request 'a' are not known"):
+            manager.cache("a", generated=[7, 8])
+        manager.release("a")
+
+
+def test_a_transfer_whose_order_was_interrupted_ends_all_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CacheManager.create(name, config()) as manager:
+        swapped(manager, "a")
+        assert manager._ranks is not None
+        fails_once(monkeypatch, manager._ranks, "started", Alarm())
+        with pytest.raises(Alarm):
+            manager.match("b", TOKENS, max_blocks=4)
+        (request,) = manager.state.requests.values()
+        eventually(lambda: manager.fold() or not request.waits)
+        manager.release("b")
+        assert not manager.state.transfers and not manager._ranks._orders

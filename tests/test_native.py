@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ def test_compiled_it_does_the_same(tmp_path: Path) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
 
+    stale = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "workers"
+    stale.mkdir(parents=True)
+    (stale / "deleted.py").touch()  # an earlier build left it; setuptools would pack it
+
     def run(*command: str, **environment: str) -> None:
         done = subprocess.run(
             [sys.executable, *command],
@@ -36,6 +41,7 @@ def test_compiled_it_does_the_same(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed), str(source), KVLEDGER_NATIVE="1")
+    assert not (installed / "workers" / "deleted.py").exists()
     path = {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}", "PYTHONSAFEPATH": "1"}
     run("-c", _COMPILED, **path)
     files = [f"tests/test_{name}.py" for name in _TESTS]

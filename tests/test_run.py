@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from ipc import KvlogReader, SharedMemoryFull
-from kvledger import sample, traces
+from kvledger import is_compiled, sample, traces
+from kvledger.cli import app
 from kvledger.manager import CacheManager
 from kvledger.pattern import PatternEngine, WrongBytes
 from kvledger.ranks import BlockTable
@@ -319,3 +322,9 @@ def test_copies_of_consecutive_and_scattered_blocks(tmp_path: Path) -> None:
 
     for name in pool_names(ledger, 0):
         unlink(name)
+
+
+def test_version_says_which_build_it_is() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    build = "compiled" if is_compiled() else "interpreted"
+    assert done.exit_code == 0 and done.output == f"kvledger {metadata.version('kvledger')}, {build}\n"

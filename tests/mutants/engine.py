@@ -162,7 +162,7 @@ MUTANTS: list[Mutant] = [
     mutant(
         "a damaged host block is copied with the checksum that it has now",
         "workers/checksums.py",
-        "self._digest(block) != self._memory.checksums[block]:",
+        "self._digest(block) != int(self._memory.checksums[block]):",
         "False:",
         CHECKSUMS,
     ),
@@ -209,6 +209,7 @@ MUTANTS: list[Mutant] = [
         "            self.closed = ",
         "            _ = ",
         "tests/test_manager.py::test_an_event_that_cannot_be_applied_is_never_published",
+        f"{INTERRUPTED}::test_calls_interrupted_at_any_moment",
     ),
     mutant(
         "what a pause has seen is never reported",
@@ -223,6 +224,41 @@ MUTANTS: list[Mutant] = [
         "            manager.disown()\n",
         "            pass\n",
         f"{INTERRUPTED}::test_a_forked_child_neither_writes_nor_ends_what_is_its_parents",
+    ),
+    mutant(
+        "a fork ends the messagers of its parent",
+        "kvledger/manager.py",
+        "            handoff.disown()\n",
+        "            pass\n",
+        f"{INTERRUPTED}::test_a_fork_ends_no_sender_and_no_drop_in",
+    ),
+    mutant(
+        "the exit of a fork closes its parent's drop-in",
+        "kvledger/fastdeploy/pool.py",
+        " or os.getpid() != self._pid:",
+        ":",
+        f"{INTERRUPTED}::test_a_fork_ends_no_sender_and_no_drop_in",
+    ),
+    mutant(
+        "after an interruption the next tokens follow the wrong ones",
+        "kvledger/manager.py",
+        "        del self._tails[key]  # not known",
+        "        # not known",
+        f"{INTERRUPTED}::test_what_a_request_was_about_is_not_guessed_after_an_interruption",
+    ),
+    mutant(
+        "a transfer whose order was interrupted has no deadline",
+        "kvledger/ranks.py",
+        "            self._mend_orders()\n",
+        "            pass\n",
+        f"{INTERRUPTED}::test_a_transfer_whose_order_was_interrupted_ends_all_the_same",
+    ),
+    mutant(
+        "a signal that comes while a worker is parked is an error",
+        "ipc/reader.py",
+        "posix_ipc.BusyError, posix_ipc.SignalError",
+        "posix_ipc.BusyError",
+        f"{FAILING}::test_a_parked_worker_that_is_asked_to_end_just_ends",
     ),
     mutant(
         "a fork keeps the lock of its dead parent",
