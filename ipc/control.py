@@ -247,10 +247,13 @@ class Control:
         """Unmap it; a writer gives up its lock, and is one no longer although its process lives."""
         if self._writes:
             self.words[_PID] = 0
+            self._writes = False
         self.words.release()
         self._buffer.release()
         self._map.close()
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:  # twice: the number may be another file's by now
+            os.close(fd)
 
 
 def _who_is_there(ledger: str) -> str:

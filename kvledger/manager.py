@@ -763,9 +763,9 @@ class CacheManager:
     def disown(self) -> None:
         """This process is a fork of the one that owns the ledger. See :mod:`kvledger.forks`."""
         self._transactions.closed = _FORKED
-        self._writer.disown()
         for handoff in self._handoffs:
             handoff.disown()
+        self._writer.disown()
 
     def __enter__(self) -> Self:
         return self

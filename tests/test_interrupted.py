@@ -19,7 +19,7 @@ import pytest
 
 from ipc import LogReader, SharedMemoryFull, TooManyFiles, segment
 from ipc.names import SHM, remove_objects
-from kvledger import CacheConfig, CacheManager, HostPolicy, InvalidCommand, ManagerClosed
+from kvledger import CacheConfig, CacheManager, HostPolicy, InvalidCommand, ManagerClosed, forks
 from kvledger.sending import Sender
 from kvledger.transactions import Transactions
 from statemachine.check import check
@@ -294,6 +294,26 @@ def test_a_fork_ends_no_sender_and_no_drop_in(name: str) -> None:
         messager = sender.pid(0)
         assert messager is not None and os.path.exists(f"/proc/{messager}")
         assert serve(it, "a", [1, 2, 3, 4])
+
+
+def test_a_fork_closes_no_file_of_somebody_else(name: str) -> None:
+    """The descriptor of a ledger that was given up belongs to another file by then."""
+    manager = CacheManager.create(name, config())
+    supervised = manager._ranks
+    assert supervised is not None
+    number = manager._writer._control._fd
+    manager._writer.close()
+    other = os.open("/dev/null", os.O_RDONLY)
+    try:
+        os.dup2(other, number)
+        manager.disown()
+        os.fstat(number)
+    finally:
+        os.close(number)
+        if other != number:
+            os.close(other)
+        supervised.stop()
+        forks.forget(manager)
 
 
 class Alarm(BaseException):

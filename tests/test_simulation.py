@@ -20,6 +20,7 @@ from ipc import Control, LedgerNotFound, LogCorrupt, LogReader, LogWriter, reade
 from ipc.names import remove_objects
 from ipc.recovery import recover
 from ipc.writer import next_epoch
+from kvledger import forks
 from kvledger.cli.simulate import simulate as command
 from kvledger.ranks import Ranks
 from kvledger.testing import simulator
@@ -289,6 +290,7 @@ def test_engines_workers_and_followers_survive_what_seeds_plan() -> None:
     """The short form of ``make soak``."""
     struck: Counter[str] = Counter()
     engines = verified = 0
+    known = dict(forks._living)
     for seed in range(1_000):
         outcome = simulate_or_shrink(Plan.draw(seed))
         struck.update(outcome.struck)
@@ -298,6 +300,7 @@ def test_engines_workers_and_followers_survive_what_seeds_plan() -> None:
     # the faults strike where it hurts
     for place in ("the body of a transaction", "the publication of a transaction", "a copy", "recovery"):
         assert struck[place] >= 10, struck
+    assert forks._living == known, "a real fork knows managers of simulated engines"
 
 
 def test_lines_that_are_not_looked_at_store_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

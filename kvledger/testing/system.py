@@ -351,7 +351,7 @@ def _places(modules: int) -> list[tuple[Any, str, Any]]:
     ``modules``: how many there are; a run may import further ones.
     """
     reached = (posix_ipc, os, mmap, fcntl, time, subprocess, signal, select, threading)
-    named = ("Background", "start_time", "tempfile", "populate", "available_memory")
+    named = ("Background", "start_time", "tempfile", "populate", "available_memory", "_living")
     found: list[tuple[Any, str, Any]] = []
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in _PACKAGES and not name.startswith(_NOT_REPLACED):
@@ -391,6 +391,7 @@ def installed(system: System, *others: tuple[Any, str, Any]) -> Iterator[None]:
         "tempfile": SimpleNamespace(TemporaryFile=io.BytesIO),
         "populate": lambda map: None,
         "available_memory": lambda: system.capacity,  # statvfs says what is left of the simulated one
+        "_living": {},  # managers of engines that were killed: no real fork has to know them
     }
     modules = len(sys.modules)
     changes = {(module, name): replacements[what] for module, name, what in _places(modules)}
