@@ -30,17 +30,19 @@ class Path(NamedTuple):
 
 
 def common_blocks(run: bytes, words: memoryview, offset: int, block_bytes: int) -> int:
-    """How many leading blocks of ``run`` equal ``words`` from ``offset``: a binary search over ``startswith``."""
+    """How many leading blocks of ``run`` equal ``words`` from ``offset``, at least one: a binary search.
+
+    No step compares again what is known to be equal.
+    """
     low, high = 1, min(len(run), len(words) - offset) // block_bytes
-    if run.startswith(words[offset : offset + high * block_bytes]):
-        return high
-    high -= 1
+    step = high - low
     while low < high:
-        middle = (low + high + 1) // 2
-        if run.startswith(words[offset : offset + middle * block_bytes]):
-            low = middle
+        start, stop = low * block_bytes, (low + step) * block_bytes
+        if run.startswith(words[offset + start : offset + stop], start):
+            low += step
         else:
-            high = middle - 1
+            high = low + step - 1
+        step = (high - low + 1) // 2
     return low
 
 
@@ -51,11 +53,12 @@ def find(state: State, start: Node | None, words: memoryview, limit: int) -> Pat
     """
     block_bytes = state.block_bytes
     stop = min(limit * block_bytes, len(words) // block_bytes * block_bytes)
+    words = words[:stop]
     node = start
     offset = device = cut = 0
     on_device = True
     blocked = False
-    while node is not None and offset < stop:
+    while node is not None and offset < stop and not cut:
         child = node.children.get(words[offset : offset + block_bytes].tobytes())
         if child is None:
             break
@@ -66,15 +69,10 @@ def find(state: State, start: Node | None, words: memoryview, limit: int) -> Pat
             if on_device:
                 device = offset // block_bytes
                 on_device = False
-        run = child.words
         node = child
-        end = offset + len(run)
-        if end <= stop and run.startswith(words[offset:end]):
-            offset = end
-            continue
-        cut = common_blocks(run, words[:stop], offset, block_bytes)
-        offset += cut * block_bytes
-        break
+        common = common_blocks(child.words, words, offset, block_bytes)
+        cut = common if common < child.size else 0
+        offset += common * block_bytes
     found = offset // block_bytes
     if on_device:
         return Path(node, cut, found, 0, blocked)
