@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from statemachine import tree
 from statemachine.apply_transfers import needs_cut
@@ -62,6 +62,10 @@ from statemachine.state import ALL, Node, Request, State, Transfer
 
 _NONE: IntArray = array("Q")
 _NO_COUNTS: IntArray = array("I")
+_MUCH_LONGER: Final = 8
+_LONG_BYTES: Final = 1 << 16
+"""A run does not absorb one of more content words than that, and so many times its own blocks: copying them costs more
+than another run in every path. So a turn of a long conversation is not paid with a copy of all that was said."""
 
 
 def decide(state: State, command: Command) -> list[Event]:
@@ -400,7 +404,12 @@ def _merges(loose: list[Node], final: int) -> tuple[IntArray, IntArray]:
     index = 0
     while index < len(loose):
         stop = index + 1
+        size = loose[index].size
         while stop < len(loose) and stop != final and tree.joinable(loose[stop - 1], loose[stop]):
+            above = loose[stop]
+            if above.size > _MUCH_LONGER * size and len(above.words) > _LONG_BYTES:
+                break
+            size += above.size
             stop += 1
         if stop - index > 1:
             merged.append(loose[index].id)

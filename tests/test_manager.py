@@ -33,6 +33,7 @@ from kvledger import (
 )
 from kvledger.pattern import PatternEngine, chain
 from statemachine.apply import HANDLERS
+from statemachine.check import check
 from statemachine.content import words_of
 from statemachine.encoding import state_digest
 from statemachine.errors import InvariantViolation
@@ -261,6 +262,20 @@ def test_generated_tokens_are_cached_where_they_belong() -> None:
         manager.cache("a", generated=answer[3:])
         manager.release("a")
         assert manager.peek(np.concatenate([prompt, answer])) == (5, 0)
+
+
+def test_a_turn_of_a_long_conversation_is_not_paid_with_a_copy_of_all_that_was_said() -> None:
+    name, size = f"long-{os.getpid()}", 1024
+    words = np.arange(76 * size, dtype=np.int32)
+    with CacheManager.create(name, CacheConfig(block_size=size, device_blocks=128)) as manager:
+        runs = []
+        for blocks in (64, 66, 68, 70, 72, 74, 76):
+            assert manager.admit("turn", words[: blocks * size]).device_blocks == (blocks - 2 if runs else 0)
+            manager.cache("turn")
+            manager.release("turn")
+            runs.append([node.size for node in sorted(manager.state.nodes.values(), key=lambda node: node.start)])
+        assert runs == [[64], [64, 2], [64, 4], [64, 6], [72], [72, 2], [72, 4]]
+        assert not check(manager.state)
 
 
 def test_not_ready_is_not_cached() -> None:

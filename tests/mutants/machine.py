@@ -196,10 +196,17 @@ MUTANTS = [
         THROUGH,
     ),
     mutant(
+        "every turn of a long conversation copies all that was said",
+        "statemachine/decide.py",
+        "_LONG_BYTES: Final = 1 << 16\n",
+        "_LONG_BYTES: Final = 1 << 40\n",
+        "tests/test_manager.py::test_a_turn_of_a_long_conversation_is_not_paid_with_a_copy_of_all_that_was_said",
+    ),
+    mutant(
         "content is compared by its first block",
         "statemachine/tree.py",
-        "        if end <= stop and run.startswith(words[offset:end]):\n",
-        "        if end <= stop:\n",
+        "        if run.startswith(words[offset + start : offset + stop], start):\n",
+        "        if step:\n",
         ONE_TIER,
     ),
     Mutant(
