@@ -8,7 +8,9 @@
                         | crc of the stored bytes u32, header crc u32 | one zstd frame
 
 A chunk holds whole transactions exactly as they stand in a segment, their CRC chain going on from chunk to chunk. A
-file that does not begin with the first event of its ledger opens with a chunk that holds a snapshot of the state.
+file that does not begin with the first event of its ledger opens with a chunk that holds a snapshot of the state. One
+that was closed ends with the header of a chunk of no bytes, the *end mark*; where it is missing, the file was cut
+between two chunks, or its writer still writes or was killed. (Version 2 had no end mark.)
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ _MAGIC = b"KVLOG\x00\x02\n"
 _HEADER = struct.Struct("<8sIIQQ")
 _HEADER_BYTES = 64
 _PROGRAM_BYTES = _HEADER_BYTES - _HEADER.size - 8
-_VERSION = 2
+_VERSION = 3
+_ENDS_WITH_A_MARK = 3
+"""Files of this version and later ones."""
 _CHUNK = struct.Struct("<IIIIQI")
 _CHUNK_BYTES = _CHUNK.size + 4
-_RECORDS, _SNAPSHOT = 1, 2
+_RECORDS, _SNAPSHOT, _END = 1, 2, 3
 _CHUNK_RAW_BYTES = 256 << 10
 _LARGEST_RATIO = 256
 _LARGE_BYTES = 96 << 20
@@ -92,6 +96,8 @@ class KvlogWriter:
         self.path = path
         self.base_sequence = base_sequence
         self.next_sequence = base_sequence
+        self.ended = True
+        """Whether what is written will be all when it is closed: only then the end mark follows."""
         self._crc = 0
         self._compressor = zstandard.ZstdCompressor(level=3)
         header = _HEADER.pack(_MAGIC, _VERSION, 0, schema_hash, base_sequence)
@@ -103,6 +109,7 @@ class KvlogWriter:
 
     def write(self, records: Sequence[Record]) -> None:
         """Append whole transactions, as a reader delivered them, and hand them to the operating system."""
+        ended, self.ended = self.ended, False
         lines: list[bytes] = []
         size = 0
         seed = self._crc
@@ -131,9 +138,10 @@ class KvlogWriter:
             self._chunk(_RECORDS, b"".join(lines), seed)
             self.next_sequence = records[-1].sequence + 1
         self._file.flush()
+        self.ended = ended
 
     def _chunk(self, kind: int, raw: bytes, seed: int) -> None:
-        stored = self._compressor.compress(raw)
+        stored = self._compressor.compress(raw) if raw else b""
         header = _CHUNK.pack(kind, len(raw), len(stored), seed, self.next_sequence, crc32c(stored))
         self._file.write(header + crc32c(header).to_bytes(4, "little") + stored)
 
@@ -145,6 +153,9 @@ class KvlogWriter:
     def close(self) -> None:
         """Flush to the disk and close."""
         if not self._file.closed:
+            if self.ended:
+                self._chunk(_END, b"", self._crc)
+                self.ended = False
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -190,11 +201,13 @@ class KvlogReader:
             raise LogCorrupt(str(path), 0, "not a .kvlog file of this version, or its header is damaged")
         self.schema_hash: int
         self.base_sequence: int
-        _, _, _, self.schema_hash, self.base_sequence = _HEADER.unpack(header)
+        _, number, _, self.schema_hash, self.base_sequence = _HEADER.unpack(header)
         program = head[_HEADER.size + 4 :]
         intact = crc32c(program[:-4]) == int.from_bytes(program[-4:], "little")
         self.program = program[:-4].rstrip(b"\0").decode(errors="replace") if intact else ""
         """Version of kvledger that wrote the file; empty if it does not say."""
+        self.ended = number < _ENDS_WITH_A_MARK or self._leave_out_the_mark()
+        """False: the end mark is missing; the file was cut, or its writer still writes or was killed."""
         self.place = Place(_HEADER_BYTES, self.base_sequence, 0)
         """Where the next chunk begins."""
         self.snapshot = b""
@@ -209,6 +222,17 @@ class KvlogReader:
                 self.close()
                 raise LogCorrupt(str(path), _HEADER_BYTES, "the snapshot that this file begins with is damaged")
             self.snapshot = chunk[1]
+
+    def _leave_out_the_mark(self) -> bool:
+        """Whether the file ends with an end mark, which is then not read as a chunk."""
+        mark = self._read(self._size - _CHUNK_BYTES, _CHUNK_BYTES)
+        header = mark[:-4]
+        if len(mark) < _CHUNK_BYTES or crc32c(header) != int.from_bytes(mark[-4:], "little"):
+            return False
+        if _CHUNK.unpack(header)[0] != _END:
+            return False
+        self._size -= _CHUNK_BYTES
+        return True
 
     def go_to(self, place: Place) -> None:
         """Continue reading at a chunk boundary that :attr:`place` has named before."""

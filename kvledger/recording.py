@@ -57,6 +57,8 @@ class Recording:
             self._upcast = self._upcaster()
             self.digests_comparable = digests_comparable(self._reader.schema_hash)
             """Whether digests in the recording mean what they mean today."""
+            self.ended = self._reader.ended
+            """Whether the file ends with an end mark, where files of its version have one."""
             self._restorable()
             self._open_index(progress)
         except BaseException:

@@ -295,6 +295,7 @@ def redact(source: Path, target: Path, key: bytes) -> Redacted:
         try:
             with writer:
                 events = _rewrite(reader, upcast, writer, redactor)
+                writer.ended = reader.ended and reader.damage is None
         except BaseException as error:
             target.unlink(missing_ok=True)
             if isinstance(error, OSError):

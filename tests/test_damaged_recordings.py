@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from ipc import KvlogReader, KvlogWriter, LogCorrupt
 from kvledger import sample
 from kvledger.cli import app
+from kvledger.cli.debugging import _NO_END
 from kvledger.run import Run, RunOptions
 
 
@@ -180,4 +181,44 @@ def test_a_reader_that_asks_for_more_than_there_is_does_not_wait(sound: Path, tm
     reader.close()
     reader = KvlogReader(sound)
     assert reader.seek_damage() is None
+    reader.close()
+
+
+def test_a_recording_without_an_end_mark_is_used_and_said_to_be_unfinished(sound: Path, tmp_path: Path) -> None:
+    """As a killed recorder leaves it, or a copy that stopped between two chunks."""
+    path = tmp_path / "unfinished.kvlog"
+    reader = KvlogReader(sound)
+    with KvlogWriter(path, schema_hash=reader.schema_hash) as writer:
+        for records in iter(lambda: reader.poll(1), []):
+            writer.write(records)
+            size = writer.size
+    reader.close()
+    done = kvledger("check", path)
+    assert (
+        done.exit_code == 0
+        and not done.stderr
+        and not json.loads(kvledger("check", path, "--json").stdout)["unfinished"]
+    )
+    path.write_bytes(path.read_bytes()[:size])
+    for name, *options in COMMANDS:
+        done = kvledger(name, path, *options)
+        assert done.exit_code == 0 and done.stderr == f"note: {path} {_NO_END}\n"
+        told = json.loads(kvledger(name, path, *options, "--json").stdout)
+        assert told["unfinished"] and told["damaged_at"] is None
+    target = tmp_path / "out.kvlog"
+    assert kvledger("redact", path, target).exit_code == 0
+    assert json.loads(kvledger("check", target, "--json").stdout)["unfinished"], "redacted it is no more whole"
+
+
+def test_what_could_not_be_written_is_not_said_to_be_ended(sound: Path, tmp_path: Path) -> None:
+    path = tmp_path / "full.kvlog"
+    reader = KvlogReader(sound)
+    records = reader.poll()
+    reader.close()
+    with KvlogWriter(path, schema_hash=reader.schema_hash) as writer:
+        writer.write(records[:3])
+        with pytest.raises(AttributeError):
+            writer.write([*records[3:6], None])  # type: ignore[list-item]
+    reader = KvlogReader(path)
+    assert reader.poll() == records[:3] and reader.damage is None and not reader.ended
     reader.close()

@@ -413,18 +413,17 @@ def test_kvlog_files(tmp_path: Path, transactions: list[list[Entry]], data: st.D
         writer.write(records)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     reader = KvlogReader(path)
-    assert drain(reader) == records and reader.damage is None and reader.schema_hash == 9
+    assert drain(reader) == records and reader.damage is None and reader.schema_hash == 9 and reader.ended
     reader.close()
     with pytest.raises(LedgerError, match="exists"):
         KvlogWriter(path, schema_hash=9)
     whole = path.read_bytes()
-    if len(whole) > 64:
-        cut = data.draw(st.integers(64, len(whole) - 1))
+    for cut in (64, len(whole) - 32, data.draw(st.integers(64, len(whole) - 1))):
         path.write_bytes(whole[:cut])
         reader = KvlogReader(path)
         found = drain(reader)
         assert found == records[: len(found)] and (not found or found[-1].flags & 2)
-        assert (reader.damage is not None) == (cut > 64)
+        assert not reader.ended and (reader.damage is not None) == (cut not in (64, len(whole) - 32))
         reader.close()
         flipped = bytearray(whole)
         flipped[data.draw(st.integers(64, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))

@@ -26,6 +26,7 @@ To = Annotated[str | None, typer.Option("--to", metavar="SEQ|TIME|step:N", help=
 Json = Annotated[bool, typer.Option("--json", help="For machines")]
 
 Report = Callable[[int, int], None]
+_NO_END = "has no end mark: its recorder still writes or was killed, or the file was cut; more may have happened"
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -64,7 +65,7 @@ def note_damage(damage: str) -> None:
 
 def in_json(source: Source, fields: dict[str, Any]) -> str:
     """What a command gives machines, and whether the log that it is about ends early."""
-    return json.dumps({**fields, "damaged_at": source.damaged_at})
+    return json.dumps({**fields, "damaged_at": source.damaged_at, "unfinished": source.unfinished})
 
 
 @contextmanager
@@ -96,6 +97,8 @@ def reading(src: str, *, whole: bool = False) -> Iterator[tuple[Source, Report]]
             told = source.damage
             if told:
                 note_damage(told)
+            elif whole and source.unfinished:
+                errors.print(f"note: {src} {_NO_END}", markup=False)
             if whole:
                 _expect_events(source)
             try:

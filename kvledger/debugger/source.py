@@ -105,6 +105,8 @@ class Source(abc.ABC):
         """Why the log ends early; empty if it does not. Reading may find it later than opening does."""
         self.damaged_at: int | None = None
         """The byte of the file (of a ledger: of its segment) from which on nothing could be read."""
+        self.unfinished = False
+        """A recording without an end mark: it was cut, or its recorder still writes or was killed."""
         self.digests_comparable = True
         """Whether digests in the log mean what they mean today; not in a log of an earlier version."""
 
@@ -248,6 +250,7 @@ class RecordedSource(Source):
         super().__init__(name)
         self.recording = Recording(Path(name), progress)
         self.digests_comparable = self.recording.digests_comparable
+        self.unfinished = not self.recording.ended
         if self.recording.damage:
             self._find_damage()
 

@@ -298,6 +298,27 @@ MUTANTS = [
         "tests/test_snapshots.py::test_a_damaged_snapshot_is_passed_over",
     ),
     mutant(
+        "a recording that could not be written is said to be ended",
+        "ipc/kvlog.py",
+        "        ended, self.ended = self.ended, False\n",
+        "        ended = self.ended\n",
+        "tests/test_damaged_recordings.py::test_what_could_not_be_written_is_not_said_to_be_ended",
+    ),
+    mutant(
+        "a redacted recording is whole although its source is not",
+        "kvledger/redaction.py",
+        "                writer.ended = reader.ended and reader.damage is None\n",
+        "",
+        "tests/test_damaged_recordings.py::test_a_recording_without_an_end_mark_is_used_and_said_to_be_unfinished",
+    ),
+    mutant(
+        "a ledger that is given up twice closes a file of somebody else",
+        "ipc/control.py",
+        "        fd, self._fd = self._fd, -1\n",
+        "        fd = self._fd\n",
+        "tests/test_interrupted.py::test_a_fork_closes_no_file_of_somebody_else",
+    ),
+    mutant(
         "a damaged file ends as if that were its end",
         "ipc/kvlog.py",
         "            if chunk is None or chunk[0] != _RECORDS:\n                self._end_here(at.offset)\n",
