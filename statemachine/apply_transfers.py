@@ -312,7 +312,8 @@ def delete(state: State, top: Node) -> None:
     """Delete a run and all below it. None of them has a place on the device; what copies use stays with the copies."""
     subtree = [top]
     for node in subtree:
-        subtree.extend(node.children.values())
+        # by number: a restored state knows no order in which children appeared, and their blocks go on the free list
+        subtree.extend(sorted(node.children.values(), key=lambda child: child.id))
     for node in reversed(subtree):
         transfer = node.transfer
         if transfer is not None:

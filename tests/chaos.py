@@ -449,7 +449,8 @@ class Campaign:
     def end(self, name: str) -> None:
         """The last engine ends in peace: its state is the one that this process has followed to, byte for byte."""
         try:
-            if self.reader is not None and sys.exc_info()[0] is None:
+            # without an event it was killed while it was created: there is nothing to open
+            if self.replay.events and sys.exc_info()[0] is None:
                 self.reap()
                 manager = CacheManager.open(name)
                 self.follow(name)

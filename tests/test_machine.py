@@ -101,6 +101,7 @@ class Machine(RuleBasedStateMachine):
     def do(self, command: Any) -> list[Event] | CommandRejected:
         before = state_digest(self.state)
         resident = self.state.host_resident
+        self.mirror = restore(snapshot(self.mirror))  # from now on it knows only what is in the canonical bytes
         try:
             events = decide(self.state, command)
         except CommandRejected as error:
@@ -108,6 +109,7 @@ class Machine(RuleBasedStateMachine):
             if isinstance(error, OutOfBlocks):
                 self.derive(command, [error.event])
             return error
+        assert decide(self.mirror, command) == events, "equal states decide differently"
         if events:
             self.derive(command, events)
         assert state_digest(self.state) == before, "decide changed the state"
@@ -605,6 +607,37 @@ def test_a_restored_state_clears_like_the_original() -> None:
         for event in decide(each, Clear(True)):
             apply(each, event)
     assert state_digest(state) == state_digest(other)
+
+
+def test_a_restored_state_deletes_like_the_original() -> None:
+    """Found by a campaign: what was below a run went on the free list in the order in which it had got there."""
+    state = genesis(LedgerOpened(1, 16, 16, 0, HostPolicy.EXCLUSIVE, 1, "", ""))
+
+    def do(command: Any, *states: State) -> None:
+        events = decide(state, command)
+        for each in states or (state,):
+            for event in events:
+                apply(each, event)
+
+    for number, prompt in enumerate(([1, 2, 3, 5], [1, 2, 4], [1, 2, 3, 6])):  # the first one is cut twice
+        key = str(number)
+        do(Admit(key, words(prompt), b"", len(prompt), len(prompt)))
+        do(Cache(key, len(prompt), b""))
+        do(Release(key, ReleaseReason.FINISHED, False))
+    top = next(node for node in state.nodes.values() if not node.start)
+    assert [child.id for child in top.children.values()] != sorted(child.id for child in top.children.values())
+    children = {child.id for child in top.children.values()}
+    for blocks, outcome in (
+        (sum(node.size for node in state.nodes.values()) - top.size, Outcome.DONE),
+        (1, Outcome.FAILED),
+    ):
+        do(MakeRoom(blocks))
+        other = restore(snapshot(state))
+        transfer = state.transfers[state.next_transfer - 1]
+        valid = len(transfer.targets) if outcome == Outcome.DONE else 0
+        do(FinishTransfer(transfer.id, outcome, valid), state, other)
+        assert state_digest(state) == state_digest(other)
+    assert not state.nodes.keys() & children, "they went with it"
 
 
 def test_forgetting_is_derived_from_the_deepest_run() -> None:
