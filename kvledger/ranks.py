@@ -129,6 +129,7 @@ class Ranks:
                 continue
             if rank in self._state.workers:
                 self._execute(commands.LoseWorker(rank, "it did not outlive the engine, or its pools"))
+            self._give_up_overtaken()
             self._never_again(rank)
             if not without_host:
                 self._restarts[rank] = 0.0
@@ -289,6 +290,7 @@ class Ranks:
         # What it answered is done again by its successor, except what it can no longer touch.
         for answers in self._answers.values():
             answers.pop(rank, None)
+        self._give_up_overtaken()
         self._never_again(rank)
 
     def _join(self, change: Change) -> None:
@@ -327,6 +329,18 @@ class Ranks:
                 self._finish(transfer, Outcome.FAILED, 0)
         self._answers.clear()
         self._orders.clear()
+
+    def _give_up_overtaken(self) -> None:
+        """A worker is dead: give up what its successor cannot do again.
+
+        It may have begun a transfer that writes where an earlier one has read, before the other ranks had done their
+        part of that earlier one. To copy it once more would be to copy what the later one has written.
+        """
+        transfers = self._state.transfers
+        overtaken = {id for transfer in transfers.values() for id in transfer.after if id in transfers}
+        for id in sorted(overtaken):
+            if not transfers[id].quarantined:
+                self._finish(transfers[id], Outcome.TIMED_OUT, 0)
 
     def _never_again(self, rank: int) -> None:
         """The worker that might still have written what is quarantined is dead: that counts as its answer."""

@@ -42,19 +42,58 @@ def fail(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     ],
 )
 def test_killed_at_a_moment_of_its_copy(name: str, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    """With checksums: what a successor does again has the right one, so nothing is taken for damaged."""
+    """With checksums: what a successor does again has the right one, so nothing is taken for damaged.
+
+    One copy out may be given up: the one that the copy in behind it may have overtaken.
+    """
     fail(monkeypatch, moment)
     with CacheManager.create(name, replace(CONFIG, checksums=True)) as manager:
         engine = PatternEngine(manager.pools)
         hits = sum(serve(manager, engine, str(i), prompt(i % 4)) for i in range(24))
-        assert hits == 20 * 6
+        assert hits >= 18 * 6
         assert manager._ranks is not None
         while manager._ranks._restarts:
             manager.poll()
         lost = [event for event in story(name) if isinstance(event, WorkerLost)]
         assert [(event.rank, event.reason) for event in lost] == [(1, "killed by signal 9")]
         assert manager.state.workers == {0: 1, 1: 2}
-        assert not manager.stats()["failed_transfers"]
+        ended = [event for event in story(name) if isinstance(event, TransferFinished) and event.outcome]
+        assert [event.outcome for event in ended] in ([], [Outcome.TIMED_OUT])
+
+
+@pytest.mark.parametrize("engine_too", [False, True], ids=["its engine lives", "its engine dies, too"])
+def test_what_a_later_copy_has_overwritten_is_not_copied_again(name: str, engine_too: bool) -> None:
+    """Found by a campaign: rank 0 had copied out, and in to the same blocks, when it died; rank 1 had done neither."""
+    manager = CacheManager.create(name, replace(CONFIG, device_blocks=8, host_blocks=24))
+    engine = PatternEngine(manager.pools)
+    for number in (0, 1):  # the first one goes to the host, the other one is on the device
+        assert serve(manager, engine, str(number), prompt(number)) == 0
+    settled(manager)
+    assert manager._ranks is not None
+    first, other = (manager.worker_pid(rank) for rank in range(2))
+    assert first is not None and other is not None
+    os.kill(other, signal.SIGSTOP)
+    assert manager.admit("back", prompt(0)).host_blocks > 4
+    out, back = manager.state.transfers.values()
+    assert [*back.after] == [out.id]
+    while not all(0 in manager._ranks._answers.get(id, {}) for id in (out.id, back.id)):
+        manager.poll()
+    os.kill(first, signal.SIGKILL)
+    if engine_too:
+        manager._writer.close()
+        manager = CacheManager.open(name)
+        engine = PatternEngine(manager.pools)
+    try:
+        while manager.state.workers.get(0) != 2:
+            manager.poll()
+        os.kill(other, signal.SIGCONT)
+        settled(manager)
+        if not engine_too:
+            manager.release("back")
+        for number in (1, 0, 1):
+            serve(manager, engine, f"again {number}", prompt(number))  # compares every byte
+    finally:
+        manager.close()
 
 
 def test_a_parked_worker_that_is_asked_to_end_just_ends(name: str) -> None:

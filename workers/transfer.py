@@ -3,7 +3,7 @@
 It follows the engine's log from its own cursor, begins each ``TransferStarted`` in log order, and writes its answer
 into a log of its own when the copies have ended; a transfer never overtakes those in its ``after``. A new incarnation
 executes what was still in flight when it joined; copies are idempotent and their sources are held, so doing one twice
-is harmless.
+is harmless. Where a later one may have written into its sources, the engine gives the earlier one up before.
 """
 
 from __future__ import annotations

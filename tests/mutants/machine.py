@@ -196,6 +196,13 @@ MUTANTS = [
         THROUGH,
     ),
     mutant(
+        "what is deleted below a run is freed in the order in which it got there",
+        "statemachine/apply_transfers.py",
+        "        subtree.extend(sorted(node.children.values(), key=lambda child: child.id))\n",
+        "        subtree.extend(node.children.values())\n",
+        "tests/test_machine.py::test_a_restored_state_deletes_like_the_original",
+    ),
+    mutant(
         "every turn of a long conversation copies all that was said",
         "statemachine/decide.py",
         "_LONG_BYTES: Final = 1 << 16\n",
@@ -303,8 +310,8 @@ MUTANTS = [
     mutant(
         "a failed swap-out leaves what was below it",
         "statemachine/apply_transfers.py",
-        "    for node in subtree:\n        subtree.extend(node.children.values())\n",
-        "",
+        "        subtree.extend(sorted(node.children.values(), key=lambda child: child.id))\n",
+        "        break\n",
         EXCLUSIVE,
     ),
     mutant(
