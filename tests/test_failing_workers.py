@@ -61,7 +61,7 @@ def test_killed_at_a_moment_of_its_copy(name: str, monkeypatch: pytest.MonkeyPat
         assert [event.outcome for event in ended] in ([], [Outcome.TIMED_OUT])
 
 
-@pytest.mark.parametrize("engine_too", [False, True], ids=["its engine lives", "its engine dies, too"])
+@pytest.mark.parametrize("engine_too", [False, True], ids=["engine lives", "engine dies, too"])
 def test_what_a_later_copy_has_overwritten_is_not_copied_again(name: str, engine_too: bool) -> None:
     """Found by a campaign: rank 0 had copied out, and in to the same blocks, when it died; rank 1 had done neither."""
     manager = CacheManager.create(name, replace(CONFIG, device_blocks=8, host_blocks=24))

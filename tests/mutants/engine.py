@@ -19,14 +19,14 @@ MUTANTS: list[Mutant] = [
         "kvledger/ranks.py",
         "            answers.pop(rank, None)\n        self._give_up_overtaken()\n",
         "            answers.pop(rank, None)\n",
-        "tests/test_failing_workers.py::test_what_a_later_copy_has_overwritten_is_not_copied_again[its engine lives]",
+        "tests/test_failing_workers.py::test_what_a_later_copy_has_overwritten_is_not_copied_again[engine lives]",
     ),
     mutant(
         "a new engine has it done again after a later copy has written into its sources",
         "kvledger/ranks.py",
         "            self._give_up_overtaken()\n            self._never_again(rank)\n",
         "            self._never_again(rank)\n",
-        "tests/test_failing_workers.py::test_what_a_later_copy_has_overwritten_is_not_copied_again[its engine dies, too]",
+        "tests/test_failing_workers.py::test_what_a_later_copy_has_overwritten_is_not_copied_again[engine dies, too]",
     ),
     mutant(
         "a back-up that cannot be logged fails the call that was",
