@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -129,7 +129,7 @@ class Ranks:
                 continue
             if rank in self._state.workers:
                 self._execute(commands.LoseWorker(rank, "it did not outlive the engine, or its pools"))
-            self._give_up_overtaken()
+            self._give_up_overtaken(self._state.transfers)
             self._never_again(rank)
             if not without_host:
                 self._restarts[rank] = 0.0
@@ -288,9 +288,13 @@ class Ranks:
         self._unheard.pop(rank, None)
         self._lost(rank, change.reason)
         # What it answered is done again by its successor, except what it can no longer touch.
+        answered = {id for id, answers in self._answers.items() if rank in answers}
+        if change.answered is None or self._config.layout.on_gpu:  # on a GPU a copy begins before the last is answered
+            self._give_up_overtaken(self._state.transfers)
+        else:
+            self._give_up_overtaken(answered | change.answered)
         for answers in self._answers.values():
             answers.pop(rank, None)
-        self._give_up_overtaken()
         self._never_again(rank)
 
     def _join(self, change: Change) -> None:
@@ -330,14 +334,14 @@ class Ranks:
         self._answers.clear()
         self._orders.clear()
 
-    def _give_up_overtaken(self) -> None:
-        """A worker is dead: give up what its successor cannot do again.
+    def _give_up_overtaken(self, done: Container[int]) -> None:
+        """A worker is dead: give up what its successor cannot do again, of what it may have ``done``.
 
         It may have begun a transfer that writes where an earlier one has read, before the other ranks had done their
         part of that earlier one. To copy it once more would be to copy what the later one has written.
         """
         transfers = self._state.transfers
-        overtaken = {id for transfer in transfers.values() for id in transfer.after if id in transfers}
+        overtaken = {id for transfer in transfers.values() for id in transfer.after if id in transfers and id in done}
         for id in sorted(overtaken):
             if not transfers[id].quarantined:
                 self._finish(transfers[id], Outcome.TIMED_OUT, 0)

@@ -42,23 +42,19 @@ def fail(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     ],
 )
 def test_killed_at_a_moment_of_its_copy(name: str, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    """With checksums: what a successor does again has the right one, so nothing is taken for damaged.
-
-    One copy out may be given up: the one that the copy in behind it may have overtaken.
-    """
+    """With checksums: what a successor does again has the right one, so nothing is taken for damaged."""
     fail(monkeypatch, moment)
     with CacheManager.create(name, replace(CONFIG, checksums=True)) as manager:
         engine = PatternEngine(manager.pools)
         hits = sum(serve(manager, engine, str(i), prompt(i % 4)) for i in range(24))
-        assert hits >= 18 * 6
+        assert hits == 20 * 6
         assert manager._ranks is not None
         while manager._ranks._restarts:
             manager.poll()
         lost = [event for event in story(name) if isinstance(event, WorkerLost)]
         assert [(event.rank, event.reason) for event in lost] == [(1, "killed by signal 9")]
         assert manager.state.workers == {0: 1, 1: 2}
-        ended = [event for event in story(name) if isinstance(event, TransferFinished) and event.outcome]
-        assert [event.outcome for event in ended] in ([], [Outcome.TIMED_OUT])
+        assert not manager.stats()["failed_transfers"]
 
 
 @pytest.mark.parametrize("engine_too", [False, True], ids=["engine lives", "engine dies, too"])

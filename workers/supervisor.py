@@ -36,6 +36,8 @@ class Change(NamedTuple):
     incarnation: int
     ready: bool
     reason: str = ""
+    answered: frozenset[int] | None = frozenset()
+    """Transfers that it had answered and :meth:`Supervisor.acknowledgements` has not told; ``None``: nobody knows."""
 
 
 def end(process: subprocess.Popen[bytes] | AdoptedProcess) -> None:
@@ -292,12 +294,24 @@ class Supervisor:
 
     def _gone(self, worker: _Worker) -> Change:
         reason = worker.reason()
+        answered = self._last_answers(worker)
         del self._workers[worker.rank]
         try:
             worker.discard()
         except (LedgerError, OSError) as error:  # it is dead, whatever it leaves
             _log.warning("what worker %d of rank %d leaves stays: %s", worker.incarnation, worker.rank, error)
-        return Change(worker.rank, worker.incarnation, False, reason)
+        return Change(worker.rank, worker.incarnation, False, reason, answered)
+
+    def _last_answers(self, worker: _Worker) -> frozenset[int] | None:
+        if worker.reader is None:  # it never joined, and executed nothing
+            return frozenset()
+        if worker.condemned:
+            return None
+        try:
+            answers = map(answer_of, worker.reader.poll())
+            return frozenset(answer.transfer for answer in answers if isinstance(answer, Acknowledgement))
+        except (ValueError, LedgerError):
+            return None
 
     def wait_until_ready(self) -> list[Change]:
         """Wait for all workers that were started.

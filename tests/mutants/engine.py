@@ -17,14 +17,14 @@ MUTANTS: list[Mutant] = [
     mutant(
         "a copy out is done again after a later copy has written into its sources",
         "kvledger/ranks.py",
-        "            answers.pop(rank, None)\n        self._give_up_overtaken()\n",
-        "            answers.pop(rank, None)\n",
+        "            self._give_up_overtaken(answered | change.answered)\n",
+        "            pass\n",
         "tests/test_failing_workers.py::test_what_a_later_copy_has_overwritten_is_not_copied_again[engine lives]",
     ),
     mutant(
         "a new engine has it done again after a later copy has written into its sources",
         "kvledger/ranks.py",
-        "            self._give_up_overtaken()\n            self._never_again(rank)\n",
+        "            self._give_up_overtaken(self._state.transfers)\n            self._never_again(rank)\n",
         "            self._never_again(rank)\n",
         "tests/test_failing_workers.py::test_what_a_later_copy_has_overwritten_is_not_copied_again[engine dies, too]",
     ),
