@@ -22,6 +22,14 @@ MUTANTS: list[Mutant] = [
         "tests/test_failing_workers.py::test_what_a_later_copy_has_overwritten_is_not_copied_again[engine lives]",
     ),
     mutant(
+        "what a worker answered last is not heard when it is dead",
+        "workers/supervisor.py",
+        "        answered = self._last_answers(worker)\n",
+        "        answered = frozenset[int]()\n",
+        "tests/test_failing_workers.py::test_what_a_later_copy_has_overwritten_is_not_copied_again"
+        "[engine lives, and has not heard]",
+    ),
+    mutant(
         "a new engine has it done again after a later copy has written into its sources",
         "kvledger/ranks.py",
         "            self._give_up_overtaken(self._state.transfers)\n            self._never_again(rank)\n",
