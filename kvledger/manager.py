@@ -245,8 +245,8 @@ class CacheManager:
 
         Args:
             key: the engine's own name of the request.
-            tokens: the whole prompt; an int32 array or buffer is used without copying, a list costs 20 to 30 ns
-                per token.
+            tokens: the whole prompt; an int32 array or buffer is used without copying, a list costs 6 ns per
+                token.
             items: multimodal items in the prompt.
             namespace: see :func:`statemachine.content.namespace_key`.
             max_blocks: match at most so many blocks; default ``(tokens - 1) // block_size``, so that at least one

