@@ -22,10 +22,11 @@ from ipc.recovery import recover
 from ipc.writer import next_epoch
 from kvledger import forks
 from kvledger.cli.simulate import simulate as command
+from kvledger.pattern import WrongBytes
 from kvledger.ranks import Ranks
 from kvledger.testing import simulator
 from kvledger.testing.schedule import Process, Schedule
-from kvledger.testing.simulator import Plan, SimulationFailed, simulate, simulate_or_shrink
+from kvledger.testing.simulator import Fault, Operation, Plan, SimulationFailed, simulate, simulate_or_shrink
 from kvledger.testing.system import System, installed
 from kvledger.testing.weak_memory import Order
 from statemachine.commands import FinishTransfer
@@ -347,6 +348,24 @@ def test_a_failing_plan_is_made_smaller_and_says_how_to_repeat_it(monkeypatch: p
     with pytest.raises(SimulationFailed, match=r"WrongBytes.*\n.*kvledger simulate --seed \d+") as failed:
         run_all()
     assert len(failed.value.plan.operations) <= 6 and not failed.value.plan.faults
+
+
+def test_a_copy_that_was_overtaken_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 has copied a run out, and dies while it copies another one in to the same places; rank 1 is behind.
+
+    What seed 2805 found when nothing was given up, made smaller.
+    """
+    first, second, third = (2, 2, 2, 2, 2), (1, 1, 2, 1, 1), (3, 2, 2)
+    steps = [("serve", first), ("serve", second), ("serve", third), ("release", first), ("serve", first)]
+    operations = tuple(Operation(*step) for step in [*steps, ("serve", third)])
+    faults = Fault(3, "worker 1", "slow"), Fault(4, "worker 0", "die")
+    plans = [Plan(seed, Order.TSO, HostPolicy.EXCLUSIVE, 2, 7, 11, operations, faults) for seed in range(20)]
+    for plan in plans:
+        simulate(plan)
+    monkeypatch.setattr(Ranks, "_give_up_overtaken", lambda self, done: None)
+    with pytest.raises(WrongBytes):
+        for plan in plans:
+            simulate(plan)
 
 
 def test_ctrl_c_ends_every_process_before_the_real_system_is_back() -> None:

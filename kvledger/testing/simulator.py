@@ -60,11 +60,12 @@ class Fault:
     """What goes wrong: ``victim`` is ``engine``, ``worker 0``, ``worker 1`` or ``auditor``."""
 
     at: int
-    """Killed at the so-manieth point of the schedule that the victim passes. Else it strikes its next copy."""
+    """The victim is killed at the so-manieth point of the schedule that it passes; what else happens, happens to its
+    so-manieth copy."""
     victim: str
     what: str
-    """``kill``; for workers also ``fail`` (a copy raises), ``hang`` (it takes longer than its time-out) and ``die``
-    (killed in the middle of a copy)."""
+    """``kill``; for workers also ``fail`` (a copy raises), ``slow`` (it takes long, but ends in time), ``hang`` (longer
+    than its time-out) and ``die`` (killed in the middle of a copy, or right after it)."""
     incarnation: int = 1
 
 
@@ -86,6 +87,10 @@ _KINDS = ["serve"] * 10 + ["begin", "extend", "release"] * 3 + ["decode"] * 2
 _KINDS += ["reserve", "trim", "clear", "resize", "poll", "preempt", "fill"]
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 2e-4, 5e-2
 """Between two looks of the auditor; longer while nothing happens."""
+_COPIES = 8
+"""A worker's first so many copies may meet a fault."""
+_SLOW_S, _HANGS_S = 0.2, 2.0
+"""What a copy takes that is slow, or hangs: less and more than the time-out."""
 _FULL_NS = 3_000_000_000
 """So long ``/dev/shm`` stays full, unless an engine is refused something before."""
 
@@ -110,15 +115,24 @@ class Plan:
         memory = rng.choice(list(Order))
         policy = rng.choice([HostPolicy.EXCLUSIVE] * 3 + [HostPolicy.WRITE_THROUGH] * 2 + [HostPolicy.OFF])
         ranks = rng.choice((1, 1, 2))
+        prompts = [tuple(rng.choice((1, 1, 1, 2)) for _ in range(rng.randrange(1, 6))) for _ in range(20)]
+        kinds = _KINDS
+        if rng.random() < 0.2:  # few prompts, that do not fit into the device pool together: they come and go
+            policy, ranks = HostPolicy.EXCLUSIVE, 2
+            prompts = [(first, *rng.choices((1, 2), k=rng.randrange(2, 5))) for first in range(1, 4)]
+            kinds = ["serve", "serve", "release", "poll"]
         operations = []
         for _ in range(rng.randrange(3, 20)):
-            prompt = tuple(rng.choice((1, 1, 1, 2)) for _ in range(rng.randrange(1, 6)))
-            operations.append(Operation(rng.choice(_KINDS), prompt, rng.random() < 0.2))
+            operations.append(Operation(rng.choice(kinds), rng.choice(prompts), rng.random() < 0.2))
         faults = []
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
             victim = rng.choice(["engine", "engine", "auditor", *(f"worker {rank}" for rank in range(ranks))])
-            what = rng.choice(("kill", "die", "die", "fail", "hang")) if victim.startswith("worker") else "kill"
-            faults.append(Fault(1 + int(rng.random() * 4000), victim, what, rng.choice((1, 1, 1, 2))))
+            what = rng.choice(("kill", "die", "die", "fail", "hang", "slow")) if "worker" in victim else "kill"
+            at = 1 + int(rng.random() * 4000 if what == "kill" else rng.random() ** 2 * _COPIES)
+            faults.append(Fault(at, victim, what, rng.choice((1, 1, 1, 2))))
+        if ranks > 1 and rng.random() < 0.5:  # one rank dies while the other is behind
+            at = rng.randrange(1, 6)
+            faults += [Fault(at, "worker 1", "slow"), Fault(at + rng.choice((0, 1, 1)), "worker 0", "die")]
         if any(fault.victim == "engine" for fault in faults) and rng.random() < 0.5:
             faults.append(Fault(1 + int(rng.random() * 600), "engine", "kill", 2))  # while it recovers
         sizes = rng.randrange(6, 10), 0 if policy == HostPolicy.OFF else rng.randrange(4, 12)
@@ -246,8 +260,10 @@ class Simulation:
         self._finished = False
         self._full_until = 0
         self._incarnations: dict[str, int] = {}
-        self._copies: dict[Process, list[str]] = {}
-        """What happens to the next copies of a worker."""
+        self._copied: dict[Process, int] = {}
+        """How many copies a worker has begun."""
+        self._faults: dict[Process, dict[int, str]] = {}
+        """What happens to them, by number."""
 
     def run(self) -> Outcome:
         """Run it.
@@ -281,23 +297,23 @@ class Simulation:
         faults = [fault for fault in self.plan.faults if fault.victim == name and fault.incarnation == number]
         kills = [fault.at for fault in faults if fault.what == "kill"]
         process.strike_at = process.lines + min(kills) if kills else 0
-        self._copies[process] = [fault.what for fault in faults if fault.what != "kill"]
+        self._copied[process] = 0
+        self._faults[process] = {fault.at: fault.what for fault in faults if fault.what != "kill"}
 
     def _copy(self, real: Callable[..., int]) -> Callable[..., int]:
         def copying(pools: NumpyPools, direction: Direction, sources: IntArray, targets: IntArray) -> int:
             process = self._schedule.current()
-            faults = self._copies[process]
-            half = len(sources) // 2
-            if faults:
-                fault = faults.pop(0)
-                if fault == "fail":
-                    raise OSError("a copy failed, as planned")
-                if fault == "hang":
-                    self._schedule.sleep(2.0)
-                if fault == "die":
-                    real(pools, direction, sources[:half], targets[:half])
-                    process.buffer.collect()
-                    self._schedule.strike(process)
+            number = self._copied[process] = self._copied[process] + 1
+            fault = self._faults[process].get(number)
+            if fault == "fail":
+                raise OSError("a copy failed, as planned")
+            if fault in ("slow", "hang"):
+                self._schedule.sleep(_SLOW_S if fault == "slow" else _HANGS_S)
+            if fault == "die":
+                done = self._rng.randrange(len(sources) + 1)
+                real(pools, direction, sources[:done], targets[:done])
+                process.buffer.collect()
+                self._schedule.strike(process)
             return real(pools, direction, sources, targets)
 
         return copying
