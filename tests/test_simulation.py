@@ -359,13 +359,15 @@ def test_a_copy_that_was_overtaken_is_met(monkeypatch: pytest.MonkeyPatch) -> No
     steps = [("serve", first), ("serve", second), ("serve", third), ("release", first), ("serve", first)]
     operations = tuple(Operation(*step) for step in [*steps, ("serve", third)])
     faults = Fault(3, "worker 1", "slow"), Fault(4, "worker 0", "die")
-    plans = [Plan(seed, Order.TSO, HostPolicy.EXCLUSIVE, 2, 7, 11, operations, faults) for seed in range(20)]
-    for plan in plans:
-        simulate(plan)
+
+    def run_all() -> None:
+        for seed in range(20):
+            simulate(Plan(seed, Order.TSO, HostPolicy.EXCLUSIVE, 2, 7, 11, operations, faults))
+
+    run_all()
     monkeypatch.setattr(Ranks, "_give_up_overtaken", lambda self, done: None)
     with pytest.raises(WrongBytes):
-        for plan in plans:
-            simulate(plan)
+        run_all()
 
 
 def test_ctrl_c_ends_every_process_before_the_real_system_is_back() -> None:
