@@ -79,6 +79,9 @@ def resident() -> int:
 def full(entry: Entry, blocks: int, run: int, measured: int) -> Grown:
     """In the contestant's process: fill a cache, then measure."""
     with Pauses():
+        small = make(entry, _BLOCK, 100, longest=1024, requests=4)  # what a process takes once is not of a block
+        Lives(small, run).one()
+        small.close()
         ctypes.CDLL(None).malloc_trim(0)  # what an earlier one has freed
         before = resident()
         contestant = make(entry, _BLOCK, blocks, longest=1024, requests=4)
