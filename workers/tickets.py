@@ -109,11 +109,11 @@ def board_name(ledger: str) -> str:
 def claimed(tickets: Collection[int]) -> dict[int, int]:
     """Those of these revoked tickets with which some messager on this machine still writes, and its process id."""
     found: dict[int, int] = {}
-    for name in SHM.iterdir() if tickets else ():
-        if not _MESSAGER.fullmatch(name.name):
+    for name in os.listdir(SHM) if tickets else ():
+        if not _MESSAGER.fullmatch(name):
             continue
         try:
-            signals = Signals(f"/{name.name}", read_only=True)
+            signals = Signals(f"/{name}", read_only=True)
         except LedgerError:  # gone with its process, or another user's, who cannot open our pools
             continue
         claim, pid, started = signals.words[CLAIM], signals.words[transfer.PID], signals.words[transfer.START]

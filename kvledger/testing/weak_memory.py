@@ -158,10 +158,10 @@ class Buffer:
 
     def refresh(self, rng: random.Random) -> None:
         """One word that is late arrives here."""
-        for copy in self._copies.values():
-            if copy.stale:
-                copy.arrive(list(copy.stale)[int(rng.random() * len(copy.stale))])
-                return
+        late = [copy for copy in self._copies.values() if copy.stale]
+        if late:
+            copy = late[int(rng.random() * len(late))]
+            copy.arrive(list(copy.stale)[int(rng.random() * len(copy.stale))])
 
     def fence(self) -> None:
         """All own stores are visible, and nothing old is read after this."""

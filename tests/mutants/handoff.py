@@ -5,8 +5,45 @@ from __future__ import annotations
 from tests.mutants import Mutant, mutant
 
 TESTS = "tests/test_messager.py"
+TAKEN_BACK = "tests/test_handing_over.py::test_blocks_that_were_taken_back_are_written_by_nobody"
+WRITTEN = "tests/test_handing_over.py::test_only_what_is_written_is_sent"
 
 MUTANTS: list[Mutant] = [
+    mutant(
+        "a messager looks before its claim is visible",
+        "workers/tickets.py",
+        "        self._fence()\n        return 0 < slot",
+        "        return 0 < slot",
+        TAKEN_BACK,
+    ),
+    mutant(
+        "a decode instance looks at the claims before its revocation is visible",
+        "workers/tickets.py",
+        "        self._words[slot] &= ~1\n        self._fence()\n\n    def give_up",
+        "        self._words[slot] &= ~1\n\n    def give_up",
+        f"{TAKEN_BACK}[Order.WEAK]",
+    ),
+    mutant(
+        "a claim is given up before what was copied is visible",
+        "workers/transport.py",
+        "        finally:\n            self._release()\n            self._acquire()\n",
+        "        finally:\n",
+        f"{TAKEN_BACK}[Order.WEAK]",
+    ),
+    mutant(
+        "a layer is said to be written before it is visible",
+        "workers/progress.py",
+        "        self._release()\n        self._acquire()\n        self._signals.words[0] = word",
+        "        self._signals.words[0] = word",
+        f"{WRITTEN}[Order.WEAK]",
+    ),
+    mutant(
+        "a layer is read without a fence after it is said to be written",
+        "workers/progress.py",
+        "        self._release()\n        self._acquire()\n        return there",
+        "        return there",
+        f"{WRITTEN}[Order.WEAK]",
+    ),
     mutant(
         "a revoked ticket is good enough",
         "workers/tickets.py",
