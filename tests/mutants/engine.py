@@ -30,6 +30,14 @@ MUTANTS: list[Mutant] = [
         "[engine lives, and has not heard]",
     ),
     mutant(
+        "only what a GPU's worker had answered counts as begun",
+        "kvledger/ranks.py",
+        " or self._config.layout.on_gpu:",
+        ":",
+        "tests/test_failing_workers.py::test_what_a_later_copy_has_overwritten_is_not_copied_again"
+        "[a GPU, which had not answered]",
+    ),
+    mutant(
         "a new engine has it done again after a later copy has written into its sources",
         "kvledger/ranks.py",
         "            self._give_up_overtaken(self._state.transfers)\n            self._never_again(rank)\n",
