@@ -187,6 +187,7 @@ def test_a_killed_engine_is_succeeded_with_a_warm_cache(name: str, engines: Call
         assert {rank: manager._ranks.supervisor.pid(rank) for rank in range(2)} == {  # type: ignore[union-attr]
             rank: pid for rank, (pid, _) in enumerate(engine.workers)
         }, "workers that live are adopted, not restarted"
+        assert len(manager._writer._listeners) == 2, "who sleeps is woken by the new engine, too"
         events = story(name)
         since = epoch_of(events)
         started = since[0]
