@@ -4,8 +4,8 @@ A transaction is ``stage``d and then ``publish``ed. Staging makes room (or refus
 reads yet; publishing is each record's CRC (its commit word), then a fence, then the tail hint. A reader that sees the
 hint move checks the CRC chain anyway. What is staged and never published is overwritten by the next transaction.
 
-The next segment is prepared ahead of time by a thread (reserving 16 MiB takes 4 ms and does not hold the interpreter
-lock), and old ones are put away by it.
+The next segment is prepared ahead of time by a thread (reserving 16 MiB takes 4 to 8 ms and does not hold the
+interpreter lock), and old ones are put away by it.
 """
 
 from __future__ import annotations

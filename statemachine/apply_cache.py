@@ -63,7 +63,7 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
         position = 0
     leaf = bottom
     if new:
-        leaf = Node(new, bottom, path_end + known, _part(words, known * block_bytes, total * block_bytes), fresh)
+        leaf = Node(new, bottom, path_end + known, tree.part(words, known * block_bytes, total * block_bytes), fresh)
         leaf.device = blocks[position:]
         leaf.device_ready = True
         leaf.pins = 1
@@ -78,11 +78,6 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
     request.leaf = leaf
     request.words = words[total * block_bytes :]
     state.counters.cached_blocks += len(blocks)
-
-
-def _part(words: bytes, start: int, stop: int) -> bytes:
-    """A slice. All of them are not copied, which compiled code (mypyc) would do otherwise."""
-    return words if not start and stop == len(words) else words[start:stop]
 
 
 def _known_below(state: State, event: BlocksCached, path: Node, bottom: Node, words: bytes) -> list[Node]:
@@ -105,7 +100,7 @@ def _known_below(state: State, event: BlocksCached, path: Node, bottom: Node, wo
     expect_cut(state, event, bottom, event.cut, event.upper)
     if known != event.duplicates + event.taken:
         violated(event, f"{known} blocks are known below the path, not {event.duplicates + event.taken}")
-    if chain and not words.startswith(_part(tree.content_of(chain), 0, known * state.block_bytes)):
+    if chain and not words.startswith(tree.part(tree.content_of(chain), 0, known * state.block_bytes)):
         violated(event, "the words of the request and of the runs differ")
     if duplicates != event.duplicates:
         violated(event, f"{duplicates} blocks are valid on the device, not {event.duplicates}")

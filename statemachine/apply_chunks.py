@@ -39,7 +39,7 @@ def request_extended(state: State, event: RequestExtended) -> None:
     length = (end - path.end) * state.block_bytes
     if event.device_blocks != end - path.end:
         violated(event, f"run {leaf.id} is {end - path.end} blocks below the path, not {event.device_blocks}")
-    if chain and request.words[:length] != tree.content_of(chain)[:length]:
+    if chain and not request.words.startswith(tree.part(tree.content_of(chain), 0, length)):
         violated(event, "the words of the request and of the runs differ")
     expected = own_copies(request, end)[::-1]
     expect_blocks(state, event, Tier.DEVICE, event.blocks, expected, f"a copy of request {request.key!r}")

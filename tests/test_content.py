@@ -34,6 +34,15 @@ def test_equal_prompts_give_equal_words_whatever_type_carries_them(tokens: list[
         assert words_of(carrier).tobytes() == wanted, carrier
 
 
+def test_whatever_counts_as_an_index_is_a_token_in_a_list() -> None:
+    class Token:
+        def __index__(self) -> int:
+            return 7
+
+    for tokens in ([Token(), 8], [7, np.int64(8)], [np.uint8(7), 8], (7, 8)):
+        assert words_of(tokens).tobytes() == np.array([7, 8], np.int32).tobytes(), tokens
+
+
 def test_int32_is_not_copied() -> None:
     tokens = np.arange(8, dtype=np.int32)
     words = words_of(tokens)

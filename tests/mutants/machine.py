@@ -437,6 +437,13 @@ MUTANTS = [
     ),
     # content
     mutant(
+        "a list is not looked at for tokens beyond int32",
+        "statemachine/content.py",
+        "    return words if _is_plain(words) else None\n",
+        "    return words\n",
+        "tests/test_content.py::test_what_is_no_token_is_rejected",
+    ),
+    mutant(
         "the hash of an item is ignored",
         "statemachine/content.py",
         'np.frombuffer(item.hash[:_HASH_BYTES], "<u4") | _SIGN',
