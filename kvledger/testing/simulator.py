@@ -12,6 +12,7 @@ TigerBeetle's VOPR and FoundationDB's simulation are the models.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -260,10 +261,8 @@ class Simulation:
         self._finished = False
         self._full_until = 0
         self._incarnations: dict[str, int] = {}
-        self._copied: dict[Process, int] = {}
-        """How many copies a worker has begun."""
-        self._faults: dict[Process, dict[int, str]] = {}
-        """What happens to them, by number."""
+        self._copies: dict[Process, Iterator[str | None]] = {}
+        """What happens to the next copies of a worker, one after the other."""
 
     def run(self) -> Outcome:
         """Run it.
@@ -297,14 +296,13 @@ class Simulation:
         faults = [fault for fault in self.plan.faults if fault.victim == name and fault.incarnation == number]
         kills = [fault.at for fault in faults if fault.what == "kill"]
         process.strike_at = process.lines + min(kills) if kills else 0
-        self._copied[process] = 0
-        self._faults[process] = {fault.at: fault.what for fault in faults if fault.what != "kill"}
+        planned = {fault.at: fault.what for fault in faults if fault.what != "kill"}
+        self._copies[process] = map(planned.get, itertools.count(1))
 
     def _copy(self, real: Callable[..., int]) -> Callable[..., int]:
         def copying(pools: NumpyPools, direction: Direction, sources: IntArray, targets: IntArray) -> int:
             process = self._schedule.current()
-            number = self._copied[process] = self._copied[process] + 1
-            fault = self._faults[process].get(number)
+            fault = next(self._copies[process])
             if fault == "fail":
                 raise OSError("a copy failed, as planned")
             if fault in ("slow", "hang"):
