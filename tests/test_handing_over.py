@@ -44,7 +44,7 @@ class EarlyRead(AssertionError):
 def take_back(seed: int, order: Order) -> int:
     """A decode instance takes blocks back while a messager may be writing them, and uses them itself.
 
-    Returns how often the messager had written before.
+    Some messagers are killed, with or without a claim. Returns how often one had written before.
     """
     rng = random.Random(seed)
     schedule = Schedule(rng, order)
@@ -64,7 +64,7 @@ def take_back(seed: int, order: Order) -> int:
             schedule.current().buffer.fence()  # as the engines' own wire does
             orders.append(push)
             if rng.random() < 0.7:
-                while begun < len(orders):
+                while begun < len(orders) and sender.alive:
                     schedule.sleep(1e-6)
                 schedule.sleep(1e-6 * rng.randrange(40))
             board.revoke(slot)
@@ -75,7 +75,7 @@ def take_back(seed: int, order: Order) -> int:
             for piece in block:
                 piece[1] = OURS
             log.append([(1, number, b"", b"")])
-            while ended < len(orders):
+            while ended < len(orders) and sender.alive:
                 schedule.sleep(1e-6)
             log.append([(1, number, b"", b"")])
             if not all((piece[1] == OURS).all() for piece in block):
@@ -85,6 +85,8 @@ def take_back(seed: int, order: Order) -> int:
         board.close(remove=True)
         log.close(unlink=True)
         remove_objects(DECODE)
+        if not sender.alive:
+            remove_objects(PREFILL)
         return 0
 
     def messager() -> int:
@@ -123,7 +125,9 @@ def take_back(seed: int, order: Order) -> int:
         copy(*arguments)
 
     schedule.spawn(DECODE, decode)
-    schedule.spawn("messager", messager)
+    sender = schedule.spawn("messager", messager)
+    if rng.random() < 0.3:
+        sender.strike_at = rng.randrange(100, 600)
     with installed(System(schedule, {}), (writer, "_LEAST_SEGMENT", 8 << 10), (transport, "_copy", slowly)):
         schedule.run()
     return arrived

@@ -24,6 +24,13 @@ MUTANTS: list[Mutant] = [
         f"{TAKEN_BACK}[Order.WEAK]",
     ),
     mutant(
+        "the claim of a dead messager counts",
+        "workers/tickets.py",
+        "        if claim in tickets and alive(pid, started):\n",
+        "        if claim in tickets:\n",
+        TAKEN_BACK,
+    ),
+    mutant(
         "a claim is given up before what was copied is visible",
         "workers/transport.py",
         "        finally:\n            self._release()\n            self._acquire()\n",
