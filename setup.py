@@ -32,6 +32,7 @@ NATIVE = {
         "incremental",
         "order",
         "ownership",
+        "replay",
         "room",
         "state",
         "tree",

@@ -15,6 +15,7 @@ import logging
 import mmap
 import time
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import posix_ipc
 from crc32c import crc32c
@@ -32,6 +33,8 @@ from ipc.segment import HEADER_BYTES, NEXT, TAIL, Header
 _LEAST_SEGMENT = 64 << 10
 _RESERVED = 16
 """This part of a segment (one sixteenth) is kept while there is no room for the next one."""
+_UNCOMMITTED: Final = bytes(LINE_BYTES - CRC_OFFSET)
+"""In the place of a commit word, until the record is published."""
 _log = logging.getLogger(__name__)
 
 Encoded = tuple[int, int, bytes, bytes, bytes]
@@ -193,14 +196,11 @@ class LogWriter:
                 flags |= TXN_END
             size = len(head)
             line = LINE.pack(sequence, now, kind, flags, 0, step, subject, size + len(tail), args)
-            crc = crc32c(line, crc)
-            buffer[offset : offset + CRC_OFFSET] = line
+            crc = crc32c(line + head, crc)  # a call costs more than joining, and so does a copy into shared memory
+            buffer[offset : offset + LINE_BYTES + size] = line + _UNCOMMITTED + head
             offset += LINE_BYTES
             word = (offset >> 2) - 1
-            if size:
-                crc = crc32c(head, crc)
-                buffer[offset : offset + size] = head
-                offset += size
+            offset += size
             if tail:
                 crc = crc32c(tail, crc)
                 buffer[offset : offset + len(tail)] = tail

@@ -18,7 +18,8 @@ from ipc import KvlogReader, Record
 from kvledger.mentioned import Mentioned
 from kvledger.timeline import ROW_EVENTS, Timeline
 from statemachine.encoding import restore, snapshot
-from statemachine.replay import Contradiction, Replay
+from statemachine.errors import Contradiction
+from statemachine.replay import Replay
 
 SNAPSHOT_EVERY = 5_000
 VERSION = 9

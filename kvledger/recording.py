@@ -29,7 +29,8 @@ from kvledger.mentioned import Kind, stretches
 from kvledger.timeline import Timeline
 from statemachine import codec
 from statemachine.encoding import MAGIC, SnapshotError, restore
-from statemachine.replay import Contradiction, Replay
+from statemachine.errors import Contradiction
+from statemachine.replay import Replay
 from statemachine.state import State
 from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
 

@@ -7,19 +7,25 @@ from array import array
 from statemachine import tree
 from statemachine.apply_transfers import delete
 from statemachine.events import (
+    BACKUP,
+    DEVICE,
+    EXCLUSIVE,
+    HOST,
+    SWAP_IN,
     BlocksCached,
     BlocksEvicted,
     CacheCleared,
-    Direction,
     HostPolicy,
     IntArray,
     PoolResized,
     Tier,
     TierLost,
 )
-from statemachine.expect import expect_blocks, expect_cut, node_of, request_of, tier_of, violated
+from statemachine.expect import expect_blocks, expect_cut, node_of, one_of, request_of, violated
 from statemachine.ownership import owner
-from statemachine.state import MOST_BLOCKS, Node, Request, State
+from statemachine.state import MOST_BLOCKS, Node, Request, State, from_end
+
+_TIERS = tuple(Tier)
 
 
 def blocks_cached(state: State, event: BlocksCached) -> None:
@@ -53,7 +59,7 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
         violated(event, f"request {request.key!r} still waits for {[*request.waits]}")
     own = request.table[path_end + duplicates : path_end + total]
     if blocks != own:
-        expect_blocks(state, event, Tier.DEVICE, blocks, own, "next in the block table of a request")
+        expect_blocks(state, event, DEVICE, blocks, own, "next in the block table of a request")
 
     if chain:
         if upper:
@@ -125,11 +131,11 @@ def _join(state: State, chain: list[Node], blocks: IntArray, computed: int) -> i
 def _take_over(state: State, node: Node, blocks: IntArray) -> None:
     """A known run without a valid device copy gets a request's computed blocks."""
     transfer = node.transfer
-    exclusive = state.policy == HostPolicy.EXCLUSIVE
+    exclusive = state.policy == EXCLUSIVE
     if transfer is not None:
         index = next(i for i, part in enumerate(transfer.parts) if part.node is node)
         part = transfer.parts[index]
-        if transfer.direction == Direction.SWAP_IN:
+        if transfer.direction == SWAP_IN:
             part.discard = True
             for id in transfer.waiters:
                 _replace(state.requests[id], node, blocks)
@@ -161,7 +167,7 @@ def blocks_evicted(state: State, event: BlocksEvicted) -> None:
     tier, _, upper, ids, counts, named = event
     if tier not in (0, 1) or len(ids) != len(counts) or not ids:
         violated(event, "tier, runs and counts do not fit")
-    device = tier == Tier.DEVICE
+    device = tier == DEVICE
     victims: list[tuple[Node, int, IntArray]] = []
     gone: set[Node] = set()
     position = 0
@@ -173,7 +179,7 @@ def blocks_evicted(state: State, event: BlocksEvicted) -> None:
         )
         if node.pins or copy is None or not ready or not 0 < count <= node.size or node in gone:
             violated(event, f"{count} blocks of run {id} ({node.pins} pins) are not evictable, or it is named twice")
-        if node.transfer is not None and (not device or node.transfer.direction != Direction.BACKUP):
+        if node.transfer is not None and (not device or node.transfer.direction != BACKUP):
             violated(event, f"run {id} is in transfer {node.transfer.id}")
         whole = count == node.size
         if not whole and len(victims) != last:
@@ -182,7 +188,7 @@ def blocks_evicted(state: State, event: BlocksEvicted) -> None:
             if child not in gone and (other is None or (child.device if device else child.host) is not None):
                 violated(event, f"run {id} has the cached child {child.id}")
         blocks = named[position : position + count]
-        end = copy[: -count - 1 : -1]
+        end = from_end(copy, count)
         if blocks != end:
             expect_blocks(state, event, Tier(tier), blocks, end, f"the end of run {id}")
         position += count
@@ -254,9 +260,9 @@ def cache_cleared(state: State, event: CacheCleared) -> None:
 
 def pool_resized(state: State, event: PoolResized) -> None:
     """The highest block ids come or go."""
-    tier = tier_of(event, event.tier)
+    tier = one_of(event, _TIERS, event.tier)
     pool = state.pool(tier)
-    capacity = event.blocks + (state.opened.host_staging_blocks if tier == Tier.HOST else 0)
+    capacity = event.blocks + (state.opened.host_staging_blocks if tier == HOST else 0)
     if capacity > MOST_BLOCKS:
         violated(event, f"a pool has {MOST_BLOCKS} blocks at most")
     kept = array("i", [block for block in pool.free if block < capacity])
@@ -266,18 +272,18 @@ def pool_resized(state: State, event: PoolResized) -> None:
         violated(event, f"{tier.name} block {block} is in use by {owner(state, tier, block)}")
     pool.free = array("i", range(capacity - 1, pool.capacity - 1, -1)) + kept
     pool.capacity = capacity
-    if tier == Tier.HOST:
+    if tier == HOST:
         state.host_blocks = event.blocks
 
 
 def tier_lost(state: State, event: TierLost) -> None:
     """All copies on the tier are gone; runs that have no other copy go, with all below them."""
-    tier = tier_of(event, event.tier)
-    if state.transfers or (tier == Tier.DEVICE and state.requests):
+    tier = one_of(event, _TIERS, event.tier)
+    if state.transfers or (tier == DEVICE and state.requests):
         violated(event, "transfers (and for the device, requests) have to end first")
-    if tier == Tier.DEVICE and not event.pools:
+    if tier == DEVICE and not event.pools:
         violated(event, "there is no doing without the device tier")
-    if tier == Tier.DEVICE:
+    if tier == DEVICE:
         for node in [*state.final, *state.device_order]:
             assert node.device is not None
             state.evictable -= node.size

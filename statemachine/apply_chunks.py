@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 
 from statemachine import tree
-from statemachine.events import BlocksComputed, IntArray, RequestExtended, Tier
+from statemachine.events import DEVICE, BlocksComputed, IntArray, RequestExtended
 from statemachine.expect import expect_blocks, expect_cut, node_of, request_of, violated
 from statemachine.state import Node, Request, State
 
@@ -42,7 +42,7 @@ def request_extended(state: State, event: RequestExtended) -> None:
     if chain and not request.words.startswith(tree.part(tree.content_of(chain), 0, length)):
         violated(event, "the words of the request and of the runs differ")
     expected = own_copies(request, end)[::-1]
-    expect_blocks(state, event, Tier.DEVICE, event.blocks, expected, f"a copy of request {request.key!r}")
+    expect_blocks(state, event, DEVICE, event.blocks, expected, f"a copy of request {request.key!r}")
 
     if event.upper:
         leaf = chain[-1] = tree.split(state, leaf, event.cut, event.upper)

@@ -7,15 +7,15 @@ from array import array
 
 from statemachine import tree
 from statemachine.events import (
+    DEVICE,
+    SWAP_IN,
     AllocationRefused,
     BlocksAllocated,
     BlocksReassigned,
     BlocksTrimmed,
-    Direction,
     IntArray,
     RequestMatched,
     RequestReleased,
-    Tier,
 )
 from statemachine.expect import (
     expect_blocks,
@@ -43,7 +43,7 @@ def give_back(state: State, request: Request, blocks: IntArray) -> None:
     """Free private blocks; those that a copy still reads belong to its transfer until it ends."""
     for id in request.waits:
         transfer = state.transfers[id]
-        if transfer.direction != Direction.SWAP_IN:
+        if transfer.direction != SWAP_IN:
             busy = set(transfer.sources)
             transfer.held.extend([block for block in blocks if block in busy])
             blocks = array("i", [block for block in blocks if block not in busy])
@@ -164,7 +164,7 @@ def blocks_reassigned(state: State, event: BlocksReassigned) -> None:
     moved = set(event.blocks)
     if len(moved) != len(event.blocks) or not moved.issubset(tail):
         wrong = next((block for block in event.blocks if block not in tail), event.blocks[0])
-        violated(event, f"DEVICE block {wrong} is not request {source.key!r}'s: {owner(state, Tier.DEVICE, wrong)}")
+        violated(event, f"DEVICE block {wrong} is not request {source.key!r}'s: {owner(state, DEVICE, wrong)}")
     source.table = source.table[: source.leaf.end] + array("i", [block for block in tail if block not in moved])
     target.table.extend(event.blocks)
 
@@ -192,7 +192,7 @@ def _free_some(state: State, event: BlocksTrimmed, request: Request) -> None:
     gone = set(event.blocks)
     if request.waits or len(gone) != len(event.blocks) or not gone.issubset(tail):
         wrong = next((block for block in event.blocks if block not in tail), event.blocks[0])
-        violated(event, f"DEVICE block {wrong} is not request {request.key!r}'s: {owner(state, Tier.DEVICE, wrong)}")
+        violated(event, f"DEVICE block {wrong} is not request {request.key!r}'s: {owner(state, DEVICE, wrong)}")
     request.table = request.table[:end] + array("i", [block for block in tail if block not in gone])
     state.device.free.extend(event.blocks)
 
@@ -222,7 +222,7 @@ def request_released(state: State, event: RequestReleased) -> None:
     request = request_of(state, event, number)
     own = request.private()[::-1]
     if blocks != own:
-        expect_blocks(state, event, Tier.DEVICE, blocks, own, f"private to {request.key!r}")
+        expect_blocks(state, event, DEVICE, blocks, own, f"private to {request.key!r}")
     merges: list[tuple[Node, list[Node]]] = []
     if final or merged or absorbed:
         loose = tree.loosened(request.leaf)

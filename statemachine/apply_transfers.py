@@ -11,24 +11,28 @@ from array import array
 from statemachine import tree
 from statemachine.apply_requests import take_granted
 from statemachine.events import (
+    DEVICE,
+    DONE,
+    EXCLUSIVE,
+    HOST,
+    SWAP_IN,
+    SWAP_OUT,
     Direction,
-    HostPolicy,
     Outcome,
     QuarantineEnded,
-    Tier,
     TransferFinished,
     TransferStarted,
 )
-from statemachine.expect import expect_blocks, expect_cut, expect_granted, node_of, request_of, violated
+from statemachine.expect import expect_blocks, expect_cut, expect_granted, node_of, one_of, request_of, violated
 from statemachine.state import Node, Part, Request, State, Transfer
+
+_DIRECTIONS = tuple(Direction)
+_OUTCOMES = tuple(Outcome)
 
 
 def transfer_started(state: State, event: TransferStarted) -> None:
     """A copy is ordered."""
-    try:
-        direction = Direction(event.direction)
-    except ValueError as error:
-        violated(event, str(error))
+    direction = one_of(event, _DIRECTIONS, event.direction)
     if event.transfer != state.next_transfer:
         violated(event, f"transfer {event.transfer} is not the next new one")
     if not event.nodes or len(event.nodes) != len(event.counts):
@@ -39,7 +43,7 @@ def transfer_started(state: State, event: TransferStarted) -> None:
     members = set(nodes)
     if len(members) != len(nodes):
         violated(event, "a run is named twice")
-    if direction == Direction.SWAP_IN:
+    if direction == SWAP_IN:
         _swap_in(state, event, nodes)
     else:
         _copy_out(state, event, direction, nodes, members)
@@ -63,12 +67,12 @@ def _swap_in(state: State, event: TransferStarted, nodes: list[Node]) -> None:
         assert node.host is not None
         expected.extend(node.host)
         above = node
-    expect_blocks(state, event, Tier.HOST, event.sources, expected, "the host copy of these runs")
+    expect_blocks(state, event, HOST, event.sources, expected, "the host copy of these runs")
     plain = expect_granted(state, event, event.targets, event.after, event.held)
 
     take_granted(state, plain, event.after, event.held)
     parts = [Part(node, node.size) for node in nodes]
-    transfer = Transfer(event.transfer, Direction.SWAP_IN, parts, event.sources, event.targets, event.after)
+    transfer = Transfer(event.transfer, SWAP_IN, parts, event.sources, event.targets, event.after)
     tree.pin(state, nodes[-1])
     position = 0
     for node in nodes:
@@ -88,7 +92,7 @@ def _swap_in(state: State, event: TransferStarted, nodes: list[Node]) -> None:
 def _copy_out(
     state: State, event: TransferStarted, direction: Direction, nodes: list[Node], members: set[Node]
 ) -> None:
-    leaves = direction == Direction.SWAP_OUT
+    leaves = direction == SWAP_OUT
     first = nodes[0]
     if event.request or event.after or event.held:
         violated(event, "a copy to the host waits for nothing")
@@ -113,10 +117,10 @@ def _copy_out(
                 if child.device is not None and child not in members:
                     violated(event, f"run {node.id} has the child {child.id} on the device")
         expected.extend(ids)
-    expect_blocks(state, event, Tier.DEVICE, event.sources, expected, "the device copy of these runs")
+    expect_blocks(state, event, DEVICE, event.sources, expected, "the device copy of these runs")
     free = state.host.free
     count = len(event.targets)
-    expect_blocks(state, event, Tier.HOST, event.targets, free[: -count - 1 : -1], "next on the free list")
+    expect_blocks(state, event, HOST, event.targets, free[: -count - 1 : -1], "next on the free list")
 
     if event.upper:
         upper = tree.split(state, partial, partial.size - taken if leaves else taken, event.upper)
@@ -150,12 +154,9 @@ def transfer_finished(state: State, event: TransferFinished) -> None:
     transfer = state.transfers.get(event.transfer)
     if transfer is None or transfer.quarantined:
         violated(event, f"transfer {event.transfer} is not in flight")
-    try:
-        outcome = Outcome(event.outcome)
-    except ValueError as error:
-        violated(event, str(error))
+    outcome = one_of(event, _OUTCOMES, event.outcome)
     total = len(transfer.targets)
-    if event.valid > total or (outcome == Outcome.DONE) != (event.valid == total):
+    if event.valid > total or (outcome == DONE) != (event.valid == total):
         violated(event, f"{event.valid} of {total} valid blocks do not go with {outcome.name}")
     boundary = _boundary(transfer, event.valid) if event.valid < total else None
     if boundary is None:
@@ -169,9 +170,9 @@ def transfer_finished(state: State, event: TransferFinished) -> None:
     if outcome == Outcome.TIMED_OUT:
         transfer.quarantined = True
         state.transfers[transfer.id] = transfer
-    if outcome != Outcome.DONE:
+    if outcome != DONE:
         state.counters.failed_transfers += 1
-    if transfer.direction == Direction.SWAP_IN:
+    if transfer.direction == SWAP_IN:
         _finish_swap_in(state, transfer, event.valid, outcome)
     else:
         _finish_copy_out(state, transfer, event.valid)
@@ -196,7 +197,7 @@ def _boundary(transfer: Transfer, valid: int) -> tuple[Node, int] | None:
 
 
 def _finish_swap_in(state: State, transfer: Transfer, valid: int, outcome: Outcome) -> None:
-    exclusive = state.policy == HostPolicy.EXCLUSIVE
+    exclusive = state.policy == EXCLUSIVE
     undone: list[Node] = []
     position = 0
     for part in transfer.parts:
@@ -320,7 +321,7 @@ def delete(state: State, top: Node) -> None:
             part = next(part for part in transfer.parts if part.node is node)
             part.node = None
             node.transfer = None
-            if transfer.direction != Direction.SWAP_IN:
+            if transfer.direction != SWAP_IN:
                 state.host_resident -= node.size
             elif transfer.leaf is not None:
                 part.discard = True
@@ -348,7 +349,7 @@ def _settle(state: State, transfer: Transfer) -> None:
     if not transfer.quarantined:
         state.device.free.extend(transfer.held)
         state.host.free.extend(transfer.held_host)
-    elif transfer.direction == Direction.SWAP_IN:
+    elif transfer.direction == SWAP_IN:
         state.host.free.extend(transfer.held_host)
         transfer.held_host = array("i")
     else:

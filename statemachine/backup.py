@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 
 from statemachine.commands import Backup
-from statemachine.events import Direction, Event, EvictReason, HostPolicy, IntArray, Tier, TransferStarted
+from statemachine.events import BACKUP, CAPACITY, HOST, WRITE_THROUGH, Event, IntArray, TransferStarted
 from statemachine.room import evicted, host_room
 from statemachine.state import Node, State
 
@@ -16,7 +16,7 @@ def back_up(state: State, command: Backup) -> list[Event]:
     Where the host is short, as much as fits: the front of a path is worth more than its end.
     """
     node = state.nodes.get(command.node)
-    if state.policy != HostPolicy.WRITE_THROUGH or node is None:
+    if state.policy != WRITE_THROUGH or node is None:
         return []
     runs: list[Node] = []
     while node is not None and node.parent is not None and node.host is None:
@@ -36,7 +36,7 @@ def back_up(state: State, command: Backup) -> list[Event]:
     events: list[Event] = []
     free = state.host.free
     if victims:
-        eviction = evicted(Tier.HOST, victims, EvictReason.CAPACITY)
+        eviction = evicted(HOST, victims, CAPACITY)
         events.append(eviction)
         free = free + eviction.blocks
     nodes, counts, sources = array("Q"), array("I"), array("i")
@@ -52,9 +52,7 @@ def back_up(state: State, command: Backup) -> list[Event]:
         upper = state.next_node if count < run.size else 0
     targets: IntArray = free[len(free) - len(sources) :][::-1]
     none, zero = array("Q"), array("I")
-    events.append(
-        TransferStarted(state.next_transfer, Direction.BACKUP, 0, upper, nodes, counts, none, zero, sources, targets)
-    )
+    events.append(TransferStarted(state.next_transfer, BACKUP, 0, upper, nodes, counts, none, zero, sources, targets))
     return events
 
 

@@ -39,20 +39,20 @@ from statemachine.errors import (
     UnknownTransfer,
 )
 from statemachine.events import (
+    DEVICE,
+    DONE,
+    SWAP_IN,
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
     BlocksReassigned,
     BlocksTrimmed,
-    Direction,
     Event,
     HostPolicy,
     IntArray,
-    Outcome,
     QuarantineEnded,
     RequestMatched,
     RequestReleased,
-    Tier,
     TransferFinished,
     TransferStarted,
 )
@@ -154,14 +154,14 @@ def out_of_blocks(
         fitting: so many of the ``requests``, in order, would fit.
         reserved: blocks that are available, and kept for those that run already.
     """
-    in_transfer = sum(len(transfer_blocks(transfer, Tier.DEVICE)) for transfer in state.transfers.values())
+    in_transfer = sum(len(transfer_blocks(transfer, DEVICE)) for transfer in state.transfers.values())
     never = blocks > state.device.capacity
     return OutOfBlocks(event, in_transfer, fitting=fitting, requests=requests, reserved=reserved, never_fits=never)
 
 
 def _admit(state: State, command: Admit) -> list[Event]:
     path = _path(state, command)
-    _, cut, device, host, _ = path
+    cut, device, host = path.cut, path.device, path.host
     wanted = max(command.blocks - device, host)
     kept, own = _kept(path)
     reserved = command.watermark if state.requests else 0
@@ -246,8 +246,8 @@ def _kept(path: tree.Path) -> tuple[dict[Node, int], int]:
 
 def _matched(state: State, command: Match | Admit, path: tree.Path) -> RequestMatched:
     key, words, namespace, *_ = command
-    node, cut, device, host, _ = path
-    leaf = node.id if node is not None else 0
+    cut, device, host = path.cut, path.device, path.host
+    leaf = path.leaf.id if path.leaf is not None else 0
     upper = state.next_node if cut else 0
     block_bytes = state.block_bytes
     rest = words[(device + host) * block_bytes : len(words) // block_bytes * block_bytes].tobytes()
@@ -273,9 +273,7 @@ def _swapped_in(state: State, path: tree.Path, supply: Supply, events: list[Even
         sources.extend(ids)
     targets, after, held = supply.take(len(sources))
     transfer = state.next_transfer + sum(type(event) is TransferStarted for event in events)
-    return TransferStarted(
-        transfer, Direction.SWAP_IN, state.next_request, 0, nodes, counts, after, held, sources, targets
-    )
+    return TransferStarted(transfer, SWAP_IN, state.next_request, 0, nodes, counts, after, held, sources, targets)
 
 
 def _granted(requests: IntArray, counts: IntArray, supply: Supply, total: int) -> BlocksAllocated:
@@ -423,10 +421,10 @@ def _finish_transfer(state: State, command: FinishTransfer) -> list[Event]:
     if transfer.quarantined:
         raise UnknownTransfer(f"transfer {transfer.id} has timed out already; end its quarantine instead")
     total = len(transfer.targets)
-    if not 0 <= command.valid <= total or (command.outcome == Outcome.DONE) != (command.valid == total):
+    if not 0 <= command.valid <= total or (command.outcome == DONE) != (command.valid == total):
         raise InvalidCommand(f"{command.valid} valid blocks of {total} do not go with {command.outcome.name}")
     first = transfer.parts[0].node
-    if transfer.direction == Direction.SWAP_IN and command.valid and first is not None and first.parent is not None:
+    if transfer.direction == SWAP_IN and command.valid and first is not None and first.parent is not None:
         if tree.arriving(first.parent) and first.parent.transfer is not None:
             raise OutOfOrder(
                 f"transfer {transfer.id} continues the path of transfer {first.parent.transfer.id}: finish that first"

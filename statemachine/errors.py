@@ -82,3 +82,18 @@ class OutOfBlocks(CommandRejected):
 
 class InvariantViolation(AssertionError):
     """An event contradicts the state: always a defect of kvledger, or a damaged log."""
+
+
+class Contradiction(InvariantViolation):
+    """An event of a log does not fit the state before it, or leaves a state that is not sound.
+
+    ``sequence`` is its number.
+    """
+
+    def __init__(self, sequence: int, message: str) -> None:
+        self.sequence = sequence
+        super().__init__(message)
+
+
+class Diverged(Contradiction):
+    """The replay has another state than the engine had."""

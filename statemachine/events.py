@@ -19,7 +19,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 
 if TYPE_CHECKING:
     IntArray = array[int]
@@ -105,6 +105,18 @@ class DigestScope(IntEnum):
 
     COUNTERS = 0
     STATE = 1
+
+
+DEVICE: Final = Tier.DEVICE
+HOST: Final = Tier.HOST
+EXCLUSIVE: Final = HostPolicy.EXCLUSIVE
+WRITE_THROUGH: Final = HostPolicy.WRITE_THROUGH
+CAPACITY: Final = EvictReason.CAPACITY
+SWAP_OUT: Final = Direction.SWAP_OUT
+SWAP_IN: Final = Direction.SWAP_IN
+BACKUP: Final = Direction.BACKUP
+DONE: Final = Outcome.DONE
+"""What every step asks for: before Python 3.12, looking a member up in its enumeration takes 75 ns."""
 
 
 class LedgerOpened(NamedTuple):

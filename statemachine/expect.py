@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from enum import IntEnum
+from typing import NoReturn, TypeVar
 
 from statemachine.errors import InvariantViolation
-from statemachine.events import Event, IntArray, Tier
+from statemachine.events import DEVICE, Event, IntArray, Tier
 from statemachine.ownership import owner
-from statemachine.state import Node, Request, State
+from statemachine.state import Node, Request, State, from_end
+
+Member = TypeVar("Member", bound=IntEnum)
 
 
 def violated(event: Event, message: str) -> NoReturn:
@@ -41,12 +44,11 @@ def request_of(state: State, event: Event, id: int) -> Request:
     return request
 
 
-def tier_of(event: Event, number: int) -> Tier:
-    """The tier of that number."""
-    try:
-        return Tier(number)
-    except ValueError as error:
-        violated(event, str(error))
+def one_of(event: Event, members: tuple[Member, ...], number: int) -> Member:
+    """The member of an enumeration that has that number, of all of them in order. (Calling the enumeration: 320 ns.)"""
+    if not 0 <= number < len(members):
+        violated(event, f"{number} is no {type(members[0]).__name__}")
+    return members[number]
 
 
 def expect_cut(state: State, event: Event, node: Node, cut: int, upper: int) -> None:
@@ -57,9 +59,9 @@ def expect_cut(state: State, event: Event, node: Node, cut: int, upper: int) -> 
 
 def expect_free(state: State, event: Event, given: IntArray) -> None:
     """The ids come from the top of the device's free list."""
-    top = state.device.free[: -len(given) - 1 : -1]
+    top = from_end(state.device.free, len(given))
     if given != top:
-        expect_blocks(state, event, Tier.DEVICE, given, top, "next on the free list")
+        expect_blocks(state, event, DEVICE, given, top, "next on the free list")
 
 
 def expect_granted(state: State, event: Event, given: IntArray, after: IntArray, held: IntArray) -> int:
@@ -74,6 +76,6 @@ def expect_granted(state: State, event: Event, given: IntArray, after: IntArray,
         if transfer is None or transfer.quarantined or not 0 < count <= len(transfer.held):
             violated(event, f"transfer {id} does not hold {count} device blocks")
         expected = transfer.held[len(transfer.held) - count :][::-1]
-        expect_blocks(state, event, Tier.DEVICE, given[position : position + count], expected, f"held by {id}")
+        expect_blocks(state, event, DEVICE, given[position : position + count], expected, f"held by {id}")
         position += count
     return plain

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from statemachine.events import Direction, IntArray, Tier
+from statemachine.events import DEVICE, HOST, SWAP_IN, IntArray, Tier
 from statemachine.state import State, Transfer
 
 
 def transfer_blocks(transfer: Transfer, tier: Tier) -> IntArray:
     """Blocks of a tier that belong to a transfer itself: held for it, or targets that nobody wants any more."""
-    blocks = (transfer.held if tier == Tier.DEVICE else transfer.held_host)[:]
+    blocks = (transfer.held if tier == DEVICE else transfer.held_host)[:]
     if transfer.quarantined:
         return blocks
     position = 0
     for part in transfer.parts:
         stop = position + part.size
-        if transfer.direction == Direction.SWAP_IN:
-            if tier == Tier.DEVICE and part.discard:
+        if transfer.direction == SWAP_IN:
+            if tier == DEVICE and part.discard:
                 blocks.extend(transfer.targets[position:stop])
-            if tier == Tier.HOST and part.node is None:
+            if tier == HOST and part.node is None:
                 blocks.extend(transfer.sources[position:stop])
-        elif tier == Tier.HOST and part.node is None:
+        elif tier == HOST and part.node is None:
             blocks.extend(transfer.targets[position:stop])
         position = stop
     return blocks
@@ -31,10 +31,10 @@ def owners(state: State, tier: Tier) -> Iterator[tuple[str, IntArray]]:
     """Every owner on a tier with its blocks, in no particular order."""
     yield "free list", state.pool(tier).free
     for node in state.nodes.values():
-        ids = node.device if tier == Tier.DEVICE else node.host
+        ids = node.device if tier == DEVICE else node.host
         if ids is not None:
             yield f"run {node.id}", ids
-    if tier == Tier.DEVICE:
+    if tier == DEVICE:
         for request in state.requests.values():
             yield f"request {request.key!r} ({request.id})", request.private()
     for transfer in state.transfers.values():

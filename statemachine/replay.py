@@ -9,25 +9,9 @@ from statemachine import codec
 from statemachine.apply import apply, genesis
 from statemachine.check import check
 from statemachine.encoding import counters_digest, state_digest
-from statemachine.errors import InvariantViolation
+from statemachine.errors import Contradiction, Diverged, InvariantViolation
 from statemachine.events import DigestScope, DigestTaken, Event
 from statemachine.state import State
-
-
-class Contradiction(InvariantViolation):
-    """An event of a log does not fit the state before it, or leaves a state that is not sound.
-
-    ``sequence`` is its number.
-    """
-
-    def __init__(self, sequence: int, message: str) -> None:
-        self.sequence = sequence
-        super().__init__(message)
-
-
-class Diverged(Contradiction):
-    """The replay has another state than the engine had."""
-
 
 MISFITS = (AssertionError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What ``apply`` or the codec raise when a log is not one of a sound state machine."""
@@ -65,7 +49,7 @@ class Record(Protocol):
 class Source(Protocol):
     """Where records come from: :class:`ipc.LogReader` or :class:`ipc.KvlogReader`."""
 
-    def poll(self, limit: int = ...) -> Sequence[Record]:
+    def poll(self, limit: int) -> Sequence[Record]:
         """The next records; none at the end."""
         ...
 

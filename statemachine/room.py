@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from statemachine.events import (
+    CAPACITY,
+    DEVICE,
+    EXCLUSIVE,
+    HOST,
+    SWAP_OUT,
+    WRITE_THROUGH,
     BlocksEvicted,
-    Direction,
     Event,
     EvictReason,
-    HostPolicy,
     IntArray,
     Tier,
     TransferStarted,
 )
-from statemachine.state import Node, State
+from statemachine.state import Node, State, from_end
 
 _NONE: IntArray = array("Q")
 _NO_COUNTS: IntArray = array("I")
@@ -28,13 +31,16 @@ _NOTHING_KEPT: Mapping[Node, int] = {}
 _NOTHING_HELD: list[tuple[int, IntArray]] = []
 
 
-class Victim(NamedTuple):
+class Victim:
     """The last ``take`` blocks of a run; ``whole`` if nothing of it is left then."""
 
-    node: Node
-    take: int
-    whole: bool
-    final: bool = False
+    __slots__ = ("final", "node", "take", "whole")
+
+    def __init__(self, node: Node, take: int, whole: bool, final: bool = False) -> None:
+        self.node = node
+        self.take = take
+        self.whole = whole
+        self.final = final
 
 
 class Supply:
@@ -84,18 +90,18 @@ def device_supply(
     next_node = next_node or state.next_node
     need = wanted - len(free)
     if need <= 0:
-        return Supply([], free[: -wanted - 1 : -1], _NOTHING_HELD, next_node)
+        return Supply([], from_end(free, wanted), _NOTHING_HELD, next_node)
     victims = _victims(state, need, kept)
     if not victims:
         return None
-    if state.policy == HostPolicy.EXCLUSIVE:
+    if state.policy == EXCLUSIVE:
         plan = _swap_out(state, victims, kept, leaving, next_node)
     else:
         plan = _drop(state, victims, next_node)
     if plan is None:
         return None
     events, freed, held, next_node = plan
-    return Supply(events, (free + freed)[::-1], held, next_node)  # reverse() takes twice as long
+    return Supply(events, from_end(free + freed, len(free) + len(freed)), held, next_node)
 
 
 _Plan = tuple[list[Event], IntArray, list[tuple[int, IntArray]], int]
@@ -105,7 +111,7 @@ def _victims(state: State, need: int, kept: Mapping[Node, int]) -> list[Victim]:
     """Runs to give up for ``need`` blocks: ``final`` ones first, then least recently released. None: not enough."""
     victims: list[Victim] = []
     skipped: set[Node] = set()
-    through = state.policy == HostPolicy.WRITE_THROUGH
+    through = state.policy == WRITE_THROUGH
     for order in (state.final, state.device_order):
         for node in order:
             have = node.size
@@ -136,13 +142,14 @@ def _stuck(node: Node, skipped: set[Node]) -> bool:
 def evicted(tier: Tier, victims: Iterable[Victim], reason: EvictReason, upper: int = 0) -> BlocksEvicted:
     """The event that gives up these victims on a tier."""
     nodes, counts, blocks = array("Q"), array("I"), array("i")
-    device = tier == Tier.DEVICE
-    for node, take, _, _ in victims:
+    device = tier == DEVICE
+    for victim in victims:
+        node, take = victim.node, victim.take
         ids = node.device if device else node.host
         assert ids is not None
         nodes.append(node.id)
         counts.append(take)
-        blocks.extend(ids[: -take - 1 : -1])
+        blocks.extend(from_end(ids, take))
     return BlocksEvicted(tier, reason, upper, nodes, counts, blocks)
 
 
@@ -153,14 +160,15 @@ def _drop(state: State, victims: list[Victim], next_node: int) -> _Plan:
     if not last.whole and last.node.host is not None:
         upper = next_node
         next_node += 1
-    event = evicted(Tier.DEVICE, victims, EvictReason.CAPACITY, upper)
+    event = evicted(DEVICE, victims, CAPACITY, upper)
     if not state.transfers:
         return [event], event.blocks, _NOTHING_HELD, next_node
     freed = array("i")
     held: dict[int, IntArray] = {}
-    for node, take, _, _ in victims:
+    for victim in victims:
+        node, take = victim.node, victim.take
         assert node.device is not None
-        ids = node.device[: -take - 1 : -1]
+        ids = from_end(node.device, take)
         if node.transfer is None:
             freed.extend(ids)
         else:
@@ -183,7 +191,7 @@ def _swap_out(
     excess -= room
     moved: list[Victim] = []
     for victim in out:
-        node, take, whole, _ = victim
+        node, take, whole = victim.node, victim.take, victim.whole
         if excess and not moved and all(child in gone for child in node.children.values()):
             drop = min(excess, take)
             excess -= drop
@@ -196,10 +204,10 @@ def _swap_out(
     if excess:
         return None
     if evictions:
-        events.append(evicted(Tier.HOST, evictions, EvictReason.CAPACITY))
+        events.append(evicted(HOST, evictions, CAPACITY))
     freed = array("i")
     if dropped:
-        event = evicted(Tier.DEVICE, dropped, EvictReason.CAPACITY)
+        event = evicted(DEVICE, dropped, CAPACITY)
         freed = event.blocks
         events.append(event)
     if not moved:
@@ -222,9 +230,7 @@ def _swap_out(
     nodes = array("Q", [victim.node.id for victim in moved])
     counts = array("I", [victim.take for victim in moved])
     transfer = state.next_transfer
-    events.append(
-        TransferStarted(transfer, Direction.SWAP_OUT, 0, upper, nodes, counts, _NONE, _NO_COUNTS, sources, targets)
-    )
+    events.append(TransferStarted(transfer, SWAP_OUT, 0, upper, nodes, counts, _NONE, _NO_COUNTS, sources, targets))
     return events, freed, [(transfer, sources)], next_node
 
 

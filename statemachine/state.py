@@ -9,6 +9,8 @@ from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from statemachine.events import Direction, HostPolicy, LedgerOpened, Tier
 from statemachine.order import Order
 
@@ -19,6 +21,9 @@ ALL: Final = 2**32 - 1
 """More blocks than any request has."""
 MOST_BLOCKS = 1 << 26
 """Blocks that a pool may have: a damaged or hostile log cannot make anybody build a larger free list."""
+
+_FEW: Final = 400
+"""So many ids an array turns round as fast as NumPy."""
 
 NO_CHILDREN: dict[bytes, Node] = {}
 """Shared by all leaves (a dictionary of its own would cost each 64 bytes); never written."""
@@ -81,6 +86,16 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<run {self.id}: blocks {self.start}..{self.end}, {self.pins} pins>"
+
+
+def from_end(ids: IntArray, count: int) -> IntArray:
+    """The last ``count`` block ids, the last one first: the order in which they come from the free list, and go there.
+
+    An array does that id by id, 2 to 3 ns each; NumPy takes 1 µs to begin and a sixth of that per id.
+    """
+    if count < _FEW:
+        return ids[: -count - 1 : -1]
+    return array("i", np.frombuffer(ids, np.int32)[: -count - 1 : -1].tobytes())
 
 
 class Pool:

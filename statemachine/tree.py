@@ -8,25 +8,27 @@ eviction. And presence is prefix-closed, so one comparison of a run's content de
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from statemachine.events import IntArray
 from statemachine.state import NO_CHILDREN, Node, Part, State
 
 
-class Path(NamedTuple):
+class Path:
     """What a walk along a prompt's words found."""
 
-    leaf: Node | None
-    """Deepest run reached; ``None`` when the namespace has no tree yet."""
-    cut: int
-    """Blocks of ``leaf`` that belong to the path, when not all of them do; else 0."""
-    device: int
-    """Blocks with a place on the device, counted from the root."""
-    host: int
-    """Blocks after those that are on the host only."""
-    blocked: bool
-    """The walk ended before a block whose only copy cannot be read yet (:meth:`Node.matchable`)."""
+    __slots__ = ("blocked", "cut", "device", "host", "leaf")
+
+    def __init__(self, leaf: Node | None, cut: int, device: int, host: int, blocked: bool) -> None:
+        self.leaf = leaf
+        """Deepest run reached; ``None`` when the namespace has no tree yet."""
+        self.cut = cut
+        """Blocks of ``leaf`` that belong to the path, when not all of them do; else 0."""
+        self.device = device
+        """Blocks with a place on the device, counted from the root."""
+        self.host = host
+        """Blocks after those that are on the host only."""
+        self.blocked = blocked
+        """The walk ended before a block whose only copy cannot be read yet (:meth:`Node.matchable`)."""
 
 
 def common_blocks(run: bytes, words: memoryview, offset: int, block_bytes: int) -> int:

@@ -251,7 +251,6 @@ def condemn(plan: Plan, shared: mmap.mmap) -> None:
             if plan.moment in (Moment.IN_A_LINE, Moment.IN_A_PAYLOAD):
                 arm(self, plan.moment, len(records), die)
                 stage(self, records, step)
-                die()  # there was no payload
             stage(self, records, step)
             arm(self, plan.moment, len(records), die)
         else:

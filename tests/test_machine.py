@@ -56,7 +56,7 @@ from statemachine.events import (
     TransferStarted,
 )
 from statemachine.incremental import IncrementalCheck
-from statemachine.state import ALL, Node, State
+from statemachine.state import ALL, Node, State, from_end
 
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
 NAMESPACES = st.sampled_from([b"", b"", b"", b"salt"])
@@ -660,6 +660,12 @@ def test_forgetting_is_derived_from_the_deepest_run() -> None:
         do(Release(key, ReleaseReason.FINISHED, False))
     deepest = max(state.nodes.values(), key=lambda node: node.start)
     assert len(do(Forget(deepest.id))) == 2 and not state.nodes
+
+
+@pytest.mark.parametrize("count", [0, 1, 399, 400, 999, 1000])
+def test_many_ids_are_turned_round_as_few_are(count: int) -> None:
+    ids = array("i", [id * 7919 % 10007 for id in range(1000)])
+    assert from_end(ids, count) == array("i", list(reversed(ids))[:count])
 
 
 @pytest.mark.parametrize("direction", [Direction.SWAP_OUT, Direction.SWAP_IN])

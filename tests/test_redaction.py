@@ -20,9 +20,9 @@ from kvledger import CacheConfig, CacheManager, CommandRejected, HostPolicy, Ite
 from kvledger.redaction import KEY_BYTES, Pseudonyms, read_key, redact
 from statemachine import codec
 from statemachine.encoding import restore, snapshot
-from statemachine.errors import InvariantViolation
+from statemachine.errors import Diverged, InvariantViolation
 from statemachine.events import BlocksCached, DigestTaken, RequestMatched
-from statemachine.replay import Diverged, Replay, event_of
+from statemachine.replay import Replay, event_of
 from statemachine.state import Node, State
 from statemachine.upcast import EARLIER, digests_comparable, upcaster
 from workers.recorder import Recorder

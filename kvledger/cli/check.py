@@ -16,7 +16,7 @@ from kvledger.debugger.places import clock
 from kvledger.debugger.plain import entry_fields
 from kvledger.debugger.predicates import NAMES, predicate
 from kvledger.debugger.wording import Wording, count
-from statemachine.replay import Contradiction
+from statemachine.errors import Contradiction
 
 _NAMES = "\n".join(f"- `{name}`: {meaning}" for name, meaning in NAMES.items())
 

@@ -17,7 +17,7 @@ from ipc import LedgerError
 from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
 from kvledger.debugger import Source, SourceError, open_source
 from kvledger.debugger.places import locate
-from statemachine.replay import Contradiction
+from statemachine.errors import Contradiction
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="Name of a ledger, living or dead, or path of a .kvlog file")]
 At = Annotated[str | None, typer.Option("--at", metavar="SEQ|TIME|step:N", help="Where in the log; default: its end")]

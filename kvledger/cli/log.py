@@ -18,8 +18,8 @@ from kvledger.debugger.hashes import find_hash
 from kvledger.debugger.places import clock
 from kvledger.debugger.plain import entry_fields
 from kvledger.debugger.wording import Wording
+from statemachine.errors import Contradiction
 from statemachine.events import Event, RequestMatched
-from statemachine.replay import Contradiction
 
 
 def log(

@@ -10,10 +10,11 @@ from kvledger.debugger.source import Entry, Source, SourceError
 from statemachine import tree
 from statemachine.apply import apply, genesis
 from statemachine.derive import path_words
+from statemachine.errors import Contradiction
 from statemachine.events import BlocksCached, Event, RequestMatched, Tier
 from statemachine.hashing import HASH_BYTES, block_hashes
 from statemachine.mentions import mentions
-from statemachine.replay import MISFITS, Contradiction, said
+from statemachine.replay import MISFITS, said
 from statemachine.state import Node, Request, State
 
 

@@ -10,8 +10,9 @@ from statemachine.apply import apply, genesis
 from statemachine.commands import Command
 from statemachine.derive import NoCommand, is_step_of_resize, redecide
 from statemachine.encoding import counters_digest, state_digest
+from statemachine.errors import Contradiction
 from statemachine.events import DigestScope, DigestTaken, Event, LedgerOpened, PoolResized
-from statemachine.replay import MISFITS, Contradiction, said
+from statemachine.replay import MISFITS, said
 from statemachine.state import State
 
 Progress = Callable[[int, int], None]

@@ -36,8 +36,9 @@ from kvledger.recording import Recording
 from statemachine import codec
 from statemachine.apply import apply, genesis
 from statemachine.encoding import SnapshotError, restore, snapshot
+from statemachine.errors import Contradiction
 from statemachine.events import Event
-from statemachine.replay import MISFITS, Contradiction, Replay, event_of, said
+from statemachine.replay import MISFITS, Replay, event_of, said
 from statemachine.state import State
 from statemachine.upcast import UnknownSchema, digests_comparable, upcaster
 

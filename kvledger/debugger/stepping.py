@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from kvledger.debugger.source import Entry, Source
 from statemachine.apply import apply, genesis
-from statemachine.replay import MISFITS, Contradiction, said
+from statemachine.errors import Contradiction
+from statemachine.replay import MISFITS, said
 from statemachine.state import State
 
 

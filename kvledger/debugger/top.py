@@ -12,6 +12,7 @@ from ipc.names import SHM, control_name
 from kvledger.debugger.occupancy import Occupancy, occupancy
 from kvledger.debugger.source import Entry, Source, SourceError, Tail, open_source
 from statemachine.apply import apply
+from statemachine.errors import Contradiction
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
@@ -37,7 +38,7 @@ from statemachine.events import (
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.replay import MISFITS, Contradiction, said
+from statemachine.replay import MISFITS, said
 from statemachine.state import State
 from workers import acknowledgements, transfer
 

@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant(
         "the checksum leaves out the payload",
         (
-            Edit("ipc/writer.py", "                crc = crc32c(head, crc)\n", ""),
+            Edit("ipc/writer.py", "crc = crc32c(line + head, crc)", "crc = crc32c(line, crc)"),
             Edit("ipc/writer.py", "                crc = crc32c(tail, crc)\n", ""),
             Edit("ipc/record.py", "                crc = crc32c(payload, crc)\n", ""),
         ),

@@ -119,7 +119,7 @@ MUTANTS = [
     mutant(
         "a block is free while a copy reads it",
         "statemachine/apply_requests.py",
-        "        if transfer.direction != Direction.SWAP_IN:\n",
+        "        if transfer.direction != SWAP_IN:\n",
         "        if False:\n",
         "tests/test_golden.py::test_story[released while its blocks are copied out]",
         EXCLUSIVE,
@@ -292,8 +292,8 @@ MUTANTS = [
     mutant(
         "a quarantine frees what a late copy may still write",
         "statemachine/apply_transfers.py",
-        "    elif transfer.direction == Direction.SWAP_IN:\n        state.host.free.extend(transfer.held_host)\n",
-        "    elif transfer.direction != Direction.SWAP_IN:\n        state.host.free.extend(transfer.held_host)\n",
+        "    elif transfer.direction == SWAP_IN:\n        state.host.free.extend(transfer.held_host)\n",
+        "    elif transfer.direction != SWAP_IN:\n        state.host.free.extend(transfer.held_host)\n",
         "tests/test_machine.py::test_what_a_late_copy_may_still_write_stays_quarantined",
         EXCLUSIVE,
     ),
@@ -470,6 +470,13 @@ MUTANTS = [
         "        and (not len(tokens) or bool(np.minimum.reduce(tokens) >= 0))\n",
         "",
         "tests/test_content.py::test_what_is_no_token_is_rejected",
+    ),
+    mutant(
+        "many block ids are granted in the order in which they lie on the free list",
+        "statemachine/state.py",
+        "np.frombuffer(ids, np.int32)[: -count - 1 : -1].tobytes()",
+        "np.frombuffer(ids, np.int32)[len(ids) - count :].tobytes()",
+        "tests/test_machine.py::test_many_ids_are_turned_round_as_few_are",
     ),
     mutant(
         "two namespaces have one key",
