@@ -1,13 +1,15 @@
-"""What concerns the interpreter: garbage collections, comparing bytes, import time.
+"""What concerns the interpreter: garbage collections, comparing and copying bytes, import time.
 
 ``python -m benchmarks.interpreter [--quick]``: the longest collection while a cache of a million blocks fills, beside
 vLLM's and SGLang's, and that of a whole collection afterwards; matching a cached prompt of 128 k tokens beside
-``memcmp`` of the same bytes; ``import kvledger`` beside ``import numpy``, which it contains.
+``memcmp`` of the same bytes; the life of such a prompt beside what it cannot do without, however it is written: the
+passes over its bytes; ``import kvledger`` beside ``import numpy``, which it contains.
 """
 
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import statistics
 import subprocess
@@ -16,6 +18,7 @@ import tempfile
 import time
 
 import numpy as np
+from crc32c import crc32c
 
 from benchmarks import figures as f
 from benchmarks.field import Field, Pauses
@@ -70,6 +73,40 @@ def matching(runs: int, times: int) -> tuple[list[float], list[float]]:
     return ours, floor
 
 
+def long_prompts(times: int) -> tuple[list[float], list[float]]:
+    """µs of the life (no decode) of a prompt of 128 k tokens, half of it cached, and of the passes over it, in turns.
+
+    The passes: is a token negative; is the first half what is cached; a copy of the second half to keep, its CRC, and
+    a copy of it into memory like the log's, where nothing was written before.
+    """
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 128_000, _TOKENS // 2, np.int32) for _ in range(4)]
+    stored = [document.tobytes() for document in documents]
+    half = 2 * _TOKENS
+    log = memoryview(mmap.mmap(-1, times * half, mmap.MAP_SHARED | mmap.MAP_POPULATE))
+    kept: list[bytes] = []
+    ours, floor = [], []
+    config = CacheConfig(block_size=_BLOCK, device_blocks=1_000_000 // _BLOCK)
+    with CacheManager.create(f"long-{os.getpid()}", config) as manager:
+        for turn in range(times):
+            prompt = np.concatenate([documents[turn % 4], rng.integers(0, 128_000, _TOKENS // 2, np.int32)])
+            begun = time.perf_counter_ns()
+            manager.admit(str(turn), prompt)
+            manager.cache(str(turn))
+            manager.release(str(turn))
+            ours.append((time.perf_counter_ns() - begun) / 1e3)
+            data = prompt.copy().data.cast("B")
+            begun = time.perf_counter_ns()
+            assert np.minimum.reduce(np.frombuffer(data, np.int32)) >= 0
+            assert stored[turn % 4].startswith(data[:half])
+            rest = data[half:].tobytes()
+            crc32c(rest)
+            log[turn * half : (turn + 1) * half] = rest
+            floor.append((time.perf_counter_ns() - begun) / 1e3)
+            kept = [*kept[-11:], rest]
+    return ours[len(documents) :], floor[len(documents) :]  # nothing of the first ones was cached
+
+
 def importing(module: str, bytecode: str) -> float:
     """ms of an import in a fresh interpreter that finds the modules compiled to bytecode, as pip installs them."""
     code = f"import time; t = time.perf_counter(); import {module}; print((time.perf_counter() - t) * 1e3)"
@@ -100,6 +137,9 @@ def figures(quick: bool) -> tuple[list[f.Figure], list[str]]:
         medians = [statistics.median(ours)], "memcmp", [statistics.median(floor)]
         name = f"matching 128 k tokens in {runs} run{'s' * (runs > 1)}"
         made.append(f.figure_of(name, "µs", *medians, least_ratio=0.5))
+    ours, floor = long_prompts(8 if quick else 160)
+    medians = [statistics.median(ours)], "its passes over memory", [statistics.median(floor)]
+    made.append(f.figure_of("a prompt of 128 k tokens, half of it cached", "µs", *medians))
     with tempfile.TemporaryDirectory() as bytecode:
         importing("kvledger", bytecode)
         pairs = [(importing("kvledger", bytecode), importing("numpy", bytecode)) for _ in range(2 if quick else 9)]

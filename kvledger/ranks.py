@@ -23,6 +23,7 @@ from statemachine.errors import OutOfOrder
 from statemachine.events import Event, HostPolicy, Outcome, Tier
 from statemachine.state import Request, State, Transfer
 from workers.acknowledgements import Acknowledgement, EpochSeen, Status
+from workers.pools import ids_after
 from workers.supervisor import Change, Supervisor, WorkerFailed
 
 BlockTable = npt.NDArray[np.int32]
@@ -136,7 +137,8 @@ class Ranks:
         if lost:
             self._end_transfers()
             for tier in sorted(lost, reverse=True):
-                self._execute(commands.LoseTier(tier, lost[tier], pools))
+                ids = ids_after(self._state.pools, pools, tier)
+                self._execute(commands.LoseTier(tier, lost[tier], ids))
         self._writer.listen()
         deadline = time.monotonic() + self._config.ready_timeout_s
         while self._restarts and time.monotonic() < deadline:

@@ -343,7 +343,8 @@ class Campaign:
             kind, moment = _OPENED, list(Moment)[self.ledgers % len(Moment)]
         plan = Plan(rng, kind, moment)
         if kind == _TIER_LOST and config.host_blocks and self.reader is not None:
-            unlink(rng.choice(pool_names(name, rng.randrange(2))))
+            for pool in rng.sample(pool_names(name, rng.randrange(2)), rng.randrange(1, 3)):
+                unlink(pool)
         self.lives += 1
         put(self.shared, STRUCK, 0)
         begun = time.monotonic()

@@ -26,6 +26,7 @@ from statemachine.events import (
     EpochStarted,
     EvictReason,
     RequestReleased,
+    Tier,
     TierLost,
     WorkerJoined,
     WorkerLost,
@@ -351,6 +352,34 @@ def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy
     manager._writer.close()
     with CacheManager.open(name):  # the new pools are known by now
         assert len([event for event in story(name) if isinstance(event, TierLost)]) == 1
+
+
+def test_an_engine_that_dies_between_two_losses_hides_neither(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has made both pools anew: its successor must not take the one that the log does not call lost for the old."""
+    manager = CacheManager.create(name, CONFIG)
+    engine = PatternEngine(manager.pools)
+    for i in range(3):
+        serve(manager, engine, str(i), prompt(i))
+    settled(manager)
+    manager._writer.close()
+    for pool in pools.pool_names(name, 0):
+        unlink(pool)
+    publish = LogWriter.publish
+
+    def publishing(writer: LogWriter) -> None:
+        publish(writer)
+        if any(isinstance(event, TierLost) for event in story(name)):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogWriter, "publish", publishing)
+        with pytest.raises(KeyboardInterrupt):
+            CacheManager.open(name)
+    with CacheManager.open(name) as manager:
+        assert [event.tier for event in story(name) if isinstance(event, TierLost)] == [Tier.HOST, Tier.DEVICE]
+        assert not manager.state.nodes
+        for i in range(3):
+            serve(manager, PatternEngine(manager.pools), f"again {i}", prompt(i))
 
 
 def test_without_workers_nothing_stays_in_flight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ipc import LedgerNotFound
 from ipc.names import unlink
-from statemachine.events import TransferStarted
+from statemachine.events import Tier, TransferStarted
 from workers import pool_memory
 from workers.layout import PoolLayout
 from workers.pool_memory import Bytes, PoolMismatch, pool_names, pool_sizes
@@ -22,6 +22,7 @@ __all__ = [
     "PoolMismatch",
     "Pools",
     "create_pools",
+    "ids_after",
     "ids_of",
     "open_copies",
     "open_pools",
@@ -143,6 +144,19 @@ def create_pools(ledger: str, layout: PoolLayout) -> Sequence[Pools]:
 def ids_of(pools: Iterable[Pools]) -> str:
     """Ids of all pools, rank by rank, as they stand in the log."""
     return ";".join(pool.id for pool in pools)
+
+
+def ids_after(known: str, found: str, tier: Tier) -> str:
+    """The ids that stand in the log once it says that one tier is lost: of the other one those that were ``known``.
+
+    A tier whose loss it does not say yet has to be missed by the next engine, if this one dies before it has said so.
+    """
+    ranks = []
+    for before, now in zip(known.split(";"), found.split(";"), strict=True):
+        ids = before.split(",")
+        ids[tier] = now.split(",")[tier]
+        ranks.append(",".join(ids))
+    return ";".join(ranks)
 
 
 def reopen_pools(ledger: str, layout: PoolLayout, ids: str) -> tuple[Sequence[Pools], dict[str, str]]:

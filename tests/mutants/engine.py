@@ -382,6 +382,13 @@ MUTANTS: list[Mutant] = [
         "tests/test_auditor.py::test_another_digest_is_named",
     ),
     mutant(
+        "the loss of one tier vouches for the memory of the other",
+        "kvledger/ranks.py",
+        "ids_after(self._state.pools, pools, tier)",
+        "pools",
+        "tests/test_recovery.py::test_an_engine_that_dies_between_two_losses_hides_neither",
+    ),
+    mutant(
         "redaction leaves the words",
         "kvledger/redaction.py",
         "                    words=names.follow(chain, event.words)[1],\n",
