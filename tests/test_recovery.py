@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from ipc import LedgerError, LedgerNotFound, LogCorrupt, LogReader, LogWriter, Overrun, WriterAlive, snapshots
+from ipc import LedgerError, LedgerNotFound, LogCorrupt, LogReader, LogWriter, Overrun, WriterAlive, memory, snapshots
 from ipc.names import remove_objects, segments_of, unlink
 from ipc.processes import alive, start_time
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy, OutOfBlocks, ReleaseReason
@@ -323,10 +323,10 @@ def test_a_snapshot_bridges_what_the_log_has_lost(name: str) -> None:
         assert manager.state.epoch == 2
 
 
-@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("found", ["nothing", "another", "one that was only begun"])
 @pytest.mark.parametrize("tier", ["device", "host"])
 @pytest.mark.parametrize("policy", [HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH])
-def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy: HostPolicy, replaced: bool) -> None:
+def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy: HostPolicy, found: str) -> None:
     config = CacheConfig(**{**vars(CONFIG), "host_policy": policy})
     manager = CacheManager.create(name, config)
     engine = PatternEngine(manager.pools)
@@ -337,12 +337,14 @@ def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy
     manager._writer.close()  # the engine is dead, its workers live
     pool = pools.pool_names(name, 1)[tier == "host"]
     unlink(pool)
-    if replaced:  # the same name, size and layout, and nothing in it
+    if found == "another":  # the same name, size and layout, and nothing in it
         pool_memory.create(pool, pools.pool_sizes(config.layout)[tier == "host"], config.layout)
+    elif found != "nothing":  # an engine was killed when it had created, and not yet reserved it
+        memory.open_new(pool).close_fd()
     manager = CacheManager.open(name)
     lost = [event for event in story(name) if isinstance(event, TierLost)]
     assert [event.tier for event in lost] == [int(tier == "host")]
-    assert f"pool.{tier}.1 is {'not the memory that it was' if replaced else 'gone'}" in lost[0].reason
+    assert f"pool.{tier}.1 is {'not the memory that it was' if found == 'another' else 'gone'}" in lost[0].reason
     state = manager.state
     for node in state.nodes.values():
         assert (node.device if tier == "device" else node.host) is None

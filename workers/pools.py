@@ -181,7 +181,7 @@ def reopen_pools(ledger: str, layout: PoolLayout, ids: str) -> tuple[Sequence[Po
                 if there == id and (tier == "host" or not layout.on_gpu or _is_owned(found)):
                     continue
                 lost.setdefault(tier, f"{name} is not the memory that it was")
-                unlink(name)
+            unlink(name)  # it may also be one that a dead engine had only begun to create
             pool_memory.create(name, size, layout)
     return [open_pools(ledger, rank, layout) for rank in range(layout.ranks)], lost
 

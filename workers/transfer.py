@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
 
-from ipc import Control, LogReader, LogWriter
+from ipc import Control, LedgerNotFound, LogReader, LogWriter
 from ipc.processes import own_identity
 from ipc.signals import Signals
 from statemachine import codec
@@ -152,7 +152,10 @@ def main(
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then stops its workers
-    signals = Signals(acknowledgements.signals_name(ledger, rank, incarnation))
+    try:
+        signals = Signals(acknowledgements.signals_name(ledger, rank, incarnation))
+    except LedgerNotFound:  # its engine died before this process began, and the next one has tidied up
+        return 1
     pid, signals.words[START] = own_identity()
     signals.words[PID] = pid
 

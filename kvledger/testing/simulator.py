@@ -47,6 +47,7 @@ from workers import WorkerFailed, numpy_pools, transfer
 from workers.auditor import Auditor
 from workers.follow import Follower
 from workers.numpy_pools import NumpyPools
+from workers.pools import pool_names
 
 LEDGER = "simulated"
 _BLOCK = 2
@@ -58,15 +59,15 @@ _READERS = 16
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong: ``victim`` is ``engine``, ``worker 0``, ``worker 1`` or ``auditor``."""
+    """What goes wrong: ``victim`` is ``engine``, ``worker 0``, ``worker 1``, ``auditor``, or a pool (``device 0``)."""
 
     at: int
     """The victim is killed at the so-manieth point of the schedule that it passes; what else happens, happens to its
-    so-manieth copy."""
+    so-manieth copy. A pool is not there when the so-manieth engine starts."""
     victim: str
     what: str
     """``kill``; for workers also ``fail`` (a copy raises), ``slow`` (it takes long, but ends in time), ``hang`` (longer
-    than its time-out) and ``die`` (killed in the middle of a copy, or right after it)."""
+    than its time-out) and ``die`` (killed in the middle of a copy, or right after it); for pools ``lose``."""
     incarnation: int = 1
 
 
@@ -88,6 +89,12 @@ _KINDS = ["serve"] * 10 + ["begin", "extend", "release"] * 3 + ["decode"] * 2
 _KINDS += ["reserve", "trim", "clear", "resize", "poll", "preempt", "fill"]
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 2e-4, 5e-2
 """Between two looks of the auditor; longer while nothing happens."""
+_POOLS = {
+    f"{tier} {rank}": name.lstrip("/")
+    for rank in (0, 1)
+    for tier, name in zip(("device", "host"), pool_names(LEDGER, rank), strict=True)
+}
+"""What a fault calls them, and their names."""
 _COPIES = 8
 """A worker's first so many copies may meet a fault."""
 _SLOW_S, _HANGS_S = 0.2, 2.0
@@ -136,6 +143,8 @@ class Plan:
             faults += [Fault(at, "worker 1", "slow"), Fault(at + rng.choice((0, 1, 1)), "worker 0", "die")]
         if any(fault.victim == "engine" for fault in faults) and rng.random() < 0.5:
             faults.append(Fault(1 + int(rng.random() * 600), "engine", "kill", 2))  # while it recovers
+            for pool in rng.sample([*_POOLS], rng.choice((0, 0, 1, 2))):
+                faults.append(Fault(2, pool, "lose"))
         sizes = rng.randrange(6, 10), 0 if policy == HostPolicy.OFF else rng.randrange(4, 12)
         return cls(seed, order or memory, policy, ranks, *sizes, tuple(operations), tuple(faults))
 
@@ -329,6 +338,9 @@ class Simulation:
     def _operate(self) -> int:
         """Starts an engine, and another one when it has died."""
         while not self._finished:
+            for fault in self.plan.faults:
+                if fault.what == "lose" and fault.at == self.outcome.engines + 1:
+                    self._system.names.pop(_POOLS[fault.victim], None)
             engine = self._schedule.spawn("engine", self._serve)
             self._born("engine", engine)
             self.outcome.engines += 1
@@ -584,4 +596,4 @@ def _simpler(plan: Plan) -> Iterator[Plan]:
         for index in range(0, len(plan.operations), size):
             yield replace(plan, operations=plan.operations[:index] + plan.operations[index + size :])
     if plan.ranks > 1:
-        yield replace(plan, ranks=1, faults=tuple(f for f in plan.faults if f.victim != "worker 1"))
+        yield replace(plan, ranks=1, faults=tuple(f for f in plan.faults if not f.victim.endswith(" 1")))

@@ -389,6 +389,13 @@ MUTANTS: list[Mutant] = [
         "tests/test_recovery.py::test_an_engine_that_dies_between_two_losses_hides_neither",
     ),
     mutant(
+        "what a dead engine had begun to create stays in the way",
+        "workers/pools.py",
+        "            unlink(name)  # it may also be one that a dead engine had only begun to create\n",
+        "",
+        "tests/test_recovery.py::test_a_pool_that_is_not_the_same_is_a_lost_tier",
+    ),
+    mutant(
         "redaction leaves the words",
         "kvledger/redaction.py",
         "                    words=names.follow(chain, event.words)[1],\n",
