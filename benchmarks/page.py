@@ -51,7 +51,7 @@ echo a message: they decide, copy and record nothing. With more ranks than cores
     "hitrate": """\
 The conversation trace, 64 requests in flight; the bound evicts what is needed last (Belady). Hints: requests that
 nobody continues are released as `final`.""",
-    "interpreter": "Garbage collections, comparing tokens, import.",
+    "interpreter": "Garbage collections, comparing and copying tokens, import.",
 }
 
 
