@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from array import array
 from collections.abc import Iterator
 
@@ -122,3 +124,10 @@ def test_an_epoch_is_acknowledged_after_all_that_was_ordered_before_it(engine: E
 def test_a_worker_that_no_engine_knows_leaves(engine: Engine) -> None:
     engine.order(swap_out(1, 2, 0), EpochStarted(2, 1), JOINED)
     assert engine.answers() == [] and engine.worker.superseded and not engine.pools.host.any()
+
+
+def test_a_worker_that_was_tidied_away_before_it_began_leaves_quietly() -> None:
+    """Its engine had died, and the next one has removed the signals that were meant for it."""
+    command = [sys.executable, "-m", "workers.transfer", f"step-{os.getpid()}", "0", "1", "1", "1", ""]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
