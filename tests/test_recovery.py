@@ -323,9 +323,16 @@ def test_a_snapshot_bridges_what_the_log_has_lost(name: str) -> None:
         assert manager.state.epoch == 2
 
 
-@pytest.mark.parametrize("found", ["nothing", "another", "one that was only begun"])
 @pytest.mark.parametrize("tier", ["device", "host"])
-@pytest.mark.parametrize("policy", [HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH])
+@pytest.mark.parametrize(
+    ("policy", "found"),
+    [
+        (HostPolicy.EXCLUSIVE, "nothing"),
+        (HostPolicy.WRITE_THROUGH, "nothing"),
+        (HostPolicy.WRITE_THROUGH, "another"),
+        (HostPolicy.EXCLUSIVE, "one that was only begun"),
+    ],
+)
 def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy: HostPolicy, found: str) -> None:
     config = CacheConfig(**{**vars(CONFIG), "host_policy": policy})
     manager = CacheManager.create(name, config)
