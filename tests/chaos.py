@@ -249,8 +249,7 @@ def condemn(plan: Plan, shared: mmap.mmap) -> None:
             die()
         if fatal and plan.moment is not Moment.AFTER:
             if plan.moment in (Moment.IN_A_LINE, Moment.IN_A_PAYLOAD):
-                arm(self, plan.moment, len(records), die)
-                stage(self, records, step)
+                arm(self, plan.moment, len(records), die)  # the next line is its last
             stage(self, records, step)
             arm(self, plan.moment, len(records), die)
         else:

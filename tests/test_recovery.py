@@ -329,6 +329,7 @@ def test_a_snapshot_bridges_what_the_log_has_lost(name: str) -> None:
     [
         (HostPolicy.EXCLUSIVE, "nothing"),
         (HostPolicy.WRITE_THROUGH, "nothing"),
+        (HostPolicy.EXCLUSIVE, "another"),
         (HostPolicy.WRITE_THROUGH, "another"),
         (HostPolicy.EXCLUSIVE, "one that was only begun"),
     ],
