@@ -14,7 +14,6 @@ settings.register_profile(
     "short", max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 settings.register_profile("campaign", settings.get_profile("short"), max_examples=5_000, stateful_step_count=100)
-settings.register_profile("compiled", settings.get_profile("short"), max_examples=25)  # on top of the interpreted ones
 settings.register_profile(  # for the mutation check: the same examples each time, and no look for a smaller one
     "mutants",
     settings.get_profile("short"),

@@ -45,5 +45,4 @@ def test_compiled_it_does_the_same(tmp_path: Path) -> None:
     path = {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}", "PYTHONSAFEPATH": "1"}
     run("-c", _COMPILED, **path)
     files = [f"tests/test_{name}.py" for name in _TESTS]
-    path["HYPOTHESIS_PROFILE"] = "compiled"
     run("-m", "pytest", "--import-mode=append", "-p", "no:cacheprovider", *files, **path)
