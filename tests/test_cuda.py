@@ -18,6 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipc import LedgerNotFound
+from ipc.names import remove_objects
 from kvledger import CacheConfig, CacheManager, HostPolicy
 from kvledger.pattern import PatternEngine, chain
 from statemachine.content import words_of
@@ -27,7 +29,7 @@ from workers.cuda_copies import Side, plan
 from workers.cuda_driver import LIBRARY, CudaError, Driver
 from workers.cuda_pools import CudaPools, Published
 from workers.layout import PoolLayout
-from workers.pools import open_copies
+from workers.pools import create_pools, ids_of, open_copies, open_pools, reopen_pools
 
 CONFIG = CacheConfig(
     block_size=4,
@@ -469,3 +471,32 @@ def test_the_device_tier_is_lost_with_the_process_that_owns_it(standin: Standin)
         for i in range(4):
             serve(manager, engine, str(i), prompt(i % 2, 15))
         assert replays(manager)
+
+
+def test_device_tensors_for_an_engine_that_is_gone_are_not_published(standin: Standin) -> None:
+    """A rank that starts before its engine would else hand blank memory to the next one as its cache."""
+    name = f"cuda-{os.getpid()}"
+    run_engine_until_it_dies(name, "engine")
+    with pytest.raises(
+        LedgerNotFound, match=r"of rank 1 ended with process \d+: open .* when the manager has opened the ledger"
+    ):
+        allocate([open_pools(name, 1, CONFIG.layout)])
+    with CacheManager.open(name, publish=allocate) as manager:
+        assert manager.peek(prompt(0, 15))[0] == 0
+
+
+def test_device_tensors_for_pools_that_were_replaced_are_not_published(standin: Standin) -> None:
+    name = f"cuda-{os.getpid()}"
+    try:
+        before = create_pools(name, CONFIG.layout)
+        now, lost = reopen_pools(name, CONFIG.layout, ids_of(before))
+        assert set(lost) == {"device"}
+        with pytest.raises(LedgerNotFound, match="has made the pools of rank 0 anew: open them again"):
+            allocate(before)
+        allocate(now)
+        removed = create_pools(f"{name}-removed", CONFIG.layout)
+        remove_objects(f"{name}-removed")
+        with pytest.raises(LedgerNotFound, match="of rank 0 anew"):
+            allocate(removed)
+    finally:
+        remove_objects(name)

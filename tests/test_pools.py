@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ipc import LedgerNotFound
 from ipc.names import remove_objects
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy
 from statemachine.events import Direction, TransferStarted
-from workers import KVTensor, PoolLayout, PoolMismatch
+from workers import KVTensor, PoolLayout, PoolMismatch, pool_memory
 from workers.layout import key_value, key_value_8bit, latent
 from workers.numpy_pools import NumpyCopies, NumpyPools
-from workers.pools import create_pools, open_pools
+from workers.pools import create_pools, open_pools, pool_names, pool_sizes
 
 LAYOUTS = {
     "bf16": key_value(2, 4, 8),
@@ -99,6 +103,33 @@ def test_another_layout_of_the_same_size_is_a_mismatch(ledger: str) -> None:
     create_pools(ledger, layout)
     with pytest.raises(PoolMismatch, match="does not have the layout"):
         open_pools(ledger, 0, layout._replace(tensors=key_value(2, 4, 8, "float16")))
+
+
+def test_who_waits_for_the_pools_never_sees_half_of_one(ledger: str) -> None:
+    """The process of a rank asks again and again while the manager makes them (tests/test_cuda.py)."""
+    layout = PoolLayout(2, 2, 256, 4, 4, LAYOUTS["bf16"])
+    device, host = pool_names(ledger, 1)
+    waited: list[str] = []
+
+    def look(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
+        if frame.f_code is not pool_memory.create.__code__:
+            return None
+        if event == "line":
+            try:
+                open_pools(ledger, 1, layout)
+            except LedgerNotFound as error:
+                waited.append(str(error))
+        return look
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        pool_memory.create(host, pool_sizes(layout)[1], layout)
+        pool_memory.create(device, pool_sizes(layout)[0], layout)
+    finally:
+        sys.settrace(before)
+    assert any(f"{device} is only being created" in each for each in waited)
+    assert open_pools(ledger, 1, layout).id
 
 
 def test_a_copy_that_raises_is_an_answer(ledger: str) -> None:

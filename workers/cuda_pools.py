@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from ipc import LedgerNotFound
 from ipc.processes import alive, own_identity
 from workers.cuda_driver import HANDLE_BYTES, CudaError, Driver
 from workers.layout import PoolLayout
@@ -87,13 +88,20 @@ class CudaPools:
         Raises:
             CudaError: there is no driver or device, or an address is not that of exportable device memory.
             ValueError: their number, size or place does not fit the layout, or there are some already.
+            ipc.LedgerNotFound: the manager makes a new device pool when it opens the ledger, or has made it since this
+                one was opened: open the pools again.
         """
         pieces = self.layout.pieces
         if len(tensors) != len(pieces):
             raise ValueError(f"the layout has {len(pieces)} tensors in {self.layout.layers} layers, not {len(tensors)}")
         before = Published.read(self._memory.device_object)
         if before is not None:
-            raise ValueError(f"process {before.owner[0]} has published the device tensors of rank {self.rank} already")
+            what = f"the device tensors of rank {self.rank}"
+            if before.owner_alive():
+                raise ValueError(f"process {before.owner[0]} has published {what} already")
+            # a manager would take the new ones for those that hold its cache
+            gone = f"{what} ended with process {before.owner[0]}"
+            raise LedgerNotFound(f"{gone}: open the pools again when the manager has opened the ledger")
         addresses = [address_of(tensor) for tensor in tensors]
         driver = Driver()
         device = driver.device_of(addresses[0])
@@ -117,6 +125,8 @@ class CudaPools:
             driver.pop()
             driver.release(device)
         self._write(owner, b"".join(entries))
+        if not self._memory.is_current():
+            raise LedgerNotFound(f"the manager has made the pools of rank {self.rank} anew: open them again")
         self._tensors = list(tensors)
 
     def _write(self, owner: bytes, table: bytes) -> None:

@@ -14,7 +14,7 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
-from ipc import LedgerError, memory
+from ipc import LedgerError, LedgerNotFound, memory
 from workers.layout import PoolLayout
 
 Bytes = npt.NDArray[np.uint8]
@@ -46,16 +46,25 @@ def pool_sizes(layout: PoolLayout) -> list[int]:
 def create(name: str, size: int, layout: PoolLayout) -> None:
     """Create one object, with a new id. Raises :class:`ipc.SharedMemoryFull`."""
     map = memory.create(name, size)
-    map[: _HEADER.size] = _HEADER.pack(MAGIC, layout.fingerprint, os.urandom(16))
+    header = _HEADER.pack(MAGIC, layout.fingerprint, os.urandom(16))
+    map[len(MAGIC) : len(header)] = header[len(MAGIC) :]
+    map[: len(MAGIC)] = MAGIC  # last: who waits for the pool sees a whole header, or that it has to go on waiting
     map.close()
 
 
 def attach(name: str, size: int, layout: PoolLayout) -> tuple[Bytes, str]:
-    """A whole object and its id; without an id it does not have this layout. Raises :class:`ipc.LedgerNotFound`."""
+    """An object and its id; without an id it does not have this layout.
+
+    Raises:
+        ipc.LedgerNotFound: it is not there, or not yet whole.
+        ipc.NotPrivate, ipc.TooManyFiles
+    """
     map = memory.attach(name, write=True)
     if len(map) != size:
         return np.frombuffer(map, np.uint8), ""
     magic, fingerprint, id = _HEADER.unpack(map[: _HEADER.size])
+    if not any(magic):
+        raise LedgerNotFound(f"shared memory {name} is only being created")
     fits = magic == MAGIC and fingerprint == layout.fingerprint
     return np.frombuffer(map, np.uint8), id.hex() if fits else ""
 
@@ -65,7 +74,7 @@ class PoolMemory:
 
     Raises:
         PoolMismatch: an object has another layout.
-        ipc.LedgerNotFound
+        ipc.LedgerNotFound: an object is not there, or not yet whole.
     """
 
     def __init__(self, ledger: str, rank: int, layout: PoolLayout) -> None:
@@ -77,6 +86,7 @@ class PoolMemory:
                 raise PoolMismatch(f"{name} does not have the layout {layout.text()}: the ledger was created anew?")
             objects.append(found)
             ids.append(id)
+        self._ledger, self._layout = ledger, layout
         self.rank = rank
         self.id = ",".join(ids)
         self.device_object = objects[0]
@@ -88,3 +98,10 @@ class PoolMemory:
         """``uint8[blocks, layers, block_bytes]``."""
         self.checksums: npt.NDArray[np.uint64] = objects[1][stop:].view(np.uint64)
         """``uint64[blocks]`` behind it, if the layout has checksums."""
+
+    def is_current(self) -> bool:
+        """Whether the ledger's pools are still these, and have not been replaced or removed."""
+        try:
+            return self.id == PoolMemory(self._ledger, self.rank, self._layout).id
+        except LedgerError:
+            return False

@@ -80,7 +80,7 @@ def open_pools(ledger: str, rank: int, layout: PoolLayout) -> Pools:
 
     Raises:
         PoolMismatch: they have another layout.
-        ipc.LedgerNotFound
+        ipc.LedgerNotFound: they are not there, or not yet whole: the manager makes them. Try again soon.
         ImportError: the backend's framework is not installed.
     """
     if layout.backend == "numpy":

@@ -396,6 +396,27 @@ MUTANTS: list[Mutant] = [
         "tests/test_recovery.py::test_a_pool_that_is_not_the_same_is_a_lost_tier",
     ),
     mutant(
+        "a pool that is only begun is taken for one of another layout",
+        "workers/pool_memory.py",
+        "    if not any(magic):\n",
+        "    if False:\n",
+        "tests/test_pools.py::test_who_waits_for_the_pools_never_sees_half_of_one",
+    ),
+    mutant(
+        "a rank's new tensors are published in the place of those that ended with their process",
+        "workers/cuda_pools.py",
+        '            raise LedgerNotFound(f"{gone}: open the pools again when the manager has opened the ledger")\n',
+        "",
+        "tests/test_cuda.py::test_device_tensors_for_an_engine_that_is_gone_are_not_published",
+    ),
+    mutant(
+        "tensors are published in pools that were replaced",
+        "workers/cuda_pools.py",
+        "        if not self._memory.is_current():\n",
+        "        if False:\n",
+        "tests/test_cuda.py::test_device_tensors_for_pools_that_were_replaced_are_not_published",
+    ),
+    mutant(
         "redaction leaves the words",
         "kvledger/redaction.py",
         "                    words=names.follow(chain, event.words)[1],\n",
