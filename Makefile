@@ -8,7 +8,7 @@ run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
 
 test: check
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 # A thousand kills of engines and workers under load, some minutes; SEED=n draws others.
 chaos: $(VENV)/tested

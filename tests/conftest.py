@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -34,4 +35,5 @@ def nothing_left_behind() -> Iterator[None]:
 
 def ours() -> set[str]:
     """Objects of this process: every test puts its process id into the names of its ledgers."""
-    return {name for name in os.listdir(SHM) if str(os.getpid()) in name}
+    mine = re.compile(rf"(?<!\d){os.getpid()}(?!\d)")
+    return {name for name in os.listdir(SHM) if mine.search(name)}
