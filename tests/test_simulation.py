@@ -370,6 +370,23 @@ def test_a_copy_that_was_overtaken_is_met(monkeypatch: pytest.MonkeyPatch) -> No
         run_all()
 
 
+def test_an_engine_that_dies_between_two_lost_pools_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What seed 70001442 found when one loss vouched for the other pool, too, made smaller."""
+    operations = (Operation("serve", (1, 1)), Operation("release")) * 5
+    lost = Fault(2, "device 0", "lose"), Fault(2, "host 0", "lose")
+
+    def run_all() -> None:
+        for publication in range(1, 7):
+            faults = (*lost, Fault(10, "engine", "die"), Fault(publication, "engine", "die", 2))
+            outcome = simulate(Plan(1, Order.TSO, HostPolicy.WRITE_THROUGH, 1, 6, 9, operations, faults))
+            assert outcome.engines == 3
+
+    run_all()
+    monkeypatch.setattr("kvledger.ranks.ids_after", lambda known, found, tier: found)
+    with pytest.raises(WrongBytes):
+        run_all()
+
+
 def test_ctrl_c_ends_every_process_before_the_real_system_is_back() -> None:
     schedule = Schedule(random.Random(0), Order.TSO)
     main = threading.get_ident()

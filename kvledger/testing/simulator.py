@@ -62,12 +62,14 @@ class Fault:
     """What goes wrong: ``victim`` is ``engine``, ``worker 0``, ``worker 1``, ``auditor``, or a pool (``device 0``)."""
 
     at: int
-    """The victim is killed at the so-manieth point of the schedule that it passes; what else happens, happens to its
-    so-manieth copy. A pool is not there when the so-manieth engine starts."""
+    """The victim is killed at the so-manieth point of the schedule that it passes; what else happens, happens at a
+    worker's so-manieth copy, an engine's so-manieth publication. A pool is not there when the so-manieth engine
+    starts."""
     victim: str
     what: str
     """``kill``; for workers also ``fail`` (a copy raises), ``slow`` (it takes long, but ends in time), ``hang`` (longer
-    than its time-out) and ``die`` (killed in the middle of a copy, or right after it); for pools ``lose``."""
+    than its time-out) and ``die`` (killed in the middle of a copy, or right after it); for engines also ``die`` (right
+    after it has published); for pools ``lose``."""
     incarnation: int = 1
 
 
@@ -142,9 +144,13 @@ class Plan:
             at = rng.randrange(1, 6)
             faults += [Fault(at, "worker 1", "slow"), Fault(at + rng.choice((0, 1, 1)), "worker 0", "die")]
         if any(fault.victim == "engine" for fault in faults) and rng.random() < 0.5:
-            faults.append(Fault(1 + int(rng.random() * 600), "engine", "kill", 2))  # while it recovers
-            for pool in rng.sample([*_POOLS], rng.choice((0, 0, 1, 2))):
-                faults.append(Fault(2, pool, "lose"))
+            pools = [name for name in _POOLS if int(name.split()[1]) < ranks]
+            lost = rng.sample(pools, rng.choice((0, 0, 1, 2)))
+            faults += [Fault(2, pool, "lose") for pool in lost]
+            if lost and rng.random() < 0.5:  # between two steps of recovery
+                faults.append(Fault(rng.randrange(1, 6), "engine", "die", 2))
+            else:  # anywhere in them
+                faults.append(Fault(1 + int(rng.random() * 600), "engine", "kill", 2))
         sizes = rng.randrange(6, 10), 0 if policy == HostPolicy.OFF else rng.randrange(4, 12)
         return cls(seed, order or memory, policy, ranks, *sizes, tuple(operations), tuple(faults))
 
@@ -270,8 +276,8 @@ class Simulation:
         self._finished = False
         self._full_until = 0
         self._incarnations: dict[str, int] = {}
-        self._copies: dict[Process, Iterator[str | None]] = {}
-        """What happens to the next copies of a worker, one after the other."""
+        self._fates: dict[Process, Iterator[str | None]] = {}
+        """What happens at the next copies of a worker or publications of an engine, one after the other."""
 
     def run(self) -> Outcome:
         """Run it.
@@ -282,6 +288,7 @@ class Simulation:
         schedule = self._schedule
         changes = (
             (numpy_pools, "copy_blocks", self._copy(numpy_pools.copy_blocks)),
+            (writer.LogWriter, "publish", self._publish(writer.LogWriter.publish)),
             (transfer, "_ACK_SEGMENT_BYTES", _SEGMENT_BYTES),
             (writer, "_LEAST_SEGMENT", _SEGMENT_BYTES),
             (reader, "SPINS", 2),
@@ -306,12 +313,12 @@ class Simulation:
         kills = [fault.at for fault in faults if fault.what == "kill"]
         process.strike_at = process.lines + min(kills) if kills else 0
         planned = {fault.at: fault.what for fault in faults if fault.what != "kill"}
-        self._copies[process] = map(planned.get, itertools.count(1))
+        self._fates[process] = map(planned.get, itertools.count(1))
 
     def _copy(self, real: Callable[..., int]) -> Callable[..., int]:
         def copying(pools: NumpyPools, direction: Direction, sources: IntArray, targets: IntArray) -> int:
             process = self._schedule.current()
-            fault = next(self._copies[process])
+            fault = next(self._fates[process])
             if fault == "fail":
                 raise OSError("a copy failed, as planned")
             if fault in ("slow", "hang"):
@@ -324,6 +331,15 @@ class Simulation:
             return real(pools, direction, sources, targets)
 
         return copying
+
+    def _publish(self, real: Callable[[writer.LogWriter], None]) -> Callable[[writer.LogWriter], None]:
+        def publish(log: writer.LogWriter) -> None:
+            real(log)
+            process = self._schedule.current()
+            if process.name == "engine" and next(self._fates[process]) == "die":
+                self._schedule.strike(process)
+
+        return publish
 
     def _make_room(self, at_once: bool) -> None:
         if at_once or self._schedule.now_ns > self._full_until:
