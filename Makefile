@@ -28,7 +28,8 @@ docs: $(VENV)/tested
 # Hours of simulated crashes; stops at the first failure and says how to repeat it.
 SOAK_SECONDS ?= 14400
 soak: $(VENV)/installed
-	$(VENV)/bin/kvledger simulate --seconds $(SOAK_SECONDS) --seed $$(date +%s)
+	$(VENV)/bin/kvledger simulate --seconds $$(($(SOAK_SECONDS) * 3 / 4)) --seed $$(date +%s)
+	$(VENV)/bin/kvledger simulate --split --seconds $$(($(SOAK_SECONDS) / 4)) --seed $$(date +%s)
 
 # Faults planted on purpose, some minutes; every one has to be found by a test. Writes the table of docs/testing.md.
 mutants: $(VENV)/tested

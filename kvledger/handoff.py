@@ -6,8 +6,8 @@ import contextlib
 import time
 from typing import NamedTuple, Protocol
 
-from ipc import LedgerError, LogReader, Overrun
-from ipc.names import objects_of, remove_objects
+from ipc import LedgerError, LedgerNotFound, LogReader, Overrun
+from ipc.names import objects_of, remove_objects, unlink
 from ipc.signals import Signals
 from kvledger import waiting
 from kvledger.ranks import BlockTable
@@ -15,7 +15,7 @@ from statemachine.events import Outcome
 from workers import pushes, transfer
 from workers.adopted import AdoptedProcess
 from workers.supervisor import end
-from workers.tickets import Tickets, claimed
+from workers.tickets import Tickets, board_name, claimed
 
 STILL_WRITING_S = 10.0
 """A messager that hangs in the middle of a layer is given so long before an engine is told."""
@@ -88,10 +88,12 @@ def end_receiving(ledger: str) -> None:
 
     Raises:
         HandoffError: a messager of another instance hangs in the middle of a copy; ended, it lets go.
+        ipc.NotPrivate, ipc.TooManyFiles: what it was receiving cannot be looked at.
     """
     try:
         board = Tickets(ledger, inherit=True)
-    except LedgerError:
+    except LedgerNotFound:
+        unlink(board_name(ledger))  # it may be one that a dead engine had only begun to create
         return
     tickets = board.revoke_all()
     writers: dict[int, int] = {}

@@ -55,11 +55,15 @@ class PatternEngine:
 
     def write(self, blocks: npt.NDArray[np.int32], seeds: Seeds) -> None:
         """Compute the KV of ``blocks[i]``, whose prefix has ``seeds[i]``."""
+        for layer in range(self._pools[0].layout.layers):
+            self.write_layer(layer, blocks, seeds)
+
+    def write_layer(self, layer: int, blocks: npt.NDArray[np.int32], seeds: Seeds) -> None:
+        """One layer of it, on all ranks."""
         for rank, pool in enumerate(self._pools):
-            for layer in range(pool.layout.layers):
-                pattern = self._first_words(seeds, rank, layer) + self._ramp
-                pool.tensor(layer, "kv").view(np.uint64)[blocks] = pattern
-                self.written_bytes += pattern.nbytes
+            pattern = self._first_words(seeds, rank, layer) + self._ramp
+            pool.tensor(layer, "kv").view(np.uint64)[blocks] = pattern
+            self.written_bytes += pattern.nbytes
 
     def verify(self, request: str, blocks: npt.NDArray[np.int32], seeds: Seeds, sequence: int) -> None:
         """Attend: every block, in token order, on all ranks and layers.

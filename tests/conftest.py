@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +24,8 @@ settings.register_profile(  # for the mutation check: the same examples each tim
     database=None,
     phases=[Phase.explicit, Phase.generate, Phase.target],
 )
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script; some tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from ipc import TooManyFiles, memory
 from ipc.names import objects_of, remove_objects
 from ipc.processes import alive, start_time
 from ipc.signals import Signals
@@ -32,7 +33,7 @@ from tests.split_instance import CONFIG, LAYERS, prompt, write_layer
 from workers import WorkerFailed, messager, supervisor
 from workers.progress import LayerProgress
 from workers.pushes import Address, PushStarted
-from workers.tickets import CLAIM, Tickets, claimed
+from workers.tickets import CLAIM, Tickets, board_name, claimed
 from workers.transport import MappedPool, Refused
 
 BLOCKS = 6
@@ -318,6 +319,33 @@ def test_a_successor_waits_for_who_still_writes_into_its_pool(
     with CacheManager.open(names[1]) as successor:
         assert len(successor.state.device.free) == CONFIG.device_blocks
         Receiver(successor)
+
+
+def test_a_board_that_was_only_begun_is_in_nobodys_way(names: tuple[str, str]) -> None:
+    """Found by simulation: an engine killed while it made its board left one that no later engine could replace."""
+    with CacheManager.create(names[1], CONFIG) as decode:
+        memory.open_new(board_name(names[1])).close_fd()
+        Receiver(decode).close()
+        memory.open_new(board_name(names[1])).close_fd()
+        decode.close(keep=True)
+    with CacheManager.open(names[1]) as successor:
+        Receiver(successor)
+
+
+def test_a_board_that_cannot_be_looked_at_is_not_taken_for_none(
+    names: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its blocks would become free while somebody may still write them."""
+
+    def refused(ledger: str, *, inherit: bool) -> Tickets:
+        raise TooManyFiles("as many files are open as may be")
+
+    CacheManager.create(names[1], CONFIG).close(keep=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("kvledger.handoff.Tickets", refused)
+        with pytest.raises(TooManyFiles):
+            CacheManager.open(names[1])
+    CacheManager.open(names[1]).close()
 
 
 def test_a_messager_claims_before_it_looks_and_lets_go_after(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,9 +24,11 @@ from kvledger import forks
 from kvledger.cli.simulate import simulate as command
 from kvledger.pattern import WrongBytes
 from kvledger.ranks import Ranks
-from kvledger.testing import simulator
+from kvledger.testing import runs
+from kvledger.testing.runs import Fault, SimulationFailed, simulate_or_shrink
 from kvledger.testing.schedule import Process, Schedule
-from kvledger.testing.simulator import Fault, Operation, Plan, SimulationFailed, simulate, simulate_or_shrink
+from kvledger.testing.simulator import Operation, Plan
+from kvledger.testing.split import SplitPlan
 from kvledger.testing.system import System, installed
 from kvledger.testing.weak_memory import Order
 from statemachine.commands import FinishTransfer
@@ -304,6 +306,20 @@ def test_engines_workers_and_followers_survive_what_seeds_plan() -> None:
     assert forks._living == known, "a real fork knows managers of simulated engines"
 
 
+def test_a_split_pair_survives_what_seeds_plan() -> None:
+    """The short form of ``kvledger simulate --split``."""
+    struck: Counter[str] = Counter()
+    received = verified = 0
+    for seed in range(300):
+        outcome = simulate_or_shrink(SplitPlan.draw(seed))
+        struck.update(outcome.struck)
+        received += outcome.received
+        verified += outcome.verified_bytes
+    assert struck.total() > 100 and received > 200 and verified > 100_000
+    for place in ("the publication of a transaction", "a copy", "recovery"):
+        assert struck[place] >= 5, struck
+
+
 def test_lines_that_are_not_looked_at_store_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores are looked for behind lines that can have stored something only; this looks behind the others too."""
     real = Process._line
@@ -319,12 +335,15 @@ def test_lines_that_are_not_looked_at_store_nothing(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Process, "_line", line)
     for seed in range(20):
-        simulate(Plan.draw(seed))
+        Plan.draw(seed).simulate()
+        SplitPlan.draw(seed).simulate()
     assert skipped > 20_000
 
 
 def test_a_seed_does_the_same_thing_again() -> None:
-    first, again = simulate(Plan.draw(2)), simulate(Plan.draw(2))
+    first, again = Plan.draw(2).simulate(), Plan.draw(2).simulate()
+    assert first == again and first.points > 1000
+    first, again = SplitPlan.draw(2).simulate(), SplitPlan.draw(2).simulate()
     assert first == again and first.points > 1000
 
 
@@ -362,7 +381,7 @@ def test_a_copy_that_was_overtaken_is_met(monkeypatch: pytest.MonkeyPatch) -> No
 
     def run_all() -> None:
         for seed in range(20):
-            simulate(Plan(seed, Order.TSO, HostPolicy.EXCLUSIVE, 2, 7, 11, operations, faults))
+            Plan(seed, Order.TSO, HostPolicy.EXCLUSIVE, 2, 7, 11, operations, faults).simulate()
 
     run_all()
     monkeypatch.setattr(Ranks, "_give_up_overtaken", lambda self, done: None)
@@ -378,7 +397,7 @@ def test_an_engine_that_dies_between_two_lost_pools_is_met(monkeypatch: pytest.M
     def run_all() -> None:
         for publication in range(1, 7):
             faults = (*lost, Fault(10, "engine", "die"), Fault(publication, "engine", "die", 2))
-            outcome = simulate(Plan(1, Order.TSO, HostPolicy.WRITE_THROUGH, 1, 6, 9, operations, faults))
+            outcome = Plan(1, Order.TSO, HostPolicy.WRITE_THROUGH, 1, 6, 9, operations, faults).simulate()
             assert outcome.engines == 3
 
     run_all()
@@ -412,9 +431,9 @@ def test_an_interrupted_campaign_says_what_it_did(
     def third(plan: Plan) -> Any:
         if plan.seed == 702:
             raise KeyboardInterrupt
-        return simulate(plan)
+        return plan.simulate()
 
-    monkeypatch.setattr(simulator, "simulate_or_shrink", third)
+    monkeypatch.setattr(runs, "simulate_or_shrink", third)
     with pytest.raises(typer.Exit) as ended:
         command(seed=700, runs=5)
     assert ended.value.exit_code == 130

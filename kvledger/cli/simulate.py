@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -17,28 +18,32 @@ def simulate(
     seed: Annotated[int, typer.Option(min=0, help="First seed; a failing run names its own")] = 0,
     runs: Annotated[int, typer.Option(min=1, help="So many seeds from there on")] = 1_000,
     seconds: Annotated[float | None, typer.Option(min=0, help="Go on with further seeds for so long instead")] = None,
+    split: Annotated[bool, typer.Option("--split", help="An instance that prefills and one that decodes")] = False,
 ) -> None:
     """Run engine, workers and a follower in one process on weakly ordered memory, with crashes; verify everything.
 
-    Each seed draws traffic, faults and schedule. The same seed does the same thing. A run that fails is made smaller,
-    and the command that repeats it is printed.
+    With --split a prefill and a decode instance and their messagers. Each seed draws traffic, faults and schedule. The
+    same seed does the same thing. A run that fails is made smaller, and the command that repeats it is printed.
     """
     from kvledger.testing.points import INTERPRETED_ONLY
+    from kvledger.testing.runs import AnyPlan, SimulationFailed, simulate_or_shrink
     from kvledger.testing.schedule import one_core
-    from kvledger.testing.simulator import Plan, SimulationFailed, simulate_or_shrink
+    from kvledger.testing.simulator import Plan
+    from kvledger.testing.split import SplitPlan
 
     logging.disable(logging.CRITICAL)  # what a simulated operator would be told
     console = Console(stderr=True)
     if is_compiled():
         console.print(f"[bold red]{INTERPRETED_ONLY}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(BAD_INPUT)
+    draw: Callable[[int], AnyPlan] = SplitPlan.draw if split else Plan.draw
     begun = time.monotonic()
     number = points = kills = engines = verified = 0
     interrupted = False
     with one_core(), console.status("simulating") as status:
         while not interrupted and (time.monotonic() - begun < seconds if seconds is not None else number < runs):
             try:
-                outcome = simulate_or_shrink(Plan.draw(seed + number))
+                outcome = simulate_or_shrink(draw(seed + number))
             except SimulationFailed as error:
                 console.print(f"[bold red]FAILED[/] seed {seed + number}: {error}", highlight=False, soft_wrap=True)
                 raise typer.Exit(FAILED) from error

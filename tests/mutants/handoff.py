@@ -87,6 +87,20 @@ MUTANTS: list[Mutant] = [
         f"{TESTS}::test_a_successor_waits_for_who_still_writes_into_its_pool",
     ),
     mutant(
+        "a board that a dead engine had begun stays in the way",
+        "kvledger/handoff.py",
+        "        unlink(board_name(ledger))  # it may be one that a dead engine had only begun to create\n",
+        "",
+        f"{TESTS}::test_a_board_that_was_only_begun_is_in_nobodys_way",
+    ),
+    mutant(
+        "what cannot be looked at is not received",
+        "kvledger/handoff.py",
+        "    except LedgerNotFound:\n",
+        "    except LedgerError:\n",
+        f"{TESTS}::test_a_board_that_cannot_be_looked_at_is_not_taken_for_none",
+    ),
+    mutant(
         "layers go before they are written",
         "workers/messager.py",
         "return not push.order.step or self._progress.reached(push.order.step, push.layers + 1)",
