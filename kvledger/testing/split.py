@@ -70,7 +70,7 @@ class SplitPlan:
         rng = random.Random(seed)
         order, ranks = rng.choice(list(Order)), rng.choice((1, 1, 2))
         prompts = [tuple(rng.choice((1, 1, 2, 3)) for _ in range(rng.randrange(1, 5))) for _ in range(10)]
-        kinds = ["ask"] * 5 + ["serve", "release", "release"]
+        kinds = ["ask"] * 4 + ["serve", "release", "release", "pause"]
         messagers = [f"messager {rank}" for rank in range(ranks)]
         faults = []
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
@@ -84,7 +84,7 @@ class SplitPlan:
                 at = 1 + int(rng.random() ** 2 * (_COPIES if victim in messagers else 30))
             faults.append(Fault(at, victim, what, rng.choice((1, 1, 1, 2))))
         if rng.random() < 0.3:  # blocks are taken back, and used, while a messager has stopped in the middle of them
-            kinds = ["ask", "ask", "serve", "serve", "release", "release", "pause", "pause"]
+            kinds = ["ask", "serve", "release", "pause"]
             faults.append(Fault(rng.randrange(1, 6), "messager 0", "hang"))
         operations = tuple(Request(rng.choice(kinds), rng.choice(prompts)) for _ in range(rng.randrange(3, 14)))
         return cls(seed, order, ranks, rng.randrange(5, 10), operations, tuple(faults))
@@ -257,7 +257,7 @@ class SplitSimulation(Simulation):
             self._next += 1  # an engine that dies here has lost this request, as its clients would see
             key = f"{self.outcome.engines}.{self._next}"
             if operation.what == "pause":
-                self.pause(hear, 0.3 * sum(operation.prompt))
+                self.pause(hear, 0.1 * sum(operation.prompt))
             elif operation.what == "release" and live:
                 self._release(manager, engine, live, next(iter(live)), waits)
             elif operation.what != "release":
