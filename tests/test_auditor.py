@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from ipc import LogReader, LogWriter, Overrun, snapshots
+from ipc import LogReader, LogWriter, Overrun, memory, snapshots
 from ipc.names import remove_objects, segments_of
 from kvledger import CacheConfig, CacheManager
 from statemachine import codec
@@ -23,7 +24,7 @@ from statemachine.decide import decide
 from statemachine.encoding import state_digest
 from statemachine.events import KIND_OF, LedgerOpened, ReleaseReason, RequestMatched
 from workers import auditor
-from workers.auditor import Auditor, AuditorRunning, AuditState
+from workers.auditor import Auditor, AuditorRunning, AuditState, signals_name
 from workers.follow import Follower
 
 SMALL = 64 << 10
@@ -112,6 +113,30 @@ def test_there_is_one_publishing_auditor(manager: CacheManager) -> None:
     second.close()
     first.close()
     Auditor(manager.name).close()
+
+
+def test_signals_that_were_only_begun_are_in_nobodys_way(manager: CacheManager) -> None:
+    """Else an auditor killed at that instant would be the last one, and nothing would bound the log any more."""
+    serve(manager, 0, 5)
+    memory.open_new(signals_name(manager.name)).close_fd()
+    one = Auditor(manager.name)
+    drain(one)
+    assert one.events == manager.next_sequence - 1
+    with pytest.raises(AuditorRunning):
+        Auditor(manager.name)
+    one.close()
+
+
+def test_signals_that_somebody_is_making_are_waited_for(manager: CacheManager) -> None:
+    serve(manager, 0, 5)
+    begun = memory.open_new(signals_name(manager.name))
+    maker = threading.Timer(0.1, os.posix_fallocate, (begun.fd, 0, 4096))
+    maker.start()
+    one = Auditor(manager.name)
+    maker.join()
+    assert os.fstat(begun.fd).st_nlink == 1, "they are the ones that it has"
+    begun.close_fd()
+    one.close()
 
 
 @pytest.fixture

@@ -51,6 +51,8 @@ _SNAPSHOTS_KEPT = 2
 _SLICE = 64
 """Events between two looks at the clock."""
 _WAIT_S = 0.25
+_LOOKS_AT_BEGUN = 100
+"""So often, every 10 ms, it is looked whether signals without a size get one, before their maker is taken for dead."""
 
 
 class AuditState(IntEnum):
@@ -299,16 +301,25 @@ def _told(error: Exception) -> str:
     return text if isinstance(error, InvariantViolation | CodecError) else f"{type(error).__name__}: {text}"
 
 
+def _made_or_found(name: str) -> Signals:
+    """The auditor's signals, for whoever comes first; those that a dead one had only begun to make are replaced."""
+    for _ in range(_LOOKS_AT_BEGUN):
+        with contextlib.suppress(LedgerExists):
+            return Signals(name, create=True)
+        with contextlib.suppress(LedgerNotFound):
+            return Signals(name)
+        time.sleep(0.01)
+    unlink(name)
+    return Signals(name, create=True)
+
+
 class _Publisher:
     """The signals and snapshots of the one auditor of a ledger; a lock on the signals says who that is."""
 
     def __init__(self, follower: Follower) -> None:
         self._follower = follower
         name = signals_name(follower.ledger)
-        try:
-            self._signals = Signals(name, create=True)
-        except LedgerExists:
-            self._signals = Signals(name)
+        self._signals = _made_or_found(name)
         words = self._signals.words
         self._lock = os.open(SHM / name[1:], os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:

@@ -417,6 +417,13 @@ MUTANTS: list[Mutant] = [
         "tests/test_cuda.py::test_device_tensors_for_pools_that_were_replaced_are_not_published",
     ),
     mutant(
+        "an auditor that died while it made its signals stays in the way",
+        "workers/auditor.py",
+        "        with contextlib.suppress(LedgerNotFound):\n            return Signals(name)\n",
+        "        return Signals(name)\n",
+        "tests/test_auditor.py::test_signals_that_were_only_begun_are_in_nobodys_way",
+    ),
+    mutant(
         "redaction leaves the words",
         "kvledger/redaction.py",
         "                    words=names.follow(chain, event.words)[1],\n",
