@@ -31,7 +31,7 @@ soak: $(VENV)/installed
 	$(VENV)/bin/kvledger simulate --seconds $$(($(SOAK_SECONDS) * 3 / 4)) --seed $$(date +%s)
 	$(VENV)/bin/kvledger simulate --split --seconds $$(($(SOAK_SECONDS) / 4)) --seed $$(date +%s)
 
-# Faults planted on purpose, some minutes; every one has to be found by a test. Writes the table of docs/testing.md.
+# Faults planted on purpose, a quarter of an hour; every one has to be found by a test. Writes the table of docs/testing.md.
 mutants: $(VENV)/tested
 	$(VENV)/bin/python -m tests.mutants
 
