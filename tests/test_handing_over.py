@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ipc import LogWriter, writer
+from ipc import LedgerNotFound, LogWriter, writer
 from ipc.names import remove_objects
 from ipc.processes import own_identity
 from ipc.signals import Signals
@@ -19,6 +19,7 @@ from workers import transfer, transport
 from workers.acknowledgements import signals_name
 from workers.layout import KVTensor, PoolLayout
 from workers.numpy_pools import NumpyPools
+from workers.pool_memory import PoolMemory
 from workers.pools import create_pools
 from workers.progress import LayerProgress
 from workers.pushes import PushStarted, log_name
@@ -177,6 +178,37 @@ def write_layers(seed: int, order: Order) -> None:
         schedule.run()
 
 
+def make_pools(seed: int, order: Order) -> int:
+    """A rank's process asks for its pools while its engine makes them. Returns how often it has asked."""
+    schedule = Schedule(random.Random(seed), order)
+    asked = 0
+    found = False
+
+    def engine() -> int:
+        create_pools(PREFILL, LAYOUT)
+        while not found:
+            schedule.sleep(1e-6)
+        remove_objects(PREFILL)
+        return 0
+
+    def rank() -> int:
+        nonlocal asked, found
+        while not found:
+            asked += 1
+            try:
+                PoolMemory(PREFILL, 0, LAYOUT)
+                found = True
+            except LedgerNotFound:
+                schedule.sleep(0.0)
+        return 0
+
+    schedule.spawn("engine", engine)
+    schedule.spawn("rank", rank)
+    with installed(System(schedule, {})):
+        schedule.run()
+    return asked
+
+
 def _ids(block: int) -> array[int]:
     return array("i", [block])
 
@@ -191,3 +223,8 @@ def test_blocks_that_were_taken_back_are_written_by_nobody(order: Order) -> None
 def test_only_what_is_written_is_sent(order: Order) -> None:
     for seed in range(SEEDS):
         write_layers(seed, order)
+
+
+@pytest.mark.parametrize("order", Order)
+def test_a_pool_is_whole_or_not_there(order: Order) -> None:
+    assert sum(make_pools(seed, order) for seed in range(5 * SEEDS)) > 8 * SEEDS

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ipc import LedgerError, LedgerNotFound, memory
+from ipc.fence import make_fence
 from workers.layout import PoolLayout
 
 Bytes = npt.NDArray[np.uint8]
@@ -48,8 +49,15 @@ def create(name: str, size: int, layout: PoolLayout) -> None:
     map = memory.create(name, size)
     header = _HEADER.pack(MAGIC, layout.fingerprint, os.urandom(16))
     map[len(MAGIC) : len(header)] = header[len(MAGIC) :]
+    _fence()
     map[: len(MAGIC)] = MAGIC  # last: who waits for the pool sees a whole header, or that it has to go on waiting
     map.close()
+
+
+def _fence() -> None:
+    release, acquire = make_fence()
+    release()
+    acquire()
 
 
 def attach(name: str, size: int, layout: PoolLayout) -> tuple[Bytes, str]:
@@ -62,9 +70,11 @@ def attach(name: str, size: int, layout: PoolLayout) -> tuple[Bytes, str]:
     map = memory.attach(name, write=True)
     if len(map) != size:
         return np.frombuffer(map, np.uint8), ""
-    magic, fingerprint, id = _HEADER.unpack(map[: _HEADER.size])
-    if not any(magic):
+    begun = not any(map[: len(MAGIC)])
+    _fence()
+    if begun:
         raise LedgerNotFound(f"shared memory {name} is only being created")
+    magic, fingerprint, id = _HEADER.unpack(map[: _HEADER.size])
     fits = magic == MAGIC and fingerprint == layout.fingerprint
     return np.frombuffer(map, np.uint8), id.hex() if fits else ""
 

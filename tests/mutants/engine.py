@@ -12,6 +12,7 @@ FAILING = "tests/test_failing_workers.py"
 RECOVERY = "tests/test_recovery.py"
 
 API = "tests/test_engine_api.py"
+WHOLE = "tests/test_handing_over.py::test_a_pool_is_whole_or_not_there[Order.WEAK]"
 
 MUTANTS: list[Mutant] = [
     mutant(
@@ -398,9 +399,16 @@ MUTANTS: list[Mutant] = [
     mutant(
         "a pool that is only begun is taken for one of another layout",
         "workers/pool_memory.py",
-        "    if not any(magic):\n",
+        "    if begun:\n",
         "    if False:\n",
         "tests/test_pools.py::test_who_waits_for_the_pools_never_sees_half_of_one",
+    ),
+    mutant(
+        "a pool is announced before its header is visible",
+        "workers/pool_memory.py",
+        "    _fence()\n    map[: len(MAGIC)] = MAGIC",
+        "    map[: len(MAGIC)] = MAGIC",
+        WHOLE,
     ),
     mutant(
         "a rank's new tensors are published in the place of those that ended with their process",
