@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ipc import LedgerNotFound
+from ipc import LedgerNotFound, TooManyFiles
 from ipc.names import remove_objects
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy
 from statemachine.events import Direction, TransferStarted
@@ -130,6 +130,27 @@ def test_who_waits_for_the_pools_never_sees_half_of_one(ledger: str) -> None:
         sys.settrace(before)
     assert any(f"{device} is only being created" in each for each in waited)
     assert open_pools(ledger, 1, layout).id
+
+
+def test_pools_that_cannot_be_looked_at_are_not_taken_for_replaced(
+    ledger: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else tensors would be published, and their owner told that they are not."""
+    layout = PoolLayout(1, 2, 256, 4, 4, LAYOUTS["bf16"])
+    create_pools(ledger, layout)
+    found = pool_memory.PoolMemory(ledger, 0, layout)
+
+    def refused(*arguments: object) -> None:
+        raise TooManyFiles("as many files are open as may be")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_memory, "attach", refused)
+        assert found.is_current()
+    assert found.is_current()
+    remove_objects(ledger)
+    assert not found.is_current()
+    create_pools(ledger, layout)
+    assert not found.is_current()
 
 
 def test_a_copy_that_raises_is_an_answer(ledger: str) -> None:
