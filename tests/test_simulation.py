@@ -25,7 +25,7 @@ from kvledger.cli.simulate import simulate as command
 from kvledger.pattern import WrongBytes
 from kvledger.ranks import Ranks
 from kvledger.testing import runs
-from kvledger.testing.runs import Fault, SimulationFailed, simulate_or_shrink
+from kvledger.testing.runs import AnyPlan, Fault, SimulationFailed, simulate_or_shrink
 from kvledger.testing.schedule import Process, Schedule
 from kvledger.testing.simulator import Operation, Plan
 from kvledger.testing.split import SplitPlan
@@ -289,17 +289,18 @@ def test_a_broken_memory_order_is_found_where_it_matters(
     assert bool(found) == (order in where)
 
 
+def survived(draw: Callable[[int], AnyPlan], seeds: int) -> tuple[Counter[str], list[runs.Outcome]]:
+    """Where the processes of so many plans were killed, and what the runs did."""
+    outcomes = [simulate_or_shrink(draw(seed)) for seed in range(seeds)]
+    return Counter(place for outcome in outcomes for place in outcome.struck), outcomes
+
+
 def test_engines_workers_and_followers_survive_what_seeds_plan() -> None:
     """The short form of ``make soak``."""
-    struck: Counter[str] = Counter()
-    engines = verified = 0
     known = dict(forks._living)
-    for seed in range(1_000):
-        outcome = simulate_or_shrink(Plan.draw(seed))
-        struck.update(outcome.struck)
-        engines += outcome.engines
-        verified += outcome.verified_bytes
-    assert struck.total() > 400 and engines > 1_200 and verified > 200_000
+    struck, outcomes = survived(Plan.draw, 1_000)
+    assert struck.total() > 400 and sum(outcome.engines for outcome in outcomes) > 1_200
+    assert sum(outcome.verified_bytes for outcome in outcomes) > 200_000
     # the faults strike where it hurts
     for place in ("the body of a transaction", "the publication of a transaction", "a copy", "recovery"):
         assert struck[place] >= 10, struck
@@ -308,16 +309,30 @@ def test_engines_workers_and_followers_survive_what_seeds_plan() -> None:
 
 def test_a_split_pair_survives_what_seeds_plan() -> None:
     """The short form of ``kvledger simulate --split``."""
-    struck: Counter[str] = Counter()
-    received = verified = 0
-    for seed in range(300):
-        outcome = simulate_or_shrink(SplitPlan.draw(seed))
-        struck.update(outcome.struck)
-        received += outcome.received
-        verified += outcome.verified_bytes
-    assert struck.total() > 100 and received > 200 and verified > 100_000
+    struck, outcomes = survived(SplitPlan.draw, 300)
+    assert struck.total() > 100 and sum(outcome.received for outcome in outcomes) > 200
+    assert sum(outcome.verified_bytes for outcome in outcomes) > 100_000
     for place in ("the publication of a transaction", "a copy", "recovery"):
         assert struck[place] >= 5, struck
+
+
+@pytest.mark.parametrize(
+    ("where", "broken"),
+    [
+        ("kvledger.receiving.claimed", lambda tickets: {}),
+        ("workers.messager.Messager._may_send", lambda self, push: True),
+    ],
+    ids=["nobody asks who still writes", "layers go before they are written"],
+)
+def test_a_split_pair_that_is_broken_is_found(monkeypatch: pytest.MonkeyPatch, where: str, broken: object) -> None:
+    monkeypatch.setattr(where, broken)
+
+    def run_all() -> None:
+        for seed in range(200):
+            SplitPlan.draw(seed).simulate()
+
+    with pytest.raises(WrongBytes):
+        run_all()
 
 
 def test_lines_that_are_not_looked_at_store_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
