@@ -12,7 +12,7 @@ test: check
 
 # A thousand kills of engines and workers under load, some minutes; SEED=n draws others.
 chaos: $(VENV)/tested
-	$(VENV)/bin/python -m tests.chaos --kills 1000 --seed $(or $(SEED),0)
+	$(VENV)/bin/python -m tests.campaigns.chaos --kills 1000 --seed $(or $(SEED),0)
 
 # Style, types and the direction of imports.
 check: $(VENV)/tested

@@ -14,34 +14,17 @@ import sys
 from setuptools import setup
 
 NATIVE = {
-    "statemachine": [
-        "apply",
-        "apply_cache",
-        "apply_chunks",
-        "apply_requests",
-        "apply_transfers",
-        "backup",
-        "check",
-        "content",
-        "decide",
-        "decide_chunks",
-        "decide_epoch",
-        "decide_upkeep",
-        "encoding",
-        "expect",
-        "incremental",
-        "order",
-        "ownership",
-        "replay",
-        "room",
-        "state",
-        "tree",
-    ],
+    "statemachine": ["content"],
+    "statemachine/state": ["nodes", "order", "ownership", "state", "tree"],
+    "statemachine/decide": ["__init__", "backup", "chunks", "eviction", "ledger", "upkeep"],
+    "statemachine/apply": ["__init__", "cache", "chunks", "expect", "requests", "transfers"],
+    "statemachine/check": ["__init__", "incremental"],
+    "statemachine/records": ["replay", "snapshot"],
     "ipc": ["reader", "record", "writer"],
-    "workers": ["acknowledgements"],
-    "kvledger": ["arguments", "manager", "ranks", "transactions"],
+    "workers/processes": ["acknowledgements"],
+    "kvledger/manager": ["arguments", "manager", "ranks", "transactions"],
 }
-"""Modules that a step of a scheduler, a worker or a replay runs through, by package. The others are tables, exceptions
+"""Modules that a step of a scheduler, a worker or a replay runs through, by folder. The others are tables, exceptions
 (which mypyc cannot compile), made at import, or wait for something slower than Python."""
 
 if "bdist_wheel" in sys.argv:  # setuptools would pack what an earlier build has left there, compiled or deleted since

@@ -30,12 +30,12 @@ from benchmarks import figures as f
 from ipc import KvlogReader, KvlogWriter, LogReader
 from kvledger import CacheConfig, CacheManager
 from kvledger.debugger import Source, SourceError, open_source
-from kvledger.debugger.checking import check_log
-from kvledger.debugger.explain import explain_block, explain_hash, explain_request
-from kvledger.debugger.hashes import hash_of
-from statemachine import codec
+from kvledger.debugger.explain.explain import explain_block, explain_hash, explain_request
+from kvledger.debugger.source.hashes import hash_of
+from kvledger.debugger.verify.check import check_log
 from statemachine.events import Tier
-from statemachine.replay import Replay
+from statemachine.records import codec
+from statemachine.records.replay import Replay
 
 _BLOCKS, _BLOCK = 65_536, 16
 _QUESTIONS = 40

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks import figures as f
 from benchmarks.lifecycle import prompts
 from kvledger import CacheConfig, CacheManager
-from kvledger.fastdeploy import PrefixCacheManager
+from kvledger.adapters.fastdeploy import PrefixCacheManager
 
 BLOCK = 64
 _CASES = ((32, 0.5, False), (128, 0.5, False), (32, 0.5, True), (128, 0.5, True))

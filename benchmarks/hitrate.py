@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from benchmarks import figures as f
 from benchmarks.replay import conversation
-from kvledger.run import Run, RunOptions
-from kvledger.traces import Trace
+from kvledger.run.run import Run, RunOptions
+from kvledger.run.traces import Trace
 from statemachine.content import words_of
 from statemachine.events import HostPolicy
 

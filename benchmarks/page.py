@@ -39,7 +39,7 @@ block; SGLang and kvledger keep its tokens (kvledger 64 bytes), vLLM a hash.""",
     "lifecycle": """\
 Match, allocate, cache and release beside a bare run-compressed tree that gives the same answers, without events, log,
 validation or tiers: what the ledger costs. Blocks of 64 tokens.""",
-    "fastdeploy": "A request through FastDeploy's interface (`kvledger.fastdeploy`), beside `CacheManager`'s own.",
+    "fastdeploy": "A request through FastDeploy's interface (`kvledger.adapters.fastdeploy`), beside `CacheManager`.",
     "handoff": "From the engine's append to a worker that sees it, one way, a message every 200 µs.",
     "roundtrip": """\
 From an order to its event: append, transfer worker, copy, acknowledgement, `TransferFinished`. ZeroMQ's processes only

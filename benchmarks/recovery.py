@@ -20,7 +20,7 @@ from benchmarks import figures as f
 from ipc import LogReader, snapshots
 from ipc.names import remove_objects
 from kvledger import CacheConfig, CacheManager
-from statemachine.encoding import snapshot
+from statemachine.records.snapshot import snapshot
 
 _BLOCK, _RUN = 16, 32
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from benchmarks import figures as f
 from ipc import KvlogReader
-from kvledger import sample, traces
-from kvledger.run import Run, RunOptions
+from kvledger.run import sample, traces
+from kvledger.run.run import Run, RunOptions
 from statemachine.events import HostPolicy
-from statemachine.replay import replay
+from statemachine.records.replay import replay
 
 _CONVERSATION = Path(__file__).resolve().parents[2] / "shared" / "traces" / "conversation_trace.jsonl"
 

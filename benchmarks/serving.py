@@ -22,16 +22,17 @@ from typing import Any
 import numpy as np
 
 from ipc import LogReader
-from kvledger import OutOfBlocks, sample, traces
-from kvledger.fastdeploy import PrefixCacheManager
-from kvledger.pattern import PatternEngine, Seeds, WrongBytes, chain
-from kvledger.run import Run, RunOptions, Summary
-from kvledger.traces import Trace, TraceRequest
+from kvledger import OutOfBlocks
+from kvledger.adapters.fastdeploy import PrefixCacheManager
+from kvledger.run import sample, traces
+from kvledger.run.pattern import PatternEngine, Seeds, WrongBytes, chain
+from kvledger.run.run import Run, RunOptions, Summary
+from kvledger.run.traces import Trace, TraceRequest
 from statemachine.check import check
 from statemachine.content import words_of
-from statemachine.encoding import state_digest
 from statemachine.events import HostPolicy
-from statemachine.replay import replay
+from statemachine.records.replay import replay
+from statemachine.records.snapshot import state_digest
 
 _WAITING = 4
 """So many requests are known ahead of the one that is admitted next."""

@@ -17,8 +17,8 @@ from benchmarks import figures as f
 from ipc.names import remove_objects
 from statemachine.events import Direction, TransferStarted
 from workers import PoolLayout
-from workers.numpy_pools import copy_blocks
-from workers.pools import create_pools, open_copies
+from workers.pools.backends import create_pools, open_copies
+from workers.pools.numpy import copy_blocks
 
 _SHAPES = ((4096, 8), (65_536, 8), (262_144, 8), (65_536, 1), (65_536, 32))
 """Bytes per block and layer, layers."""

@@ -17,12 +17,12 @@ from typing import get_type_hints
 
 from statemachine import commands
 from statemachine.apply import apply, genesis
-from statemachine.codec import SCHEMA_HASH
 from statemachine.decide import decide
 from statemachine.errors import CommandRejected
 from statemachine.events import KINDS, Direction, HostPolicy, LedgerOpened, Outcome, ReleaseReason, Tier
-from statemachine.ownership import transfer_blocks
-from statemachine.state import State
+from statemachine.records.codec import SCHEMA_HASH
+from statemachine.state.ownership import transfer_blocks
+from statemachine.state.state import State
 
 FOLDER = Path(__file__).parent
 EVENTS = FOLDER / "events.md"

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 try:
     from kvledger.config import CacheConfig, ConfigError
     from kvledger.errors import CallTooLarge, ManagerClosed, Paused, WrongThread
-    from kvledger.manager import Admission, CacheManager
-    from kvledger.ranks import Progress
+    from kvledger.manager.manager import Admission, CacheManager
+    from kvledger.manager.ranks import Progress
     from statemachine.content import InvalidTokens, Item, namespace_key
     from statemachine.errors import (
         Busy,
@@ -66,6 +66,6 @@ def is_compiled() -> bool:
     There, an argument of the wrong type raises ``TypeError`` where the interpreted build raises
     :class:`InvalidCommand`; nothing has changed in either.
     """
-    from kvledger.manager import CacheManager
+    from kvledger.manager.manager import CacheManager
 
     return not isinstance(CacheManager.admit, FunctionType)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from statemachine.events import HostPolicy, LedgerOpened
-from statemachine.state import MOST_BLOCKS
-from workers.layout import BACKENDS, KVTensor, PoolLayout
+from statemachine.state.state import MOST_BLOCKS
+from workers.pools.layout import BACKENDS, KVTensor, PoolLayout
 
 _LARGEST = 2**31 - 1
 _MOST_RANKS = 64
@@ -56,7 +56,7 @@ class CacheConfig:
     block_bytes: int = 4096
     """Bytes of the keys and values of one block in one layer of one rank; with ``tensors`` it follows from them."""
     tensors: tuple[KVTensor, ...] = ()
-    """The KV tensors of a layer on one rank, see :mod:`workers.layout`; without any, a block is plain bytes."""
+    """The KV tensors of a layer on one rank, see :mod:`workers.pools.layout`; without any, a block is plain bytes."""
     backend: str = "numpy"
     """Whose memory the device pool is: ``numpy``, ``paddle``, ``paddle-gpu`` or ``cuda``. See ``docs/pools.md``."""
     checksums: bool = False

@@ -2,7 +2,7 @@
 
 An event carries the outcome that was decided (these block ids, these runs), never the wish, so that applying it
 needs no policy. Events are immutable named tuples; the annotation of a field says how it travels in a log record
-(see :mod:`statemachine.codec`), and the first ``U64`` field is the record's *subject*.
+(see :mod:`statemachine.records.codec`), and the first ``U64`` field is the record's *subject*.
 
 Conventions
 -----------

@@ -18,12 +18,12 @@ from typing import Protocol
 from ipc import Control, LedgerNotFound, LogReader, LogWriter
 from ipc.processes import own_identity
 from ipc.signals import Signals
-from statemachine import codec
 from statemachine.events import KIND_OF, EpochStarted, TransferFinished, TransferStarted, WorkerJoined
-from workers import acknowledgements
-from workers.acknowledgements import Acknowledgement, EpochSeen, Status
-from workers.layout import PoolLayout
-from workers.pools import open_copies
+from statemachine.records import codec
+from workers.pools.backends import open_copies
+from workers.pools.layout import PoolLayout
+from workers.processes import acknowledgements
+from workers.processes.acknowledgements import Acknowledgement, EpochSeen, Status
 
 READY, HEARTBEAT, PID, START = 0, 8, 16, 17
 """Words of the worker's signals, on cache lines of their own. ``PID`` and ``START`` say who it is."""

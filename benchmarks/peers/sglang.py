@@ -13,7 +13,6 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
-import transformers  # noqa: F401  # looks for torchvision: before the next lines, which are for SGLang alone
 
 # SGLang's configurations of vision models import torchvision, whose wheels do not go with a CPU build of torch. Nothing
 # that is used here needs it, so something empty takes its place.

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from ipc import KvlogWriter, Record
 from ipc.record import TXN_BEGIN, TXN_END
-from statemachine import codec, decide
+from statemachine import decide
 from statemachine.apply import apply, genesis
 from statemachine.commands import Admit, Cache, Command, FinishTransfer, Release
 from statemachine.errors import OutOfBlocks
 from statemachine.events import AllocationRefused, Event, HostPolicy, LedgerOpened, Outcome, ReleaseReason
+from statemachine.records import codec
 
 BLOCK = 4
 """Tokens per block."""

@@ -9,8 +9,14 @@ from typing import Any
 
 from examples.garbled.engine import Chat, Engine, serve
 from kvledger import is_compiled
-from statemachine import apply, apply_cache, apply_chunks, apply_requests, apply_transfers, decide, expect, room, tree
+from statemachine import apply, decide
+from statemachine.apply import cache as apply_cache
+from statemachine.apply import chunks as apply_chunks
+from statemachine.apply import expect
+from statemachine.apply import requests as apply_requests
+from statemachine.apply import transfers as apply_transfers
 from statemachine.commands import Admit
+from statemachine.decide import eviction as room
 from statemachine.errors import OutOfBlocks
 from statemachine.events import (
     BlocksCached,
@@ -21,7 +27,9 @@ from statemachine.events import (
     RequestMatched,
     TransferStarted,
 )
-from statemachine.state import Node, State
+from statemachine.state import tree
+from statemachine.state.nodes import Node
+from statemachine.state.state import State
 
 _GUARDED = (apply, apply_cache, apply_chunks, apply_requests, apply_transfers, expect)
 

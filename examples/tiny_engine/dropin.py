@@ -1,4 +1,4 @@
-"""The same engine on FastDeploy's block manager API: ``kvledger.fastdeploy.PrefixCacheManager``.
+"""The same engine on FastDeploy's block manager API: ``kvledger.adapters.fastdeploy.PrefixCacheManager``.
 
 Calls and their order are those of FastDeploy's scheduler: a guard, match (which waits for the swap-in), allocate,
 cache, release, recycle.
@@ -14,7 +14,7 @@ import numpy as np
 
 from examples.tiny_engine.blocks import Request
 from kvledger import OutOfBlocks
-from kvledger.fastdeploy import PrefixCacheManager
+from kvledger.adapters.fastdeploy import PrefixCacheManager
 
 
 class DropInBlocks:

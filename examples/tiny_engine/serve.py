@@ -16,7 +16,7 @@ from examples.tiny_engine.dropin import DropInBlocks
 from examples.tiny_engine.engine import Completion, Engine
 from examples.tiny_engine.model import Model, ModelConfig
 from kvledger import CacheConfig, CacheManager, HostPolicy
-from kvledger.fastdeploy import PrefixCacheManager
+from kvledger.adapters.fastdeploy import PrefixCacheManager
 
 MODEL_RANKS = (1, 2, 4)
 """How many ranks the model's key heads can be split over."""

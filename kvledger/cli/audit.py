@@ -11,7 +11,7 @@ from kvledger.cli.debugging import errors, say
 from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
 from kvledger.cli.following import cannot_follow
 from kvledger.cli.stopping import until_asked, until_signal
-from kvledger.debugger.wording import count
+from kvledger.debugger.explain.wording import count
 
 
 def audit(
@@ -33,7 +33,7 @@ def audit(
 
 def _audit(name: str, check_every: int | None, once: bool, as_json: bool) -> None:
     from ipc import LedgerError
-    from workers.auditor import Auditor, AuditorRunning
+    from workers.followers.auditor import Auditor, AuditorRunning
 
     try:
         try:

@@ -9,13 +9,13 @@ import typer
 from kvledger.cli.debugging import At, From, Json, Src, To, in_json, one_line_errors, place, reading, span
 from kvledger.cli.exits import BAD_INPUT, FAILED
 from kvledger.debugger import Entry, Source, SourceError
-from kvledger.debugger.bisect import first_true
-from kvledger.debugger.checking import check_log
-from kvledger.debugger.leaks import leaks
-from kvledger.debugger.places import clock
-from kvledger.debugger.plain import entry_fields
-from kvledger.debugger.predicates import NAMES, predicate
-from kvledger.debugger.wording import Wording, count
+from kvledger.debugger.explain.leaks import leaks
+from kvledger.debugger.explain.wording import Wording, count
+from kvledger.debugger.export.plain import entry_fields
+from kvledger.debugger.source.places import clock
+from kvledger.debugger.source.predicates import NAMES, predicate
+from kvledger.debugger.verify.bisect import first_true
+from kvledger.debugger.verify.check import check_log
 from statemachine.errors import Contradiction
 
 _NAMES = "\n".join(f"- `{name}`: {meaning}" for name, meaning in NAMES.items())

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ipc import LedgerError
 from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
 from kvledger.debugger import Source, SourceError, open_source
-from kvledger.debugger.places import locate
+from kvledger.debugger.source.places import locate
 from statemachine.errors import Contradiction
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="Name of a ledger, living or dead, or path of a .kvlog file")]

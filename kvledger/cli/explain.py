@@ -9,8 +9,9 @@ import typer
 
 from kvledger.cli.debugging import At, Json, Src, in_json, place, reading
 from kvledger.cli.tiers import TierName
-from kvledger.debugger import SourceError, explain
-from kvledger.debugger.places import clock
+from kvledger.debugger import SourceError
+from kvledger.debugger.explain import explain
+from kvledger.debugger.source.places import clock
 
 
 class What(StrEnum):

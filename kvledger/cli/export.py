@@ -21,7 +21,7 @@ def export(
 ) -> None:
     """Write a log for other tools: one row per event (parquet, csv, jsonl), or a timeline for ui.perfetto.dev."""
     from kvledger.debugger import SourceError
-    from kvledger.debugger.export import Format, export
+    from kvledger.debugger.export.export import Format, export
 
     with reading(src) as (source, report):
         if to not in list(Format):

@@ -13,11 +13,11 @@ from kvledger.cli.debugging import From, Json, Src, To, errors, reading, span
 from kvledger.cli.stopping import until_asked
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import Entry, Source, SourceError
-from kvledger.debugger.filters import Filter, kinds_named, request_number, request_numbers, select
-from kvledger.debugger.hashes import find_hash
-from kvledger.debugger.places import clock
-from kvledger.debugger.plain import entry_fields
-from kvledger.debugger.wording import Wording
+from kvledger.debugger.explain.wording import Wording
+from kvledger.debugger.export.plain import entry_fields
+from kvledger.debugger.source.filters import Filter, kinds_named, request_number, request_numbers, select
+from kvledger.debugger.source.hashes import find_hash
+from kvledger.debugger.source.places import clock
 from statemachine.errors import Contradiction
 from statemachine.events import Event, RequestMatched
 

@@ -33,11 +33,11 @@ def _metrics(name: str, port: int, address: str) -> None:
     try:
         from prometheus_client import CollectorRegistry, start_http_server
 
-        from kvledger.metrics.collectors import PictureCollector
+        from kvledger.telemetry.collectors import PictureCollector
     except ModuleNotFoundError as error:
         say("error", "this needs prometheus_client: pip install 'kvledger[metrics]'")
         raise typer.Exit(BAD_INPUT) from error
-    from kvledger.metrics.exporter import Exporter
+    from kvledger.telemetry.exporter import Exporter
 
     try:
         exporter = Exporter(name)

@@ -19,8 +19,8 @@ def pushes(
     """List what a prefill instance pushes to decode instances, and how it ended."""
     from rich.table import Table
 
-    from kvledger.debugger.places import clock
     from kvledger.debugger.pushes import pushes as pushes_of
+    from kvledger.debugger.source.places import clock
 
     with one_line_errors():
         found = pushes_of(name)

@@ -11,7 +11,7 @@ from kvledger.cli.debugging import errors, say
 from kvledger.cli.exits import BAD_INPUT, INTERRUPTED
 from kvledger.cli.following import cannot_follow
 from kvledger.cli.stopping import until_asked, until_signal
-from kvledger.debugger.wording import count
+from kvledger.debugger.explain.wording import count
 
 
 def record(
@@ -33,7 +33,7 @@ def record(
 
 def _record(name: str, file: Path, rotate_mb: float | None, rotate_minutes: float | None, once: bool) -> None:
     from ipc import LedgerError
-    from workers.recorder import Recorder
+    from workers.followers.recorder import Recorder
 
     recorder: Recorder | None = None
     interrupted = False

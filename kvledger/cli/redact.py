@@ -10,7 +10,7 @@ import typer
 from kvledger.cli.debugging import errors, note_damage, say
 from kvledger.cli.exits import BAD_INPUT
 from kvledger.cli.following import is_ledger
-from kvledger.debugger.wording import count
+from kvledger.debugger.explain.wording import count
 
 
 def redact(
@@ -29,8 +29,8 @@ def redact(
     import secrets
 
     from ipc import LedgerError
-    from kvledger.redaction import KEY_BYTES, read_key
-    from kvledger.redaction import redact as write
+    from kvledger.recordings.redaction import KEY_BYTES, read_key
+    from kvledger.recordings.redaction import redact as write
 
     if is_ledger(str(source)):
         say("error", f"{source} is a ledger, not a recording: record it first (kvledger record {source} FILE.kvlog)")

@@ -13,15 +13,15 @@ from kvledger.cli.check import events_around
 from kvledger.cli.debugging import From, Json, Report, Src, To, in_json, one_line_errors, reading, span
 from kvledger.cli.exits import FAILED
 from kvledger.debugger import Entry, Source, SourceError
-from kvledger.debugger.diff import differences, diverge, fields_that_differ
-from kvledger.debugger.output import complete
-from kvledger.debugger.places import locate
-from kvledger.debugger.plain import entry_fields, event_fields
-from kvledger.debugger.predicates import predicate
-from kvledger.debugger.pytest_file import as_test
-from kvledger.debugger.replaying import Decision, decisions, evolve
-from kvledger.debugger.shrink import shrink
-from kvledger.debugger.wording import Wording, count
+from kvledger.debugger.explain.wording import Wording, count
+from kvledger.debugger.export.output import complete
+from kvledger.debugger.export.plain import entry_fields, event_fields
+from kvledger.debugger.source.places import locate
+from kvledger.debugger.source.predicates import predicate
+from kvledger.debugger.source.replay import Decision, decisions, evolve
+from kvledger.debugger.verify.diff import differences, diverge, fields_that_differ
+from kvledger.debugger.verify.pytest_file import as_test
+from kvledger.debugger.verify.shrink import shrink
 from statemachine.events import DigestScope
 
 _MOST_DIFFERENCES = 40

@@ -17,20 +17,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ipc import LedgerError
-from kvledger import sample, traces
 from kvledger.cli.debugging import errors, say
 from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
 from kvledger.config import ConfigError
-from kvledger.debugger.wording import count
-from kvledger.pattern import WrongBytes
-from kvledger.run import Crashes, Run, RunOptions, Summary
-from kvledger.traces import Trace, TraceError
+from kvledger.debugger.explain.wording import count
+from kvledger.run import sample, traces
+from kvledger.run.pattern import WrongBytes
+from kvledger.run.run import Crashes, Run, RunOptions, Summary
+from kvledger.run.traces import Trace, TraceError
 from statemachine.errors import CommandRejected, InvariantViolation
 from statemachine.events import HostPolicy
 from workers import WorkerFailed
 
 if TYPE_CHECKING:
-    from kvledger.crashes import CrashRun
+    from kvledger.run.crashes import CrashRun
 
 
 _HOST_BLOCKS = 2048
@@ -125,7 +125,7 @@ def run(
         loaded = _load(trace, requests, seed)
         job = None
         if crash or chaos is not None:
-            from kvledger.crashes import Crash, CrashRun
+            from kvledger.run.crashes import Crash, CrashRun
 
             source = {"path": str(trace) if trace else None, "requests": len(loaded.requests), "seed": seed}
             job = CrashRun(source, len(loaded.requests), options, [Crash.parse(text) for text in crash or []], chaos)

@@ -24,7 +24,7 @@ def segments(
 
     Exit code 2 if one that is named is not there; nothing is removed then.
     """
-    from kvledger.ledgers import ledgers, remove_dead
+    from kvledger.doctor.ledgers import ledgers, remove_dead
 
     found = ledgers()
     unknown = sorted(set(names or ()) - {ledger.name for ledger in found})

@@ -15,15 +15,16 @@ from rich.tree import Tree
 from kvledger.cli.debugging import At, Json, Src, place, reading
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import SourceError
-from kvledger.debugger.filters import request_numbers
-from kvledger.debugger.owners import content, describe, holders, owners_of, short
-from kvledger.debugger.places import date
-from kvledger.debugger.plain import node_fields, request_fields, state_fields
-from kvledger.debugger.wording import DIRECTIONS, count, ids
-from statemachine.encoding import state_digest
+from kvledger.debugger.explain.owners import content, describe, holders, owners_of, short
+from kvledger.debugger.explain.wording import DIRECTIONS, count, ids
+from kvledger.debugger.export.plain import node_fields, request_fields, state_fields
+from kvledger.debugger.source.filters import request_numbers
+from kvledger.debugger.source.places import date
 from statemachine.events import HostPolicy, Tier
-from statemachine.order import Order
-from statemachine.state import Node, Request, State
+from statemachine.records.snapshot import state_digest
+from statemachine.state.nodes import Node, Request
+from statemachine.state.order import Order
+from statemachine.state.state import State
 
 _ROWS = 20
 console = Console(highlight=False)

@@ -39,13 +39,13 @@ def _spans(name: str, endpoint: str | None) -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        from kvledger.telemetry import RequestSpans
+        from kvledger.telemetry.spans import RequestSpans
     except ModuleNotFoundError as error:
         say("error", "this needs OpenTelemetry: pip install 'kvledger[otel]'")
         raise typer.Exit(BAD_INPUT) from error
-    from statemachine.codec import CodecError
     from statemachine.errors import InvariantViolation
-    from workers.follow import Follower
+    from statemachine.records.codec import CodecError
+    from workers.followers.follow import Follower
 
     if wrong := _wrong_endpoint(endpoint):
         say("error", wrong)

@@ -20,7 +20,7 @@ from kvledger.cli.debugging import errors, one_line_errors
 from kvledger.cli.stopping import until_asked, until_signal
 
 if TYPE_CHECKING:
-    from kvledger.debugger.occupancy import Occupancy
+    from kvledger.debugger.export.occupancy import Occupancy
     from kvledger.debugger.top import Frame, HitRate, Top
 
 _EVERY_S = 0.5

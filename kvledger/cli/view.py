@@ -11,7 +11,7 @@ import typer
 from kvledger.cli.debugging import At, From, Src, To, reading
 from kvledger.cli.stopping import until_asked
 from kvledger.debugger import SourceError
-from kvledger.debugger.places import locate
+from kvledger.debugger.source.places import locate
 from kvledger.view.log import Log
 
 

@@ -16,12 +16,12 @@ from rich.table import Table
 from kvledger.cli.debugging import Json, Src, in_json, reading
 from kvledger.cli.whole_log import reached, wide_console
 from kvledger.debugger import Source, SourceError
-from kvledger.debugger.wording import count
+from kvledger.debugger.explain.wording import count
 from statemachine.events import HostPolicy
 
 if TYPE_CHECKING:
-    from kvledger.debugger.plot import Line
-    from kvledger.debugger.whatif import Answers, Result, Scenario
+    from kvledger.debugger.whatif.plot import Line
+    from kvledger.debugger.whatif.whatif import Answers, Result, Scenario
 
 _LARGEST = 2**31 - 1
 _Choice = TypeVar("_Choice", bound=Enum)
@@ -104,7 +104,7 @@ def _choices(option: str, text: str, choices: type[_Choice]) -> list[_Choice]:
 def _combinations(
     log: Log, device_blocks: str | None, host_blocks: str | None, host_policy: str | None, hints: str | None
 ) -> list[Scenario]:
-    from kvledger.debugger.whatif import Hints, Scenario
+    from kvledger.debugger.whatif.whatif import Hints, Scenario
 
     recorded = log.source.at(log.source.first)
     devices = _numbers("--device-blocks", device_blocks, 1) if device_blocks else [recorded.device.capacity]
@@ -131,8 +131,8 @@ def _tiers(scenario: Scenario) -> str:
 
 
 def _scenarios(log: Log, scenarios: list[Scenario], plot: Path | None, as_json: bool) -> None:
-    from kvledger.debugger.plot import Line
-    from kvledger.debugger.whatif import what_if
+    from kvledger.debugger.whatif.plot import Line
+    from kvledger.debugger.whatif.whatif import what_if
 
     answers = what_if(log.source, scenarios, log.reached)
     if plot is not None:
@@ -212,8 +212,8 @@ def _remarks(answers: Answers) -> str:
 
 
 def _curve(log: Log, capacities: list[int], rate: float, plot: Path | None, as_json: bool) -> None:
-    from kvledger.debugger.curve import curve
-    from kvledger.debugger.plot import Line
+    from kvledger.debugger.whatif.curve import curve
+    from kvledger.debugger.whatif.plot import Line
 
     found = curve(log.source, capacities, rate, log.reached)
     if plot is not None:
@@ -236,6 +236,6 @@ def _curve(log: Log, capacities: list[int], rate: float, plot: Path | None, as_j
 
 
 def _draw(log: Log, lines: list[Line], path: Path) -> None:
-    from kvledger.debugger.plot import plot
+    from kvledger.debugger.whatif.plot import plot
 
     plot(lines, path, f"{Path(log.source.name).name}: what if")

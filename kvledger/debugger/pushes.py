@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ipc import LedgerError, LogReader
-from kvledger.debugger.source import SourceError
-from kvledger.handoff import read_from_the_oldest
-from statemachine.codec import CodecError
+from kvledger.debugger.source.source import SourceError
+from kvledger.manager.handoffs import read_from_the_oldest
 from statemachine.events import Outcome
-from workers.pushes import SCHEMA_HASH, PushFinished, PushStarted, fact_of, log_name
+from statemachine.records.codec import CodecError
+from workers.handoff.pushes import SCHEMA_HASH, PushFinished, PushStarted, fact_of, log_name
 
 
 class Push(NamedTuple):

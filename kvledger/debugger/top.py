@@ -9,8 +9,8 @@ from typing import NamedTuple, assert_never
 
 from ipc import Control, LedgerError, LedgerNotFound, Overrun, memory
 from ipc.names import SHM, control_name
-from kvledger.debugger.occupancy import Occupancy, occupancy
-from kvledger.debugger.source import Entry, Source, SourceError, Tail, open_source
+from kvledger.debugger.export.occupancy import Occupancy, occupancy
+from kvledger.debugger.source.source import Entry, Source, SourceError, Tail, open_source
 from statemachine.apply import apply
 from statemachine.errors import Contradiction
 from statemachine.events import (
@@ -38,9 +38,10 @@ from statemachine.events import (
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.replay import MISFITS, said
-from statemachine.state import State
-from workers import acknowledgements, transfer
+from statemachine.records.replay import MISFITS, said
+from statemachine.state.state import State
+from workers import transfer
+from workers.processes import acknowledgements
 
 _SECOND = 1_000_000_000
 MINUTE_S = 60

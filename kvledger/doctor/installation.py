@@ -19,7 +19,7 @@ from kvledger.doctor.finding import Finding, note, ok, problem
 
 _DISTRIBUTION = "kvledger"
 _PACKAGES = ("statemachine", "ipc", "workers", "kvledger")
-_ENTRANCES = ("kvledger.manager", "workers.transfer", "kvledger.run")
+_ENTRANCES = ("kvledger.manager.manager", "workers.transfer", "kvledger.run.run")
 """Modules that import all others which an engine, a worker and the command line cannot do without."""
 _REINSTALL = "pip install --force-reinstall --no-deps kvledger"
 _AGAIN = "then type this again, all further checks need it"

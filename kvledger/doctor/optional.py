@@ -7,7 +7,7 @@ import resource
 import subprocess
 
 from kvledger.doctor.finding import Finding, note, ok, problem, size
-from workers.programs import environment, python
+from workers.processes.programs import environment, python
 
 EXTRAS = {
     "paddle": ("paddle",),
@@ -19,7 +19,9 @@ EXTRAS = {
 }
 """By extra of the distribution, the modules it brings. ``paddle-gpu`` brings what ``paddle`` does."""
 
-_ASK = "from workers.cuda_driver import Driver; driver = Driver(); print(driver.devices(), int(driver.has_batches))"
+_ASK = (
+    "from workers.pools.cuda_driver import Driver; driver = Driver(); print(driver.devices(), int(driver.has_batches))"
+)
 _TIMEOUT_S = 30.0
 _DRIVER = "only the backends cuda and paddle-gpu need one: its driver, in a container --gpus"
 
@@ -55,7 +57,7 @@ def gpu() -> Finding:
         return problem(f"the driver ends who asks it by signal {-done.returncode}", "see what dmesg says about the GPU")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return note(f"none to be used: {reason.removeprefix('workers.cuda_driver.CudaError: ')}", _DRIVER)
+        return note(f"none to be used: {reason.removeprefix('workers.pools.cuda_driver.CudaError: ')}", _DRIVER)
     devices, has_batches = map(int, done.stdout.split())
     if not devices:
         return note("a driver, and no device", "show the process one: CUDA_VISIBLE_DEVICES, --gpus of the container")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kvledger.doctor.finding import Finding, note, ok, problem, size
 from kvledger.doctor.installation import ROOT
-from kvledger.ledgers import ledgers
-from workers.programs import environment, python
+from kvledger.doctor.ledgers import ledgers
+from workers.processes.programs import environment, python
 
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _WORKER = "import workers.transfer; print(workers.transfer.__file__)"

@@ -14,7 +14,7 @@ from ipc.memory import available_memory
 from ipc.names import SHM, bell_name, segment_name, unlink
 from kvledger.config import CacheConfig
 from kvledger.doctor.finding import Finding, note, ok, problem, size
-from workers.programs import environment, python
+from workers.processes.programs import environment, python
 
 LEAST_BYTES = 2 * CacheConfig.segment_bytes + (1 << 20)
 """What a ledger without pools begins with: a segment in use, one prepared, the control segment."""

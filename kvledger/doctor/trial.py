@@ -9,10 +9,10 @@ import numpy as np
 from ipc import LedgerError
 from kvledger.config import CacheConfig
 from kvledger.doctor.finding import Finding, ok, problem
-from kvledger.manager import CacheManager
+from kvledger.manager.manager import CacheManager
 from statemachine.events import HostPolicy
-from workers.numpy_pools import NumpyPools
-from workers.supervisor import WorkerFailed
+from workers.pools.numpy import NumpyPools
+from workers.processes.supervisor import WorkerFailed
 
 _TIMEOUT_S = 10.0
 _BLOCK_SIZE, _BLOCK_BYTES = 4, 4096

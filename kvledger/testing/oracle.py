@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from statemachine.events import Direction, TransferStarted
-from statemachine.state import State
+from statemachine.state.state import State
 
 Path = tuple[Any, ...]
 """Root, then the content of each block down to the one that is meant."""

@@ -16,14 +16,14 @@ from typing import Any, Protocol
 from ipc import LedgerError, LedgerExists, LedgerNotFound, SharedMemoryFull, control, reader, writer
 from ipc.names import remove_objects
 from kvledger.config import CacheConfig
-from kvledger.manager import CacheManager
+from kvledger.manager.manager import CacheManager
 from kvledger.testing.schedule import Process, Schedule, one_core
 from kvledger.testing.system import System, installed
 from kvledger.testing.weak_memory import Order
 from statemachine.check import check
-from statemachine.encoding import state_digest
+from statemachine.records.snapshot import state_digest
 from workers import WorkerFailed, transfer
-from workers.follow import Follower
+from workers.followers.follow import Follower
 
 SEGMENT_BYTES = 8 << 10
 _READERS = 16

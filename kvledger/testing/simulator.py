@@ -23,19 +23,20 @@ import numpy.typing as npt
 
 from ipc import LedgerNotFound, SharedMemoryFull, snapshots
 from kvledger.config import CacheConfig
-from kvledger.manager import CacheManager
-from kvledger.pattern import PatternEngine, Seeds, chain
+from kvledger.manager.manager import CacheManager
+from kvledger.run.pattern import PatternEngine, Seeds, chain
 from kvledger.testing.runs import SEGMENT_BYTES, Fault, Outcome, Simulation
 from kvledger.testing.system import CAPACITY
 from kvledger.testing.weak_memory import Order
 from statemachine.content import words_of
-from statemachine.encoding import snapshot
 from statemachine.errors import OutOfBlocks
 from statemachine.events import Direction, HostPolicy, IntArray, ReleaseReason, Tier
-from workers import numpy_pools, transfer
-from workers.auditor import Auditor
-from workers.numpy_pools import NumpyPools
-from workers.pools import pool_names
+from statemachine.records.snapshot import snapshot
+from workers import transfer
+from workers.followers.auditor import Auditor
+from workers.pools import numpy as numpy_pools
+from workers.pools.backends import pool_names
+from workers.pools.numpy import NumpyPools
 
 LEDGER = "simulated"
 _BLOCK = 2
@@ -182,7 +183,7 @@ class EngineSimulation(Simulation):
     """One run of a :class:`Plan`."""
 
     def __init__(self, plan: Plan) -> None:
-        programs = {"workers.transfer": self._worker, "workers.auditor": lambda _: self._follow()}
+        programs = {"workers.transfer": self._worker, "workers.followers.auditor": lambda _: self._follow()}
         super().__init__(plan, programs, ("engine",))
         self.plan = plan
         self._next = 0

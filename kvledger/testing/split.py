@@ -16,22 +16,24 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from kvledger import sending
 from kvledger.config import CacheConfig
-from kvledger.handoff import HandoffError
-from kvledger.manager import CacheManager
-from kvledger.pattern import PatternEngine, Seeds, chain
-from kvledger.receiving import Receiver
-from kvledger.sending import Sender
+from kvledger.handoff import sender as sending
+from kvledger.handoff.receiver import Receiver
+from kvledger.handoff.sender import Sender
+from kvledger.manager.handoffs import HandoffError
+from kvledger.manager.manager import CacheManager
+from kvledger.run.pattern import PatternEngine, Seeds, chain
 from kvledger.testing.runs import HANGS_S, SEGMENT_BYTES, Fault, Outcome, Simulation
 from kvledger.testing.weak_memory import Order
 from statemachine import events
 from statemachine.content import words_of
 from statemachine.errors import OutOfBlocks
 from statemachine.events import IntArray, ReleaseReason
-from workers import WorkerFailed, messager, tickets, transfer, transport
-from workers.numpy_pools import NumpyPools
-from workers.pushes import Address
+from workers import WorkerFailed, transfer
+from workers.handoff import pusher as messager
+from workers.handoff import tickets, transport
+from workers.handoff.pushes import Address
+from workers.pools.numpy import NumpyPools
 
 PREFILL, DECODE = "prefill", "decode"
 _BLOCK = 2
@@ -130,7 +132,7 @@ class SplitSimulation(Simulation):
     def __init__(self, plan: SplitPlan) -> None:
         programs: dict[str, Callable[[list[str]], int]] = {
             "workers.transfer": transfer.main,
-            "workers.messager": self._messager,
+            "workers.handoff.pusher": self._messager,
         }
         super().__init__(plan, programs, (PREFILL, DECODE))
         self.plan = plan

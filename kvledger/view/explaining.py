@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from kvledger.debugger import Source, SourceError
-from kvledger.debugger.explain import MOST_FACTS, explain_block, explain_request, explain_transfer
-from kvledger.debugger.filters import Filter, request_numbers
-from kvledger.debugger.places import locate
-from kvledger.debugger.wording import Wording
+from kvledger.debugger.explain.explain import MOST_FACTS, explain_block, explain_request, explain_transfer
+from kvledger.debugger.explain.wording import Wording
+from kvledger.debugger.source.filters import Filter, request_numbers
+from kvledger.debugger.source.places import locate
 from statemachine.events import Tier
 
 

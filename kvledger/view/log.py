@@ -12,14 +12,14 @@ from collections import OrderedDict
 from typing import Any
 
 from kvledger.debugger import Entry, Source, SourceError
-from kvledger.debugger.source import RecordedSource, Tail
-from kvledger.debugger.wording import Wording
-from kvledger.timeline import ROW_EVENTS, Timeline
+from kvledger.debugger.explain.wording import Wording
+from kvledger.debugger.source.source import RecordedSource, Tail
+from kvledger.recordings.timeline import ROW_EVENTS, Timeline
 from kvledger.view import explaining
 from kvledger.view.picture import Picture
 from statemachine.apply import apply, genesis
 from statemachine.events import KIND_OF, KINDS
-from statemachine.state import State
+from statemachine.state.state import State
 
 WINDOW = 256
 """Events in a window that the server sends."""
@@ -162,7 +162,7 @@ class Log:
         return [list(memoryview(node.words[i : i + size]).cast("i")) for i in range(0, len(node.words), size)]
 
     def timeline(self, start: int, stop: int, buckets: int) -> dict[str, Any]:
-        """The events ``start`` to ``stop`` in about so many buckets, see :meth:`kvledger.timeline.Timeline.buckets`."""
+        """The events ``start`` to ``stop`` in about so many buckets (:mod:`kvledger.recordings.timeline`)."""
         first, last = self.first, self.last
         start, stop = max(start, first), min(stop, last)
         if stop - start < _EXACT:

@@ -17,8 +17,9 @@ import xxhash
 from kvledger.view.touched import Touched, touched
 from statemachine.apply import apply
 from statemachine.events import Direction, Event, IntArray, LedgerOpened, Tier
-from statemachine.ownership import transfer_blocks
-from statemachine.state import Node, Request, State, Transfer
+from statemachine.state.nodes import Node, Request, Transfer
+from statemachine.state.ownership import transfer_blocks
+from statemachine.state.state import State
 
 
 class Kind(IntEnum):

@@ -33,7 +33,8 @@ from statemachine.events import (
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.state import Node, State
+from statemachine.state.nodes import Node
+from statemachine.state.state import State
 
 
 class Touched(NamedTuple):

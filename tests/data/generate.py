@@ -18,10 +18,10 @@ from pathlib import Path
 from examples.garbled.engine import Engine
 from kvledger.debugger import open_source
 from statemachine import commands
-from statemachine.codec import SCHEMA_HASH
-from statemachine.encoding import MAGIC, state_digest
 from statemachine.errors import CommandRejected
 from statemachine.events import Direction, HostPolicy, Outcome, ReleaseReason, Tier
+from statemachine.records.codec import SCHEMA_HASH
+from statemachine.records.snapshot import MAGIC, state_digest
 
 FOLDER = Path(__file__).parent
 STEPS = 320

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from tests.mutants import Edit, Mutant, mutant
 
-WEAK = "tests/test_simulation.py::test_the_log_delivers_what_was_written[Order.WEAK]"
-BOTH = "tests/test_simulation.py::test_the_log_delivers_what_was_written"
-SEGMENTS = "tests/test_simulation.py::test_the_log_delivers_across_segments[Order.WEAK]"
-WRITERS = "tests/test_simulation.py::test_the_log_delivers_across_writers[Order.WEAK]"
-BEGUN = "tests/test_simulation.py::test_a_ledger_that_is_being_created_is_not_there_or_whole"
-WAKE = "tests/test_simulation.py::test_a_parked_worker_is_never_forgotten"
-SEEDS = "tests/test_simulation.py::test_engines_workers_and_followers_survive_what_seeds_plan"
-LOG = "tests/test_log.py"
-RECOVERY = "tests/test_log_recovery.py"
+WEAK = "tests/campaigns/test_simulation.py::test_the_log_delivers_what_was_written[Order.WEAK]"
+BOTH = "tests/campaigns/test_simulation.py::test_the_log_delivers_what_was_written"
+SEGMENTS = "tests/campaigns/test_simulation.py::test_the_log_delivers_across_segments[Order.WEAK]"
+WRITERS = "tests/campaigns/test_simulation.py::test_the_log_delivers_across_writers[Order.WEAK]"
+BEGUN = "tests/campaigns/test_simulation.py::test_a_ledger_that_is_being_created_is_not_there_or_whole"
+WAKE = "tests/campaigns/test_simulation.py::test_a_parked_worker_is_never_forgotten"
+SEEDS = "tests/campaigns/test_simulation.py::test_engines_workers_and_followers_survive_what_seeds_plan"
+LOG = "tests/ipc/test_log.py"
+RECOVERY = "tests/ipc/test_log_recovery.py"
 _FENCE = "        self._release()\n        self._acquire()\n"
 
 MUTANTS = [
@@ -180,7 +180,7 @@ MUTANTS = [
         "ipc/control.py",
         "                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n                break",
         "                break",
-        "tests/test_recovery.py::test_a_killed_engine_is_succeeded_with_a_warm_cache",
+        "tests/manager/test_recovery.py::test_a_killed_engine_is_succeeded_with_a_warm_cache",
     ),
     mutant(
         "others may read",
@@ -224,14 +224,14 @@ MUTANTS = [
         "ipc/writer.py",
         "            passed = min(passed, snapshots.newest_sequence(self.ledger) + 1)\n",
         "            pass\n",
-        "tests/test_auditor.py::test_nothing_goes_that_no_snapshot_covers",
+        "tests/workers/test_auditor.py::test_nothing_goes_that_no_snapshot_covers",
     ),
     mutant(
         "a full shared memory stops those that give something back",
         "ipc/writer.py",
         "        if fits and giving_back:\n            return\n",
         "",
-        "tests/test_limits.py",
+        "tests/ipc/test_limits.py",
     ),
     mutant(
         "a writer that takes over drops what it does not know to be needed",
@@ -295,28 +295,28 @@ MUTANTS = [
         "ipc/snapshots.py",
         " or len(body) != size or crc32c(body) != crc:",
         " or len(body) != size:",
-        "tests/test_snapshots.py::test_a_damaged_snapshot_is_passed_over",
+        "tests/ipc/test_snapshots.py::test_a_damaged_snapshot_is_passed_over",
     ),
     mutant(
         "a recording that could not be written is said to be ended",
         "ipc/kvlog.py",
         "        ended, self.ended = self.ended, False\n",
         "        ended = self.ended\n",
-        "tests/test_damaged_recordings.py::test_what_could_not_be_written_is_not_said_to_be_ended",
+        "tests/recordings/test_damaged_recordings.py::test_what_could_not_be_written_is_not_said_to_be_ended",
     ),
     mutant(
         "a redacted recording is whole although its source is not",
-        "kvledger/redaction.py",
+        "kvledger/recordings/redaction.py",
         "                writer.ended = reader.ended and reader.damage is None\n",
         "",
-        "tests/test_damaged_recordings.py::test_a_recording_without_an_end_mark_is_used_and_said_to_be_unfinished",
+        "tests/recordings/test_damaged_recordings.py::test_a_recording_without_an_end_mark_is_used_and_said_to_be_unfinished",
     ),
     mutant(
         "a ledger that is given up twice closes a file of somebody else",
         "ipc/control.py",
         "        fd, self._fd = self._fd, -1\n",
         "        fd = self._fd\n",
-        "tests/test_interrupted.py::test_a_fork_closes_no_file_of_somebody_else",
+        "tests/manager/test_interrupted.py::test_a_fork_closes_no_file_of_somebody_else",
     ),
     mutant(
         "a damaged file ends as if that were its end",

@@ -1,0 +1,1 @@
+"""Block managers of other engines, as views of a ledger."""

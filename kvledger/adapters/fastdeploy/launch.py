@@ -1,0 +1,131 @@
+"""Starting the processes: waiting for the KV tensors, the layout of the pools, signals, handles."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from typing import Any
+
+from kvledger.adapters.fastdeploy.signals import SignalBoard
+from kvledger.handoff.sender import Sender
+from kvledger.manager import wait as waiting
+from kvledger.manager.manager import CacheManager
+
+_ITEM_BYTES = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "block_wise_fp8": 1, "int4_zp": 1, "float32": 4}
+
+
+class Environment:
+    """FastDeploy's environment variables, read when asked; an attribute that was set wins."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "ENABLE_V1_KVCACHE_SCHEDULER":
+            return int(os.environ.get(name, "1"))
+        if name == "FD_LOG_DIR":
+            return os.environ.get(name, "log")
+        raise AttributeError(name)
+
+
+envs = Environment()
+
+
+class WorkerHandle:
+    """A rank's transfer worker. It is replaced when it dies, so its process id may change."""
+
+    def __init__(self, manager: CacheManager, rank: int) -> None:
+        self._manager = manager
+        self.rank = rank
+
+    @property
+    def pid(self) -> int | None:
+        """Its process now."""
+        return self._manager.worker_pid(self.rank)
+
+    def poll(self) -> int | None:
+        """``None`` while it runs or is being replaced."""
+        return None
+
+    def terminate(self) -> None:
+        """Ask it to end (the manager will replace it)."""
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+class MessagerHandle:
+    """A rank's messager. It is replaced when it dies, so its process id may change."""
+
+    def __init__(self, sender: Sender, rank: int) -> None:
+        self._sender = sender
+        self.rank = rank
+
+    @property
+    def pid(self) -> int | None:
+        """Its process now."""
+        return self._sender.pid(self.rank)
+
+    def poll(self) -> int | None:
+        """``None`` while it runs or is being replaced."""
+        return None
+
+    def terminate(self) -> None:
+        """Ask it to end (the sender will replace it)."""
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+class Launched:
+    """What one launch has made."""
+
+    def __init__(self, port: object, ranks: int) -> None:
+        self._board = board = SignalBoard(port)
+        self._ranks = ranks
+        self.threads: list[threading.Thread] = []
+        self.cache_ready_signal = board.signal("cache_ready_signal", ranks)
+        self.swap_space_ready_signal = board.signal("swap_space_ready_signal", ranks)
+        self.prefix_tree_status_signal = board.signal("prefix_tree_status", 1)
+        self.shm_cache_task_flag_broadcast = board.signal("cache_task_broadcast_signal", 1)
+
+    def wait_for_tensors(self, create_cache_tensor: bool, timeout: float) -> None:
+        """Wait for the model runners, where they make the KV tensors. Raises ``TimeoutError``, naming the ranks."""
+        signal = self.cache_ready_signal
+        if create_cache_tensor or self._board.made(signal):
+            return
+        if not waiting.loop(lambda: int(signal.value.sum()) == self._ranks, timeout):
+            missing = [rank for rank in range(self._ranks) if signal.value[rank] != 1]
+            raise TimeoutError(f"the KV tensors of ranks {missing} are not there after {timeout:g} s")
+
+    def layout(self, cache_config: Any, shapes: tuple[list[int], list[int]] | None) -> dict[str, Any]:
+        """Layers and bytes of a block, from what the configuration says, else from the shapes of one block.
+
+        With ``kv_tensors`` and ``kv_backend`` the pools are made of tensors, and with ``kv_checksums`` host blocks have
+        checksums, as :class:`kvledger.CacheConfig` has them.
+        """
+        checked = {
+            "layers": int(cache_config.model_cfg.num_hidden_layers),
+            "checksums": getattr(cache_config, "kv_checksums", False),
+        }
+        tensors = getattr(cache_config, "kv_tensors", ())
+        if tensors:
+            return {**checked, "tensors": tensors, "backend": getattr(cache_config, "kv_backend", "numpy")}
+        size = int(getattr(cache_config, "bytes_per_layer_per_block", 0) or 0)
+        if not size and shapes is not None:
+            item = _ITEM_BYTES.get(str(getattr(cache_config, "cache_dtype", "")), 2)
+            size = item * sum(math.prod(shape) for shape in shapes if shape)
+        return {**checked, "block_bytes": size + -size % 8}
+
+    def ready(self) -> None:
+        """Pools and workers are there: first the tensors are said to be ready, then the swap space."""
+        self.cache_ready_signal.value[:] = 1
+        self.swap_space_ready_signal.value[:] = 1
+
+    def workers(self, manager: CacheManager) -> list[WorkerHandle]:
+        """One handle per rank."""
+        return [WorkerHandle(manager, rank) for rank in range(self._ranks)]
+
+    def close(self) -> None:
+        """Remove the signals that were made here, and wait for the threads, which have been told to stop."""
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        self._board.clear()

@@ -1,0 +1,1 @@
+"""A log in the formats of other tools."""

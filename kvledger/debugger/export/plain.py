@@ -1,0 +1,151 @@
+"""Events and states as plain data, ready for JSON. Content words become lists of token ids."""
+
+from __future__ import annotations
+
+from array import array
+from enum import IntEnum
+from typing import Any
+
+from kvledger.debugger.source.source import Entry
+from statemachine.events import (
+    BlocksEvicted,
+    DigestTaken,
+    Direction,
+    Event,
+    EvictReason,
+    HostPolicy,
+    LedgerOpened,
+    Outcome,
+    PoolResized,
+    ReleaseReason,
+    RequestReleased,
+    Tier,
+    TierLost,
+    TransferFinished,
+    TransferStarted,
+)
+from statemachine.state.nodes import ALL, Node, Request, Transfer
+from statemachine.state.order import Order
+from statemachine.state.state import State
+
+_ENUMS: dict[tuple[type[Event], str], type[IntEnum]] = {
+    (LedgerOpened, "host_policy"): HostPolicy,
+    (RequestReleased, "reason"): ReleaseReason,
+    (BlocksEvicted, "tier"): Tier,
+    (BlocksEvicted, "reason"): EvictReason,
+    (TransferStarted, "direction"): Direction,
+    (TransferFinished, "outcome"): Outcome,
+    (PoolResized, "tier"): Tier,
+    (TierLost, "tier"): Tier,
+}
+
+
+def tokens(words: bytes) -> list[int]:
+    """Content words as token ids; negative ones belong to a multimodal item."""
+    return array("i", words).tolist()
+
+
+def event_fields(event: Event) -> dict[str, Any]:
+    """The fields of an event; enumerations by name."""
+    fields: dict[str, Any] = {}
+    value: Any
+    for name, value in zip(event._fields, event, strict=True):
+        enum = _ENUMS.get((type(event), name))
+        if enum is not None:
+            fields[name] = enum(value).name.lower()
+        elif isinstance(value, array):
+            fields[name] = value.tolist()
+        elif isinstance(value, bytes):
+            fields[name] = value.hex() if name == "namespace" or isinstance(event, DigestTaken) else tokens(value)
+        else:
+            fields[name] = value
+    return fields
+
+
+def entry_fields(entry: Entry) -> dict[str, Any]:
+    """An event with its place in the log."""
+    return {
+        "sequence": entry.sequence,
+        "time_ns": entry.time_ns,
+        "step": entry.step,
+        "kind": type(entry.event).__name__,
+        **event_fields(entry.event),
+    }
+
+
+def request_fields(request: Request) -> dict[str, Any]:
+    """A live request."""
+    return {
+        "key": request.key,
+        "number": request.id,
+        "namespace": request.namespace.hex(),
+        "block_table": request.table.tolist(),
+        "cached_blocks": request.leaf.end,
+        "computed_blocks": min(request.computed, len(request.table)) if request.computed != ALL else None,
+        "leaf": request.leaf.id,
+        "private_blocks": request.private().tolist(),
+        "waits": {str(transfer): position for transfer, position in request.waits.items()},
+    }
+
+
+def node_fields(node: Node) -> dict[str, Any]:
+    """A run."""
+    return {
+        "id": node.id,
+        "parent": node.parent.id if node.parent is not None else 0,
+        "start": node.start,
+        "size": node.size,
+        "pins": node.pins,
+        "device": node.device.tolist() if node.device is not None else None,
+        "device_ready": node.device_ready,
+        "host": node.host.tolist() if node.host is not None else None,
+        "host_ready": node.host_ready,
+        "ahead": node.ahead,
+        "uses": node.hits,
+        "transfer": node.transfer.id if node.transfer is not None else 0,
+        "children": sorted(child.id for child in node.children.values()),
+    }
+
+
+def transfer_fields(transfer: Transfer) -> dict[str, Any]:
+    """A transfer in flight, or quarantined."""
+    return {
+        "transfer": transfer.id,
+        "direction": transfer.direction.name.lower(),
+        "quarantined": transfer.quarantined,
+        "sources": transfer.sources.tolist(),
+        "targets": transfer.targets.tolist(),
+        "after": transfer.after.tolist(),
+        "waiters": list(transfer.waiters),
+    }
+
+
+def state_fields(state: State) -> dict[str, Any]:
+    """A whole state but the content of its blocks. Evictions take runs from the front of each order."""
+    return {
+        "pools": {
+            tier.name.lower(): {
+                "blocks": state.pool(tier).capacity,
+                "free": state.pool(tier).free.tolist()[::-1],
+            }
+            for tier in Tier
+        },
+        "evictable_blocks": state.evictable,
+        "host_resident_blocks": state.host_resident,
+        "counters": state.counters.as_dict(),
+        "requests": [request_fields(request) for request in state.requests.values()],
+        "transfers": [transfer_fields(transfer) for transfer in state.transfers.values()],
+        "runs": [node_fields(node) for node in state.nodes.values()],
+        "eviction_order": {
+            "final": _ids(state.final),
+            "device": _ids(state.device_order),
+            "host": _ids(state.host_order),
+        },
+        "epoch": state.epoch,
+        "generation": state.generation,
+        "workers": {str(rank): incarnation for rank, incarnation in sorted(state.workers.items())},
+    }
+
+
+def _ids(order: Order) -> list[int]:
+    return [node.id for node in order]

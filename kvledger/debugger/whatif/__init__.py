@@ -1,0 +1,1 @@
+"""The same traffic under other sizes and policies."""

@@ -1,0 +1,1 @@
+"""The block manager that an engine imports, by subject."""

@@ -1,0 +1,38 @@
+"""A fork of the engine's process: it inherits the manager, and neither writes nor ends what is its parent's.
+
+``multiprocessing`` forks by default on Linux before Python 3.14, and so do some engines. In the child every manager,
+with its sender and receiver, is closed to calls, its ``close()`` does nothing, and the ledger's lock is its parent's
+alone: it can be opened again when the parent dies, whether the child lives on or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvledger.manager.manager import CacheManager
+
+_living: dict[int, CacheManager] = {}
+"""Of this process, by ``id``: a compiled manager can be referred to weakly by nobody."""
+
+
+def watch(manager: CacheManager) -> None:
+    """A child has to disown this manager."""
+    _living[id(manager)] = manager
+
+
+def forget(manager: CacheManager) -> None:
+    """It was closed."""
+    _living.pop(id(manager), None)
+
+
+def _in_child() -> None:
+    for manager in _living.values():
+        with contextlib.suppress(Exception):  # one that is half closed keeps no other from it
+            manager.disown()
+    _living.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,1 @@
+"""Recordings (``.kvlog`` files): random access, index, redaction."""

@@ -1,0 +1,1 @@
+"""``kvledger run``: traffic through a real manager with real workers, every byte verified."""

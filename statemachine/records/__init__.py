@@ -1,0 +1,1 @@
+"""Events and states as bytes, and back: codec, upcasters, snapshots, replay."""

@@ -1,0 +1,345 @@
+"""The one canonical byte encoding of a state: its digest, and snapshots that can be restored.
+
+Equal states have equal bytes and the other way round: everything is written in a fixed order (ids ascending, orders as
+they are linked), little-endian, with lengths. A snapshot is the encoding followed by its own digest.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterable
+
+import xxhash
+
+from statemachine.apply import expect_possible
+from statemachine.check import check
+from statemachine.events import Direction, HostPolicy, IntArray, LedgerOpened
+from statemachine.records import codec
+from statemachine.state.nodes import NO_CHILDREN, Node, Part, Request, Transfer
+from statemachine.state.order import Order
+from statemachine.state.state import COUNTERS, State
+
+MAGIC = b"kvlstate3"
+"""Names the encoding: a change of it changes every digest, and takes the next number."""
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_SCALARS = struct.Struct("<13Q")
+_NODE = struct.Struct("<QQIIIQBBQI")
+_NO_COPY, _ARRIVING, _READY, _AHEAD = 0, 1, 2, 3
+
+
+class SnapshotError(ValueError):
+    """The bytes are not a complete snapshot of this version."""
+
+
+def state_digest(state: State) -> bytes:
+    """xxh3-128 of the canonical encoding, 16 bytes."""
+    return xxhash.xxh3_128_digest(encode_state(state))
+
+
+def counters_digest(state: State) -> bytes:
+    """xxh3-128 of totals, pool levels and id counters, 16 bytes: cheap enough for the engine itself."""
+    values = [*state.counters.as_dict().values(), *_scalars(state), len(state.device.free), len(state.host.free)]
+    return xxhash.xxh3_128_digest(struct.pack(f"<{len(values)}Q", *values))
+
+
+def snapshot(state: State) -> bytes:
+    """The state as bytes that :func:`restore` turns back; they prove their own completeness."""
+    data = encode_state(state)
+    return data + xxhash.xxh3_128_digest(data)
+
+
+def restore(data: bytes, *, expect_sound: bool = True) -> State:
+    """The state of a snapshot. Without ``expect_sound`` also one that breaks invariants, for those who look into it.
+
+    Raises:
+        SnapshotError: the bytes are damaged, cut off, of another version, or not the canonical encoding of a sound
+            state. A digest proves that nothing happened to the bytes, not that they were ever a state: so this also
+            encodes the state again and checks its invariants (together four times as long as reading it).
+    """
+    body = data[:-16]
+    if len(data) < 16 or xxhash.xxh3_128_digest(body) != data[-16:]:
+        raise SnapshotError("the snapshot is damaged or cut off: its digest does not match")
+    try:
+        state = _Reader(body).state()
+        if encode_state(state) != body:
+            raise ValueError("the bytes are not the canonical ones of their state")
+        broken = check(state) if expect_sound else []
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, OverflowError, AssertionError) as error:
+        raise SnapshotError(f"not a snapshot of this version: {error}") from error
+    if broken:
+        raise SnapshotError(f"the snapshot is of a broken state: {'; '.join(broken[:5])}")
+    return state
+
+
+def _scalars(state: State) -> tuple[int, ...]:
+    return (
+        state.device.capacity,
+        state.host.capacity,
+        state.host_blocks,
+        state.evictable,
+        state.host_resident,
+        state.next_node,
+        state.next_request,
+        state.next_transfer,
+        state.generation,
+        state.epoch,
+        state.policy,
+        len(state.workers),
+        len(state.retired),
+    )
+
+
+def encode_state(state: State) -> bytes:
+    """The canonical bytes."""
+    out: list[bytes] = [MAGIC]
+    put = out.append
+
+    def blob(data: bytes) -> None:
+        put(_U32.pack(len(data)))
+        put(data)
+
+    _, _, args, payload = codec.encode(state.opened)
+    blob(args.ljust(codec.ARGS_BYTES, b"\0"))
+    blob(payload)
+    put(_SCALARS.pack(*_scalars(state)))
+    blob(state.pools.encode())
+    for rank, incarnation in sorted(state.workers.items()):
+        put(struct.pack("<II", rank, incarnation))
+    totals = state.counters.as_dict()
+    put(struct.pack(f"<{len(totals)}Q", *totals.values()))
+    blob(state.device.free.tobytes())
+    blob(state.host.free.tobytes())
+
+    roots = [state.roots[namespace] for namespace in sorted(state.roots)] + state.retired
+    root_index = {id(root): index for index, root in enumerate(roots)}
+    put(_U32.pack(len(roots)))
+    for root in roots:
+        put(_U32.pack(root.pins))
+        blob(root.words)
+    put(_U32.pack(len(state.nodes)))
+    for number in sorted(state.nodes):
+        node = state.nodes[number]
+        parent = node.parent
+        assert parent is not None
+        put(
+            _NODE.pack(
+                number,
+                parent.id,
+                0 if parent.id else root_index[id(parent)],
+                node.start,
+                node.size,
+                node.pins,
+                _AHEAD if node.ahead else _copy_state(node.device, node.device_ready),
+                _copy_state(node.host, node.host_ready),
+                node.transfer.id if node.transfer is not None else 0,
+                node.hits,
+            )
+        )
+        blob(node.words)
+        if node.device is not None:
+            put(node.device.tobytes())
+        if node.host is not None:
+            put(node.host.tobytes())
+    for order in (state.final, state.device_order, state.host_order):
+        blob(array("Q", [node.id for node in order]).tobytes())
+
+    put(_U32.pack(len(state.requests)))
+    for number in sorted(state.requests):
+        request = state.requests[number]
+        leaf = request.leaf
+        index = 0 if leaf.id else root_index[id(leaf)]
+        put(struct.pack("<QQIII", number, leaf.id, index, request.matched, request.computed))
+        blob(request.key.encode())
+        blob(request.namespace)
+        blob(request.words)
+        blob(request.table.tobytes())
+        for ranges in (request.duplicates, request.joined):
+            blob(array("I", [bound for pair in ranges for bound in pair]).tobytes())
+        blob(array("Q", [value for pair in request.waits.items() for value in pair]).tobytes())
+    put(_U32.pack(len(state.transfers)))
+    for number in sorted(state.transfers):
+        transfer = state.transfers[number]
+        pinned = transfer.leaf
+        put(
+            struct.pack(
+                "<QBBQI",
+                number,
+                transfer.direction,
+                transfer.quarantined | (2 if pinned is not None else 0),
+                pinned.id if pinned is not None else 0,
+                root_index[id(pinned)] if pinned is not None and not pinned.id else 0,
+            )
+        )
+        for part in transfer.parts:
+            put(struct.pack("<BQIB", 1, part.node.id if part.node is not None else 0, part.size, part.discard))
+        put(b"\0")
+        for ids in (transfer.sources, transfer.targets, transfer.after, transfer.held, transfer.held_host):
+            blob(ids.tobytes())
+        blob(array("Q", transfer.waiters).tobytes())
+    return b"".join(out)
+
+
+def _copy_state(ids: IntArray | None, ready: bool) -> int:
+    return _NO_COPY if ids is None else _READY if ready else _ARRIVING
+
+
+class _Reader:
+    """Walks over canonical bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def _take(self, count: int) -> bytes:
+        data = self._data[self._at : self._at + count]
+        if len(data) != count:
+            raise ValueError("cut off")
+        self._at += count
+        return data
+
+    def _unpack(self, layout: str) -> tuple[int, ...]:
+        return struct.unpack(layout, self._take(struct.calcsize(layout)))
+
+    def _u32(self) -> int:
+        return int(_U32.unpack(self._take(4))[0])
+
+    def _blob(self) -> bytes:
+        return self._take(self._u32())
+
+    def _array(self, code: str) -> IntArray:
+        return array(code, self._blob())
+
+    def state(self) -> State:
+        """Rebuild everything."""
+        if self._take(len(MAGIC)) != MAGIC:
+            raise ValueError("wrong magic")
+        opened = codec.decode(codec.KIND_OF[LedgerOpened], 0, self._blob(), self._blob())
+        assert isinstance(opened, LedgerOpened)
+        expect_possible(opened)
+        state = State(opened._replace(device_blocks=0, host_blocks=0, host_staging_blocks=0))
+        state.opened = opened
+        scalars = _SCALARS.unpack(self._take(_SCALARS.size))
+        (
+            state.device.capacity,
+            state.host.capacity,
+            state.host_blocks,
+            state.evictable,
+            state.host_resident,
+            state.next_node,
+            state.next_request,
+            state.next_transfer,
+            state.generation,
+            state.epoch,
+            policy,
+            workers,
+            retired,
+        ) = scalars
+        state.policy = HostPolicy(policy)
+        state.pools = self._blob().decode()
+        # Every block of a pool stands somewhere in the encoding, so nobody can claim pools larger than it.
+        if 4 * max(state.device.capacity, state.host.capacity) > len(self._data):
+            raise ValueError("there are fewer block ids than blocks")
+        for _ in range(workers):
+            rank, incarnation = self._unpack("<II")
+            state.workers[rank] = incarnation
+        names = COUNTERS
+        for name, value in zip(names, self._unpack(f"<{len(names)}Q"), strict=True):
+            setattr(state.counters, name, value)
+        state.device.free = self._array("i")
+        state.host.free = self._array("i")
+        roots = self._roots(state, retired)
+        self._nodes(state, roots)
+        for order in (state.final, state.device_order, state.host_order):
+            self._order(state, order)
+        self._requests(state, roots)
+        self._transfers(state, roots)
+        if self._at != len(self._data):
+            raise ValueError("bytes left over")
+        newest = max(state.nodes, default=0), max(state.requests, default=0), max(state.transfers, default=0)
+        if any(used >= new for used, new in zip(newest, (state.next_node, state.next_request, state.next_transfer))):
+            raise ValueError("an id is in use that is yet to be given")
+        return state
+
+    def _roots(self, state: State, retired: int) -> list[Node]:
+        roots = []
+        for _ in range(self._u32()):
+            pins = self._u32()
+            root = Node(0, None, 0, self._blob(), 0)
+            root.pins = pins
+            roots.append(root)
+        living = len(roots) - retired
+        state.roots = {root.words: root for root in roots[:living]}
+        state.retired = roots[living:]
+        return roots
+
+    def _nodes(self, state: State, roots: list[Node]) -> None:
+        links: list[tuple[Node, int, int]] = []
+        self._in_transfer: dict[int, list[Node]] = {}
+        for _ in range(self._u32()):
+            number, parent, root, start, size, pins, device, host, transfer, hits = _NODE.unpack(self._take(_NODE.size))
+            node = Node(number, None, start, self._blob(), size)
+            node.pins, node.hits = pins, hits
+            if device:
+                node.device = array("i", self._take(4 * size))
+                node.device_ready = device >= _READY
+                node.ahead = device == _AHEAD
+            if host:
+                node.host = array("i", self._take(4 * size))
+                node.host_ready = host == _READY
+            if transfer:
+                self._in_transfer.setdefault(transfer, []).append(node)
+            state.nodes[number] = node
+            links.append((node, parent, root))
+        for node, parent, root in links:
+            above = node.parent = state.nodes[parent] if parent else roots[root]
+            if node.start != above.end or not node.size:  # so that no run can be its own ancestor
+                raise ValueError(f"run {node.id} does not begin where its parent ends")
+            if above.children is NO_CHILDREN:
+                above.children = {}
+            above.children[node.words[: state.block_bytes]] = node
+
+    def _order(self, state: State, order: Order) -> None:
+        for number in self._array("Q"):
+            order.append(state.nodes[number])
+
+    def _requests(self, state: State, roots: list[Node]) -> None:
+        for _ in range(self._u32()):
+            number, leaf, root, matched, computed = self._unpack("<QQIII")
+            key = self._blob().decode()
+            node = state.nodes[leaf] if leaf else roots[root]
+            request = Request(number, key, self._blob(), node, self._blob())
+            request.matched = matched
+            request.table = self._array("i")
+            request.duplicates = list(_pairs(self._array("I")))
+            request.joined = list(_pairs(self._array("I")))
+            if any(not 0 <= start < stop <= len(request.table) for start, stop in request.duplicates):
+                raise ValueError(f"request {number} has duplicates outside its block table")
+            request.waits = dict(_pairs(self._array("Q")))
+            request.computed = computed
+            state.requests[number] = request
+            state.keys[key] = number
+
+    def _transfers(self, state: State, roots: list[Node]) -> None:
+        for _ in range(self._u32()):
+            number, direction, flags, leaf, root = self._unpack("<QBBQI")
+            parts = []
+            while self._take(1) == b"\1":
+                node, size, discard = self._unpack("<QIB")
+                parts.append(Part(state.nodes[node] if node else None, size, bool(discard)))
+            sources, targets, after = self._array("i"), self._array("i"), self._array("Q")
+            transfer = Transfer(number, Direction(direction), parts, sources, targets, after)
+            transfer.held, transfer.held_host = self._array("i"), self._array("i")
+            transfer.waiters = dict.fromkeys(self._array("Q"))
+            transfer.quarantined = bool(flags & 1)
+            if flags & 2:
+                transfer.leaf = state.nodes[leaf] if leaf else roots[root]
+            for member in self._in_transfer.get(number, []):
+                member.transfer = transfer
+            state.transfers[number] = transfer
+
+
+def _pairs(values: Iterable[int]) -> Iterable[tuple[int, int]]:
+    iterator = iter(values)
+    return zip(iterator, iterator, strict=True)

@@ -1,0 +1,1 @@
+"""What the state machine knows: objects, places and orders, and the questions one can ask of them."""

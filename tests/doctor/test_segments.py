@@ -1,0 +1,154 @@
+"""``kvledger segments``: what it knows, what it removes, and what it never touches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ipc import LogWriter, snapshots
+from ipc.names import SHM, objects_of, remove_objects
+from ipc.processes import alive
+from kvledger.doctor.ledgers import Ledger, ledgers
+from tests.manager.test_recovery import THREE_SERVED, Engine
+from tests.run.test_run import kvledger
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    ledger = f"segments-{os.getpid()}"
+    yield ledger
+    remove_objects(ledger)
+
+
+def listed(name: str) -> Ledger | None:
+    return next((entry for entry in ledgers() if entry.name == name), None)
+
+
+def remove_dead(name: str) -> bool:
+    """Whether the command says that it removed this ledger."""
+    done = kvledger("segments", name, "--remove-dead", "--json")
+    if done.returncode == 2:
+        assert done.stderr.startswith(f"error there is no ledger '{name}' in /dev/shm: ") and not done.stdout
+        return False
+    assert done.returncode == 0, done
+    return name in json.loads(done.stdout)["removed"]
+
+
+def test_from_alive_to_orphaned_to_dead_to_gone(name: str) -> None:
+    engine = Engine(name, THREE_SERVED)
+    try:
+        entry = listed(name)
+        assert entry is not None and entry.state == "alive" and entry.writer == engine.process.pid
+        assert entry.workers == sorted(pid for pid, _ in engine.workers)
+        assert entry.epoch == 1 and entry.uid == os.getuid() and entry.bytes > 1 << 20 and entry.age_s < 3600
+        assert not remove_dead(name) and listed(name) is not None
+        assert f"not removed: {name} is alive" in kvledger("segments", name, "--remove-dead").stdout
+        for pid, _ in engine.workers:
+            os.kill(pid, signal.SIGSTOP)
+        engine.kill()
+        entry = listed(name)
+        assert entry is not None and entry.state == "orphaned"
+        assert not remove_dead(name), "its workers live"
+        engine.resume_workers()
+        deadline = time.monotonic() + 60
+        while any(alive(*worker) for worker in engine.workers) and time.monotonic() < deadline:
+            time.sleep(0.1)  # they leave after their grace period
+        entry = listed(name)
+        assert entry is not None and entry.state == "dead" and not entry.workers
+        assert name in kvledger("segments", name).stdout
+        assert remove_dead(name)
+        assert listed(name) is None and not objects_of(name)
+    finally:
+        engine.process.kill()
+        engine.resume_workers() if any(alive(*worker) for worker in engine.workers) else None
+
+
+def test_others_are_never_touched(name: str, tmp_path: Path) -> None:
+    """Somebody's own objects with names like ours, and a link that leads out of /dev/shm."""
+    theirs = {f"{name}.control": b"not ours", f"{name}.1.0": bytes(8192), f"{name}.pool.host.0": b"abc" * 3000}
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"kvledger" * 1000)
+    link = SHM / f"{name}x.control"
+    link.symlink_to(victim)
+    try:
+        for entry, data in theirs.items():
+            (SHM / entry).write_bytes(data)
+        assert listed(name) is None and listed(f"{name}x") is None
+        assert not remove_dead(name)
+        assert all((SHM / entry).read_bytes() == data for entry, data in theirs.items())
+        assert victim.exists() and link.is_symlink()
+    finally:
+        link.unlink()
+
+
+DEAD = """
+import os, sys
+from ipc import LogWriter, snapshots
+writer = LogWriter.create(sys.argv[1], schema_hash=1, segment_bytes=1 << 16)
+writer.append([(1, 1, b"", b"")])
+snapshots.write(sys.argv[1], 1, b"state")
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_pieces_without_a_control_segment(name: str) -> None:
+    subprocess.run([sys.executable, "-c", DEAD, name], timeout=60)
+    os.unlink(SHM / f"{name}.control")
+    stranger = SHM / f"{name}.2.0"
+    stranger.write_bytes(b"something")
+    entry = listed(name)
+    assert entry is not None and entry.state == "dead" and entry.epoch == 1
+    assert set(entry.objects) == {f"{name}.1.0", f"{name}.snapshot.1"}
+    assert remove_dead(name)
+    assert stranger.exists() and not (SHM / f"{name}.1.0").exists() and not snapshots.sequences(name)
+
+
+def test_pieces_of_a_living_writer_stay(name: str) -> None:
+    writer = LogWriter.create(name, schema_hash=1, segment_bytes=1 << 16)
+    os.rename(SHM / f"{name}.control", SHM / f"{name}-away-{os.getpid()}")
+    try:
+        entry = listed(name)
+        assert entry is not None and entry.state == "alive"
+        assert not remove_dead(name) and (SHM / f"{name}.1.0").exists()
+    finally:
+        os.rename(SHM / f"{name}-away-{os.getpid()}", SHM / f"{name}.control")
+        writer.close(unlink=True)
+
+
+def test_a_name_that_is_not_there_is_bad_input_and_removes_nothing(name: str) -> None:
+    subprocess.run([sys.executable, "-c", DEAD, name], timeout=60)
+    for options in ([], ["--json"], ["--remove-dead"]):
+        done = kvledger("segments", *options, name, f"{name}-other", "../x")
+        assert done.returncode == 2 and not done.stdout
+        wanted = f"error there are no ledgers '../x', '{name}-other' in /dev/shm: kvledger segments lists what is there"
+        assert done.stderr.split("\n") == [wanted, ""]
+    assert listed(name) is not None
+    assert f"removed {name}" in kvledger("segments", "--remove-dead", name).stdout
+
+
+def test_the_logs_of_workers_are_part_of_their_ledger(name: str) -> None:
+    writer = LogWriter.create(name, schema_hash=1, segment_bytes=1 << 16)
+    part = LogWriter.create(f"{name}.rank0.1", schema_hash=1, segment_bytes=1 << 16)
+    entry = listed(name)
+    assert entry is not None and f"{name}.rank0.1.control" in entry.objects and entry.workers == [os.getpid()]
+    assert listed(f"{name}.rank0.1") is None
+    part.close(unlink=True)
+    writer.close(unlink=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="takes two users")
+def test_another_users_ledger_is_listed_and_left_alone(name: str) -> None:
+    subprocess.run([sys.executable, "-c", DEAD, name], timeout=60)
+    for entry in objects_of(name):
+        os.chown(SHM / entry, 65534, 65534)
+    found = listed(name)
+    assert found is not None and found.uid == 65534
+    assert not remove_dead(name) and listed(name) is not None

@@ -1,0 +1,365 @@
+"""The real manager with real worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipc import LedgerExists, LogReader
+from ipc.names import remove_objects
+from ipc.processes import alive, start_time
+from kvledger import (
+    Busy,
+    CacheConfig,
+    CacheManager,
+    ConfigError,
+    DuplicateRequest,
+    HostPolicy,
+    InvalidCommand,
+    InvalidTokens,
+    ManagerClosed,
+    OutOfBlocks,
+    RequestNotReady,
+    Tier,
+    UnknownRequest,
+)
+from kvledger.run.pattern import PatternEngine, chain
+from statemachine.apply import HANDLERS
+from statemachine.check import check
+from statemachine.content import words_of
+from statemachine.errors import InvariantViolation
+from statemachine.events import RequestMatched, WorkerLost
+from statemachine.records.replay import event_of, replay
+from statemachine.records.snapshot import state_digest
+from workers import WorkerFailed
+from workers.pools import backends as pools
+
+CONFIG = CacheConfig(
+    block_size=4, device_blocks=16, host_blocks=16, host_policy=HostPolicy.EXCLUSIVE, ranks=2, layers=2, block_bytes=64
+)
+
+
+def serve(manager: CacheManager, engine: PatternEngine, key: str, tokens: np.ndarray) -> int:
+    """A whole request; returns its hits."""
+    for _ in range(10_000):
+        try:
+            admission = manager.admit(key, tokens)
+            break
+        except OutOfBlocks as refused:
+            if not refused.in_transfer:
+                raise
+            manager.poll()
+            time.sleep(0.001)
+    manager.wait(key)
+    seeds = chain(words_of(tokens), 16, b"")
+    table, valid = manager.block_table(key), manager.cached_blocks(key)
+    engine.write(table[valid : len(seeds)], seeds[valid:])
+    engine.verify(key, table[: len(seeds)], seeds, manager.next_sequence)
+    manager.cache(key)
+    manager.release(key)
+    return admission.device_blocks + admission.host_blocks
+
+
+def replays(manager: CacheManager) -> bool:
+    reader = LogReader(manager.name)
+    try:
+        return state_digest(replay(reader, check_every=1).state) == manager.digest()
+    finally:
+        reader.close()
+
+
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=8), max_size=60), st.sampled_from([1, 2]))
+@settings(max_examples=8)
+def test_bytes_follow_tokens(prompts: list[list[int]], policy: int) -> None:
+    config = CacheConfig(**{**vars(CONFIG), "host_policy": HostPolicy(policy)})
+    with CacheManager.create(f"m{os.getpid()}", config) as manager:
+        engine = PatternEngine(manager.pools)
+        for i, prompt in enumerate(prompts):
+            serve(manager, engine, str(i), np.repeat(np.array(prompt, np.int32), 4))
+        assert replays(manager)
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost() -> None:
+    with CacheManager.create(f"m{os.getpid()}", CONFIG) as manager:
+        engine = PatternEngine(manager.pools)
+        assert manager._ranks is not None
+        hits = 0
+        for i in range(120):
+            if i % 30 == 10:
+                os.kill(manager._ranks.supervisor.pid(i // 30 % 2), signal.SIGKILL)
+            hits += serve(manager, engine, str(i), np.arange(33, dtype=np.int32) + 1000 * (i % 3))
+        assert hits > 500 and manager.state.workers[0] > 1 and manager.state.workers[1] > 1
+        assert replays(manager)
+
+
+def test_a_hung_worker_times_out_and_its_blocks_stay_quarantined() -> None:
+    config = CacheConfig(**{**vars(CONFIG), "transfer_timeout_s": 0.3})
+    with CacheManager.create(f"m{os.getpid()}", config) as manager:
+        engine = PatternEngine(manager.pools)
+        serve(manager, engine, "a", np.arange(64, dtype=np.int32))
+        assert manager._ranks is not None
+        pid = manager._ranks.supervisor.pid(1)
+        os.kill(pid, signal.SIGSTOP)
+        manager.admit("b", np.arange(64, dtype=np.int32) + 500)  # swaps "a" out
+        progress = manager.wait("b", timeout=10)
+        assert [entry.key for entry in progress] == ["b"]
+        (transfer,) = manager.state.transfers.values()
+        assert transfer.quarantined
+        for _ in range(50):
+            manager.poll()
+        assert [*manager.state.transfers.values()] == [transfer], "its worker might still write"
+        os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 10
+        while manager.state.transfers and time.monotonic() < deadline:
+            manager.poll()
+            time.sleep(0.005)
+        assert not manager.state.transfers
+        manager.release("b")
+        assert manager.available_blocks() == 16 and replays(manager)
+
+
+def test_what_times_out_while_a_rank_has_no_worker_is_not_quarantined_for_ever() -> None:
+    """The new incarnation never runs it and the old one is dead: nobody else can answer."""
+    config = CacheConfig(**{**vars(CONFIG), "transfer_timeout_s": 0.01})
+    with CacheManager.create(f"m{os.getpid()}", config) as manager:
+        engine = PatternEngine(manager.pools)
+        serve(manager, engine, "a", np.arange(64, dtype=np.int32))
+        assert manager._ranks is not None
+        os.kill(manager._ranks.supervisor.pid(1), signal.SIGKILL)
+        while manager._ranks.supervisor._workers.get(1) is not None:  # until its death is noticed
+            manager.poll()
+        manager.admit("b", np.arange(64, dtype=np.int32) + 500)  # swaps "a" out
+        while not any(transfer.quarantined for transfer in manager.state.transfers.values()):
+            manager.poll()
+        assert manager.state.workers[1] == 1, "the successor joined too early for this test"
+        deadline = time.monotonic() + 30
+        while manager.state.transfers and time.monotonic() < deadline:
+            manager.poll()
+            time.sleep(0.005)
+        assert not manager.state.transfers and manager.state.workers[1] == 2
+        manager.release("b")
+        assert manager.available_blocks() == 16 and replays(manager)
+
+
+def test_a_worker_that_does_not_read_is_replaced_before_the_log_is_full() -> None:
+    config = CacheConfig(
+        **{**vars(CONFIG), "segment_bytes": 64 << 10, "retain_bytes": None, "worker_backlog_bytes": 1 << 20}
+    )
+    with CacheManager.create(f"m{os.getpid()}", config) as manager:
+        engine = PatternEngine(manager.pools)
+        assert manager._ranks is not None
+        pid = manager._ranks.supervisor.pid(1)
+        os.kill(pid, signal.SIGSTOP)
+        served = 0
+        deadline = time.monotonic() + 60
+        while manager.state.workers[1] == 1 and time.monotonic() < deadline:
+            serve(manager, engine, str(served), np.arange(32, dtype=np.int32))  # nothing to copy: no time-out
+            served += 1
+            manager.poll()
+        assert manager.state.workers[1] == 2 and not start_time(pid)
+        assert manager.stats()["log_bytes"] > 1 << 20
+        reader = LogReader(manager.name)
+        events = []
+        while records := reader.poll():
+            events += map(event_of, records)
+        reasons = [event.reason for event in events if isinstance(event, WorkerLost)]
+        reader.close()
+        assert len(reasons) == 1 and "worker_backlog_bytes" in reasons[0]
+        serve(manager, engine, "out", np.arange(64, dtype=np.int32) + 500)  # swaps out with both ranks
+        assert replays(manager)
+
+
+_ENGINE = """
+import sys, time
+from kvledger import CacheConfig, CacheManager, HostPolicy
+config = CacheConfig(device_blocks=8, host_blocks=8, host_policy=HostPolicy.EXCLUSIVE, ranks=2)
+manager = CacheManager.create(sys.argv[1], config)
+print(*(manager._ranks.supervisor.pid(rank) for rank in range(2)), flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers_of_a_killed_engine_leave_and_its_name_says_so() -> None:
+    name = f"orphans-{os.getpid()}"
+    engine = subprocess.Popen([sys.executable, "-c", _ENGINE, name], stdout=subprocess.PIPE, text=True)
+    assert engine.stdout is not None
+    workers = [(pid, start_time(pid)) for pid in map(int, engine.stdout.readline().split())]
+    try:
+        assert len(workers) == 2 and all(alive(*worker) for worker in workers)
+        with pytest.raises(LedgerExists, match=f"written by process {engine.pid}"):
+            CacheManager.create(name, CONFIG)
+        engine.kill()
+        engine.wait()
+        with pytest.raises(LedgerExists, match=f"process {engine.pid}, which is dead"):
+            CacheManager.create(name, CONFIG)
+        deadline = time.monotonic() + 60
+        while any(alive(*worker) for worker in workers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(alive(*worker) for worker in workers)
+    finally:
+        engine.kill()
+        engine.stdout.close()
+        remove_objects(name)
+
+
+def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pools.create_pools
+
+    def other_layout(ledger: str, layout: object) -> list[pools.Pools]:
+        return real(ledger, CONFIG.layout._replace(block_bytes=128))
+
+    monkeypatch.setattr("kvledger.manager.manager.create_pools", other_layout)
+    with pytest.raises(WorkerFailed, match=r"rank \d did not start: PoolMismatch"):
+        CacheManager.create(f"m{os.getpid()}", CONFIG)
+
+
+def test_every_wrong_call_is_refused_and_changes_nothing() -> None:
+    with CacheManager.create(f"m{os.getpid()}", CacheConfig(block_size=4, device_blocks=8)) as manager:
+        tokens = np.arange(16, dtype=np.int32)
+        manager.admit("a", tokens)
+        digest = manager.digest()
+        calls = [
+            (DuplicateRequest, lambda: manager.admit("a", tokens)),
+            (InvalidTokens, lambda: manager.admit("b", [-1])),
+            (InvalidTokens, lambda: manager.admit("b", [2**31])),
+            (InvalidTokens, lambda: manager.admit("b", [1.5])),
+            (InvalidTokens, lambda: manager.admit("b", np.zeros((2, 2), np.int32))),
+            (InvalidCommand, lambda: manager.admit("b", tokens, max_blocks=-1)),
+            (OutOfBlocks, lambda: manager.admit("b", np.arange(100, dtype=np.int32))),
+            (UnknownRequest, lambda: manager.release("b")),
+            (UnknownRequest, lambda: manager.cache("b")),
+            (UnknownRequest, lambda: manager.allocate({"a": 1, "b": 1})),
+            (OutOfBlocks, lambda: manager.allocate({"a": 5})),
+            (InvalidCommand, lambda: manager.allocate({"a": -1})),
+            (InvalidCommand, lambda: manager.cache("a", 9)),
+            (InvalidCommand, lambda: manager.trim("a", 9)),
+            (InvalidCommand, lambda: manager.reassign("a", "a", [0])),
+            (Busy, lambda: manager.clear()),
+        ]
+        for error, call in calls:
+            with pytest.raises(error):
+                call()
+            assert manager.digest() == digest
+        assert replays(manager)
+    with pytest.raises(ManagerClosed):
+        manager.admit("c", tokens)
+
+
+def test_generated_tokens_are_cached_where_they_belong() -> None:
+    with CacheManager.create(f"m{os.getpid()}", CacheConfig(block_size=4, device_blocks=32)) as manager:
+        prompt, answer = np.arange(10, dtype=np.int32), np.arange(10, 23, dtype=np.int32)
+        manager.admit("a", prompt)
+        manager.cache("a")
+        manager.allocate({"a": 3})
+        manager.cache("a", generated=answer[:3])
+        manager.cache("a", generated=answer[3:])
+        manager.release("a")
+        assert manager.peek(np.concatenate([prompt, answer])) == (5, 0)
+
+
+def test_a_turn_of_a_long_conversation_is_not_paid_with_a_copy_of_all_that_was_said() -> None:
+    name, size = f"long-{os.getpid()}", 1024
+    words = np.arange(76 * size, dtype=np.int32)
+    with CacheManager.create(name, CacheConfig(block_size=size, device_blocks=128)) as manager:
+        runs = []
+        for blocks in (64, 66, 68, 70, 72, 74, 76):
+            assert manager.admit("turn", words[: blocks * size]).device_blocks == (blocks - 2 if runs else 0)
+            manager.cache("turn")
+            manager.release("turn")
+            runs.append([node.size for node in sorted(manager.state.nodes.values(), key=lambda node: node.start)])
+        assert runs == [[64], [64, 2], [64, 4], [64, 6], [72], [72, 2], [72, 4]]
+        assert not check(manager.state)
+
+
+def test_not_ready_is_not_cached() -> None:
+    with CacheManager.create(f"m{os.getpid()}", CONFIG) as manager:
+        engine = PatternEngine(manager.pools)
+        serve(manager, engine, "a", np.arange(64, dtype=np.int32))
+        assert not manager.admit("b", np.arange(64, dtype=np.int32) + 500).ready
+        with pytest.raises(RequestNotReady):
+            manager.cache("b")
+        manager.wait("b")
+        manager.cache("b")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"device_blocks": 0}, "device_blocks"),
+        ({"block_size": True}, "block_size"),
+        ({"block_bytes": 12}, "multiple of 8"),
+        ({"host_blocks": 0}, "host_policy"),
+        ({"transfer_timeout_s": 0}, "transfer_timeout_s"),
+        ({"host_staging_blocks": -1}, "host_staging_blocks"),
+    ],
+)
+def test_impossible_settings_name_the_setting(change: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        CacheConfig(**{**vars(CONFIG), **change})  # type: ignore[arg-type]
+
+
+def test_clearing_and_shrinking_a_large_cache_are_split_into_steps() -> None:
+    """One-block runs, on both tiers: everything in one transaction would be several times what the log takes."""
+    config = CacheConfig(
+        block_size=1,
+        device_blocks=9000,
+        host_blocks=9000,
+        host_policy=HostPolicy.WRITE_THROUGH,
+        segment_bytes=64 << 10,
+        retain_bytes=None,
+    )
+    with CacheManager.create(f"m{os.getpid()}", config) as manager:
+        for i in range(8000):
+            manager.admit(str(i), np.array([i], np.int32), max_blocks=1)
+            manager.cache(str(i))
+            manager.release(str(i))
+        manager.admit("pinned", np.array([7999], np.int32), max_blocks=1)
+        digest = manager.digest()
+        with pytest.raises(Busy):
+            manager.resize(Tier.DEVICE, 1)
+        assert manager.digest() == digest, "refused as a whole, not after the first steps"
+        manager.release("pinned")
+        manager.resize(Tier.DEVICE, 10)
+        assert manager.stats()["device_total_blocks"] == 10 and manager.stats()["runs"] <= 10
+        for i in range(10):
+            manager.admit(str(i), np.array([i], np.int32), max_blocks=1)
+        for i in range(10):
+            manager.release(str(i))
+        manager.clear()
+        assert manager.stats()["runs"] == 0
+        reader = LogReader(manager.name)
+        assert state_digest(replay(reader).state) == manager.digest()
+        reader.close()
+
+
+def test_an_event_that_cannot_be_applied_is_never_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect of ours: nobody sees the event, the manager stops there, and the ledger can be opened again."""
+    name = f"halfway-{os.getpid()}"
+    manager = CacheManager.create(name, CacheConfig(device_blocks=64))
+    manager.admit("a", [1] * 100)
+    before, digest = manager.next_sequence, manager.digest()
+
+    def broken(state: object, event: object) -> None:
+        raise InvariantViolation("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(HANDLERS, RequestMatched, broken)
+        with pytest.raises(InvariantViolation, match="planted"):
+            manager.admit("b", [2] * 100)
+    reader = LogReader(name)
+    assert [record.sequence for record in reader.poll()] == list(range(1, before))
+    reader.close()
+    assert manager.digest() == digest
+    with pytest.raises(ManagerClosed, match="not finished"):
+        manager.release("a")
+    manager.close(keep=True)
+    with CacheManager.open(name) as again:
+        assert not again.state.requests

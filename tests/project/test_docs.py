@@ -1,0 +1,205 @@
+"""The documents agree with the code."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from kvledger.adapters.fastdeploy import SIGNALS
+from kvledger.cli import app
+from kvledger.run import traces
+from kvledger.telemetry.table import BY_NAME
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_is_generated_is_up_to_date() -> None:
+    generator = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    for path, text in generator["pages"]():
+        assert path.read_text() == text, f"{path.name}: run python docs/generate.py"
+
+
+def test_readme_example_runs(capsys: object) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    exec(code[1], {})
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_page_about_traces_is_true(tmp_path: Path) -> None:
+    """Its examples can be read, and what is malformed gets the answers that it shows."""
+    page = (ROOT / "docs" / "traces.md").read_text()
+    path = tmp_path / "trace.jsonl"
+    examples = re.findall(r"```jsonl\n(.*?)```", page, re.DOTALL)
+    loaded = []
+    for example in examples:
+        path.write_text(example)
+        loaded.append(traces.load(path))
+        assert len(loaded[-1].requests) == example.count("\n")
+    assert [trace.block_size for trace in loaded] == [None, 4]
+    used = {field for example in examples for line in example.splitlines() for field in json.loads(line)}
+    told = set(
+        re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", page.partition("## What is wrong")[0], re.M)))
+    )
+    assert used == told
+    rows = re.findall(r"^\| (.*?) ?\| `(.*)` \|$", page.partition("## What is wrong")[2], re.M)
+    assert len(rows) > 10
+    for lines, answer in rows:
+        path.write_text("\n".join(re.findall(r"`(.*?)`", lines)))
+        with pytest.raises(traces.TraceError) as error:
+            traces.load(path)
+        assert re.match(rf"{re.escape(str(path))}[,:] {re.escape(answer)}", str(error.value)), str(error.value)
+
+
+def test_the_steps_of_integrating_run_in_order() -> None:
+    text = (ROOT / "docs" / "integrating.md").read_text()
+    steps = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(steps) > 8
+    space: dict[str, object] = {}
+    for number, step in enumerate(steps, 1):
+        exec(compile(step, f"integrating.md, snippet {number}", "exec"), space)
+
+
+def test_the_table_of_signals_is_that_of_the_code() -> None:
+    page = (ROOT / "docs" / "integrating.md").read_text().partition("### Signals")[2]
+    rows = [tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [(f"`{name}`", *signal) for name, signal in SIGNALS.items()]
+
+
+def test_the_reference_is_up_to_date() -> None:
+    generator = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+    for path, text in generator["pages"]():
+        assert path.read_text() == text, f"{path.name}: run python docs/generate.py"
+
+
+def test_every_public_name_is_explained() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    for entry in re.split(r"\n### ", page)[1:]:
+        name, _, text = entry.partition("\n")
+        assert re.sub(r"```.*?```", "", text.split("\n#### ")[0], flags=re.DOTALL).strip(), f"{name} has no docstring"
+        for member in entry.split("\n#### ")[1:]:
+            name, _, text = member.partition("\n")
+            assert re.sub(r"```.*?```", "", text, flags=re.DOTALL).strip(), f"{name} has no docstring"
+    anchors = {line[4:].lower() for line in page.splitlines() if line.startswith("### ")}
+    for link in re.findall(r"\]\(#([^)]+)\)", page):
+        assert re.sub(r"-1$", "", link) in anchors, link
+
+
+def metrics_in(text: str) -> dict[str, set[str]]:
+    """Metrics that a query or a page names, and the labels that it compares."""
+    found: dict[str, set[str]] = {}
+    for name, selector in re.findall(r"\b(kvledger_[a-z_]+)(?:\{([^}]*)\})?", text):
+        base = re.sub(r"_(bucket|sum|count)$", "", name)
+        found.setdefault(base if base in BY_NAME else name, set()).update(re.findall(r"(\w+)\s*[!=]", selector))
+    return found
+
+
+def assert_known(text: str, where: str) -> None:
+    for name, labels in metrics_in(text).items():
+        assert name in BY_NAME, f"{where}: there is no metric {name}"
+        assert labels <= {"ledger", "le", *BY_NAME[name].labels}, f"{where}: {name} has no labels {labels}"
+
+
+def test_the_dashboard_shows_metrics_that_exist() -> None:
+    dashboard = json.loads((ROOT / "docs" / "grafana" / "kvledger.json").read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    shown: set[str] = set()
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken and at["x"] + at["w"] <= 24, panel["title"]
+        taken |= cells
+        for target in panel.get("targets", []):
+            assert_known(target["expr"], panel["title"])
+            shown |= set(metrics_in(target["expr"]))
+            for label in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
+                assert any(label in BY_NAME[name].labels for name in metrics_in(target["expr"])), panel["title"]
+    for variable in dashboard["templating"]["list"]:
+        assert_known(variable.get("definition", ""), variable["name"])
+    hidden = {"kvledger_exporter_sequence", "kvledger_skipped_events_total", "kvledger_cleared_caches_total"}
+    hidden |= {"kvledger_pool_capacity_blocks", "kvledger_allocated_blocks_total", "kvledger_swapped_blocks_total"}
+    hidden |= {"kvledger_lost_tiers_total", "kvledger_shared_memory_size_bytes", "kvledger_auditor_up"}
+    assert set(BY_NAME) - shown == hidden, "a metric is neither on the dashboard nor left out on purpose"
+
+
+def test_alerts_name_metrics_and_sections_that_exist() -> None:
+    rules = yaml.safe_load((ROOT / "docs" / "grafana" / "alerts.yml").read_text())["groups"][0]["rules"]
+    page = (ROOT / "docs" / "operations.md").read_text()
+    anchors = {
+        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", page, re.M)
+    }
+    for rule in rules:
+        assert_known(rule["expr"], rule["alert"])
+        path, _, anchor = rule["annotations"]["runbook"].partition("#")
+        assert path == "docs/operations.md" and anchor in anchors, rule["alert"]
+        assert rule["alert"] in page, f"{rule['alert']} is not in the runbook"
+    assert set(re.findall(r"\bKvledger\w+", page)) == {rule["alert"] for rule in rules}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's package prometheus")
+def test_alerts_fire_when_they_should() -> None:
+    for arguments in (["check", "rules", "docs/grafana/alerts.yml"], ["test", "rules", "tests/alerts_test.yml"]):
+        done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's package prometheus")
+def test_the_queries_of_the_dashboard_are_promql(tmp_path: Path) -> None:
+    """Each as a rule of its own, after Grafana has put its variables in."""
+    dashboard = json.loads((ROOT / "docs" / "grafana" / "kvledger.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    assert len(queries) > 40
+    put_in = [query.replace("$__rate_interval", "5m").replace("$ledger", "engine-1") for query in queries]
+    assert not any("$" in query for query in put_in)
+    rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(put_in)]
+    path = tmp_path / "queries.yml"
+    for broken in ("", "sum by (tier) rate(x[5m])"):
+        more = [{"record": "broken", "expr": broken}] if broken else []
+        path.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules + more}]}))
+        done = subprocess.run(["promtool", "check", "rules", path], capture_output=True, text=True, timeout=120)
+        assert (done.returncode != 0) == bool(broken), done.stdout + done.stderr
+
+
+def test_the_runbook_names_metrics_and_commands_that_exist() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert_known(page, "operations.md")
+    commands: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+    for command in re.findall(r"`kvledger ([^`]+)`", page):
+        name, *words = command.split()
+        assert name in commands, f"there is no kvledger {name}"
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options, command
+
+
+def test_the_comparison_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    rows = [line for line in page.partition("## Costs")[0].splitlines() if line.startswith("| ")][1:]
+    for row in rows:
+        path, _, name = row.split(" | ")[2].strip("`").partition("::")
+        assert f"\ndef {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    known: set[str] = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        known.add(path.name)
+        known.update(f"{path.name}::{name}" for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    for page in ("guarantees.md", "testing.md"):
+        named = set(re.findall(r"`(test_\w+\.py(?:::test_\w+)?)", (ROOT / "docs" / page).read_text()))
+        assert len(named) > 10 and named <= known, f"{page}: {sorted(named - known)}"

@@ -1,0 +1,713 @@
+"""Hypothesis drives the real state machine and compares it with naive models after every single event."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from typing import Any
+
+import pytest
+from hypothesis import assume, settings, target
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvledger.testing.oracle import Memory, OneTier
+from statemachine.apply import apply, genesis
+from statemachine.check import check
+from statemachine.check.incremental import IncrementalCheck
+from statemachine.commands import (
+    Admit,
+    Allocate,
+    Backup,
+    Cache,
+    Clear,
+    EndQuarantine,
+    Evict,
+    Extend,
+    FinishTransfer,
+    Forget,
+    GiveBack,
+    LoseTier,
+    MakeRoom,
+    Match,
+    Reassign,
+    Release,
+    Resize,
+    StartEpoch,
+    Trim,
+)
+from statemachine.decide import can_allocate, decide, victims_for
+from statemachine.decide.derive import commands_of, redecide
+from statemachine.decide.ledger import untrusted
+from statemachine.errors import CommandRejected, OutOfBlocks
+from statemachine.events import (
+    BlocksEvicted,
+    Direction,
+    Event,
+    EvictReason,
+    HostPolicy,
+    LedgerOpened,
+    Outcome,
+    ReleaseReason,
+    RequestMatched,
+    Tier,
+    TransferFinished,
+    TransferStarted,
+)
+from statemachine.records import codec
+from statemachine.records.snapshot import restore, snapshot, state_digest
+from statemachine.state.nodes import ALL, Node, from_end
+from statemachine.state.state import State
+
+PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
+NAMESPACES = st.sampled_from([b"", b"", b"", b"salt"])
+KEYS = st.integers(0, 1 << 16)
+REQUESTS = st.lists(
+    st.tuples(
+        PROMPTS,
+        NAMESPACES,
+        st.integers(0, 2),
+        st.sampled_from(["finished", "finished", "final", "cached", "admitted"]),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def words(content: list[int]) -> memoryview:
+    """Blocks of one token each."""
+    return memoryview(struct.pack(f"<{len(content)}i", *content))
+
+
+class Machine(RuleBasedStateMachine):
+    """Runs commands; every event goes through the codec into a second state, and everything is checked after each."""
+
+    state: State
+    snapshot: bytes
+    oracle: OneTier | None = None
+
+    def open(self, device: int, host: int, staging: int, policy: HostPolicy, backup_after: int = 1) -> None:
+        if policy == HostPolicy.OFF:
+            host = staging = 0
+        opened = LedgerOpened(1, device, host, staging, policy, 1, "", "", backup_after)
+        self.state, self.mirror = genesis(opened), genesis(opened)
+        self.snapshot = snapshot(self.state)
+        self.incremental = IncrementalCheck(self.state)
+        self.tail: list[Event] = []
+        self.memory = Memory()
+        self.content: dict[str, tuple[Any, list[int]]] = {}
+        self.names = self.upheaval = 0
+        self.most_pins = 0
+
+    def do(self, command: Any) -> list[Event] | CommandRejected:
+        before = state_digest(self.state)
+        resident = self.state.host_resident
+        self.mirror = restore(snapshot(self.mirror))  # from now on it knows only what is in the canonical bytes
+        try:
+            events = decide(self.state, command)
+        except CommandRejected as error:
+            assert state_digest(self.state) == before
+            if isinstance(error, OutOfBlocks):
+                self.derive(command, [error.event])
+            return error
+        assert decide(self.mirror, command) == events, "equal states decide differently"
+        if events:
+            self.derive(command, events)
+        assert state_digest(self.state) == before, "decide changed the state"
+        for event in events:
+            copied = codec.decode(*codec.encode(event))
+            assert copied == event
+            apply(self.state, event)
+            apply(self.mirror, copied)
+            assert not check(self.state), (command, event, check(self.state))
+            assert not self.incremental.after(event), (command, event)
+            assert state_digest(self.state) == state_digest(self.mirror)
+            self.tail.append(copied)
+            if isinstance(event, TransferStarted):
+                self.memory.started(event)
+        if any(isinstance(event, TransferStarted) and event.direction != Direction.SWAP_IN for event in events):
+            assert self.state.host_resident <= max(self.state.host_blocks, resident), "no room for these copies"
+        self.most_pins = max([self.most_pins, *(node.pins for node in self.state.nodes.values())])
+        return events
+
+    def derive(self, command: Any, events: list[Event]) -> None:
+        """From the events alone follows a command that comes to the same events."""
+        assert redecide(events, self.state)[1] == events, (command, commands_of(events, self.state))
+
+    def teardown(self) -> None:
+        if hasattr(self, "state"):
+            target(float(self.state.counters.device_evicted_blocks), label="eviction pressure")
+            target(float(self.most_pins), label="pins")
+
+    def pick(self, number: int) -> str:
+        keys = sorted(self.content)
+        return keys[number % len(keys)]
+
+    def live(self) -> bool:
+        return bool(self.content)
+
+    def quiet(self) -> bool:
+        """Whether enough was served since the last upheaval: what is lost all the time is never shared, or swapped."""
+        return self.names >= self.upheaval + 12
+
+    def upset(self) -> None:
+        self.upheaval = self.names
+
+    @rule(prompt=PROMPTS, namespace=NAMESPACES, extra=st.integers(0, 2), limit=st.integers(0, 8))
+    def admit(self, prompt: list[int], namespace: bytes, extra: int, limit: int) -> None:
+        """A request comes."""
+        self.names += 1
+        key = f"r{self.names:05}"
+        generation = self.state.generation
+        done = self.do(Admit(key, words(prompt), namespace, limit, len(prompt) + extra))
+        if self.oracle is not None:
+            expected = self.oracle.admit(key, namespace, prompt, limit, len(prompt) + extra)
+            if expected is None:
+                assert isinstance(done, OutOfBlocks)
+            else:
+                assert isinstance(done, list), done
+                assert isinstance(done[0], RequestMatched) and done[0].device_blocks == expected[0]
+                victims = [block for event in done if isinstance(event, BlocksEvicted) for block in event.blocks]
+                assert victims == expected[2]
+        if isinstance(done, list):
+            self.content[key] = (namespace, generation), prompt
+            self.compare_tables(key)
+
+    @precondition(lambda self: self.oracle is None)
+    @rule(
+        prompt=PROMPTS, namespace=NAMESPACES, first=st.integers(0, 6), length=st.integers(0, 4), kept=st.integers(0, 9)
+    )
+    def admit_carefully(self, prompt: list[int], namespace: bytes, first: int, length: int, kept: int) -> None:
+        """A request with an item that must not be cut; some blocks have to stay for those that run."""
+        self.names += 1
+        key = f"r{self.names:05}"
+        generation = self.state.generation
+        available = len(self.state.device.free) + self.state.evictable
+        whole = ((first, first + length),)
+        done = self.do(Admit(key, words(prompt), namespace, 99, len(prompt), whole, kept))
+        if isinstance(done, list):
+            self.content[key] = (namespace, generation), prompt
+            assert isinstance(done[0], RequestMatched)
+            found = done[0].device_blocks + done[0].host_blocks
+            assert not first < found < first + length
+            left = len(self.state.device.free) + self.state.evictable
+            left += sum(len(transfer.held) for transfer in self.state.transfers.values())
+            assert len(self.state.requests) == 1 or left >= kept
+        else:
+            assert available < len(prompt) + kept or self.state.transfers
+
+    @rule(prompt=PROMPTS, namespace=NAMESPACES)
+    def match(self, prompt: list[int], namespace: bytes) -> None:
+        if self.oracle is not None:
+            return  # an admission for no more blocks than match
+        self.names += 1
+        key = f"r{self.names:05}"
+        generation = self.state.generation
+        if isinstance(self.do(Match(key, words(prompt), namespace, 99)), list):
+            self.content[key] = (namespace, generation), prompt
+
+    @rule(requests=REQUESTS)
+    def serve(self, requests: list[tuple[list[int], bytes, int, str]]) -> None:
+        """What an engine does most: whole requests, some of which go on running. Other rules come in between."""
+        for prompt, namespace, extra, end in requests:
+            self.admit(prompt, namespace, extra, len(prompt))
+            key = f"r{self.names:05}"
+            if key not in self.content:
+                if self.content:  # no room: the oldest one gives way
+                    self.release_named(min(self.content), False, ReleaseReason.PREEMPTED)
+                continue
+            if end == "admitted" or not self.settled(key):
+                continue
+            self.cache(sorted(self.content).index(key), len(prompt), [])
+            if self.state.policy == HostPolicy.WRITE_THROUGH:
+                self.do(Backup(self.state.requests[self.state.keys[key]].leaf.id))
+            if end in ("finished", "final"):
+                self.release_named(key, end == "final", ReleaseReason.FINISHED)
+
+    @rule(requests=REQUESTS, number=KEYS)
+    def serve_while_a_worker_copies(self, requests: list[tuple[list[int], bytes, int, str]], number: int) -> None:
+        self.serve(requests)
+        ids = sorted(self.memory.todo)
+        if ids:
+            self.memory.copy(ids[number % len(ids)])
+
+    def settled(self, key: str) -> bool:
+        """Let the copies end that a request waits for; whether it waits for nothing now."""
+        waits = self.state.requests[self.state.keys[key]].waits
+        for id in sorted(waits):
+            while id in self.memory.todo:
+                self.memory.copy(id)
+            self.do(FinishTransfer(id, Outcome.DONE, len(self.state.transfers[id].targets)))
+        return not waits
+
+    @precondition(live)
+    @rule(numbers=st.lists(KEYS, min_size=1, max_size=3, unique=True), count=st.integers(1, 2))
+    def allocate(self, numbers: list[int], count: int) -> None:
+        keys = list(dict.fromkeys(self.pick(number) for number in numbers))
+        done = self.do(Allocate(keys, [count] * len(keys)))
+        if self.oracle is not None and isinstance(done, list):
+            granted, evicted = self.oracle.grant(count * len(keys))
+            for index, key in enumerate(keys):
+                self.oracle.live[key].table += granted[index * count : (index + 1) * count]
+            assert [b for event in done if isinstance(event, BlocksEvicted) for b in event.blocks] == evicted
+        elif self.oracle is not None:
+            assert count * len(keys) > len(self.oracle.free) + len(self.oracle.final) + len(self.oracle.lru)
+
+    @precondition(live)
+    @rule(number=KEYS, blocks=st.integers(1, 9), generated=st.lists(st.integers(1, 2), max_size=2))
+    def cache(self, number: int, blocks: int, generated: list[int]) -> None:
+        key = self.pick(number)
+        request = self.state.requests[self.state.keys[key]]
+        root, content = self.content[key]
+        content = content + generated
+        blocks = min(blocks, len(content), len(request.table))
+        assume(blocks >= request.leaf.end)
+        if request.waits:
+            return  # an engine does not write what it may not write yet
+        start = request.leaf.end
+        if request.computed == ALL:
+            for position in range(start, blocks):
+                self.memory.write(request.table[position], (root, *content[: position + 1]))
+        computed = None if request.computed == ALL else max(request.computed, blocks - 1)
+        if isinstance(self.do(Cache(key, blocks, words(generated).tobytes(), computed)), list):
+            ahead = {block for node in self.state.path(request.leaf) if node.ahead for block in node.device or ()}
+            for position in range(start, blocks):
+                if request.table[position] not in ahead:
+                    self.memory.write(request.table[position], (root, *content[: position + 1]))
+            if blocks > 0 or generated:
+                self.content[key] = root, content
+            if self.oracle is not None:
+                self.oracle.cache(key, blocks, generated)
+
+    def step(self) -> None:
+        """The engine runs: what was cached ahead is computed, in the order of the paths."""
+        for key, (root, content) in self.content.items():
+            request = self.state.requests[self.state.keys[key]]
+            for node in self.state.path(request.leaf):
+                if node.ahead and node.device is not None:
+                    for position in range(node.start, node.end):
+                        self.memory.write(node.device[position - node.start], (root, *content[: position + 1]))
+
+    @precondition(live)
+    @rule(number=KEYS, blocks=st.integers(0, 9))
+    def mark_computed(self, number: int, blocks: int) -> None:
+        """From here on this request caches ahead of its steps; what is covered has been computed."""
+        self.step()
+        key = self.pick(number)
+        request = self.state.requests[self.state.keys[key]]
+        backwards = request.computed != ALL and blocks < request.computed
+        assert isinstance(self.do(Cache(key, request.leaf.end, b"", blocks)), list) != backwards
+
+    @precondition(live)
+    @rule(number=KEYS, limit=st.integers(0, 9))
+    def extend(self, number: int, limit: int) -> None:
+        """Between two chunks."""
+        key = self.pick(number)
+        request = self.state.requests[self.state.keys[key]]
+        end, waits = request.leaf.end, bool(request.waits)
+        done = self.do(Extend(key, limit))
+        assert isinstance(done, list) != waits
+        assert waits or (not request.duplicates and request.leaf.end >= end)
+        if self.oracle is not None:
+            self.oracle.extend(key, limit)
+            self.compare_tables(key)
+
+    @precondition(live)
+    @rule(number=KEYS, first=st.integers(0, 3))
+    def give_back(self, number: int, first: int) -> None:
+        key = self.pick(number)
+        request = self.state.requests[self.state.keys[key]]
+        blocks = request.table[request.leaf.end :][first::2]
+        done = self.do(GiveBack(key, blocks))
+        assert isinstance(done, list) or request.waits
+        if isinstance(done, list) and self.oracle is not None:
+            self.oracle.give_back(key, list(blocks))
+
+    @precondition(live)
+    @rule(number=KEYS)
+    def back_up(self, number: int) -> None:
+        before = {id: node.hits for id, node in self.state.nodes.items() if node.host is None}
+        request = self.state.requests[self.state.keys[self.pick(number)]]
+        done = self.do(Backup(request.leaf.id))
+        assert isinstance(done, list)
+        for event in done:
+            if isinstance(event, TransferStarted) and self.state.opened.backup_after > 1:
+                assert all(before[id] >= self.state.opened.backup_after for id in event.nodes)
+
+    @rule(blocks=st.integers(0, 6))
+    def make_room(self, blocks: int) -> None:
+        free, evictable = len(self.state.device.free), self.state.evictable
+        done = self.do(MakeRoom(blocks))
+        assert isinstance(done, list)
+        held = sum(len(transfer.held) for transfer in self.state.transfers.values())
+        assert not done or len(self.state.device.free) + held >= free + min(blocks, evictable)
+        if self.oracle is not None:
+            self.oracle.evict(min(blocks, evictable))
+
+    @precondition(lambda self: self.state.nodes and self.oracle is None)
+    @rule(number=KEYS)
+    def forget(self, number: int) -> None:
+        ids = sorted(self.state.nodes)
+        id = ids[number % len(ids)]
+        node = self.state.nodes[id]
+        gone = not node.pins and not node.children and node.transfer is None
+        assert isinstance(self.do(Forget(id)), list)
+        assert (id not in self.state.nodes) == gone
+
+    @rule(blocks=st.integers(1, 14))
+    def can_allocate_tells_the_truth(self, blocks: int) -> None:
+        self.names += 1
+        try:
+            decide(self.state, Admit("probe", words([9] * blocks), b"probe", 0, blocks))
+            fits = True
+        except OutOfBlocks:
+            fits = False
+        assert can_allocate(self.state, blocks) == fits
+
+    @precondition(live)
+    @rule(blocks=st.integers(1, 14))
+    def preempt(self, blocks: int) -> None:
+        """The last requests give way, as few of them as possible."""
+        candidates = sorted(self.content, reverse=True)
+        available = len(self.state.device.free) + self.state.evictable
+        try:
+            chosen = victims_for(self.state, blocks, candidates)
+        except OutOfBlocks:
+            return
+        assert not chosen or not can_allocate(self.state, blocks)
+        for key in chosen:
+            self.release_named(key, False, ReleaseReason.PREEMPTED)
+        left = len(self.state.device.free) + self.state.evictable
+        held = sum(len(transfer.held) for transfer in self.state.transfers.values())
+        assert left + held >= min(blocks, available + blocks)
+
+    @precondition(live)
+    @rule(number=KEYS, blocks=st.integers(0, 8))
+    def trim(self, number: int, blocks: int) -> None:
+        key = self.pick(number)
+        if isinstance(self.do(Trim(key, blocks)), list) and self.oracle is not None:
+            self.oracle.trim(key, blocks)
+
+    @precondition(lambda self: len(self.content) > 1)
+    @rule(first=KEYS, second=KEYS, count=st.integers(1, 2))
+    def reassign(self, first: int, second: int, count: int) -> None:
+        key, other = self.pick(first), self.pick(second)
+        request = self.state.requests[self.state.keys[key]]
+        blocks = request.table[request.leaf.end :][:count]
+        done = self.do(Reassign(key, other, array("i", blocks)))
+        if isinstance(done, list) and self.oracle is not None:
+            self.oracle.reassign(key, other, list(blocks))
+
+    @precondition(live)
+    @rule(number=KEYS, final=st.booleans(), reason=st.sampled_from(ReleaseReason))
+    def release(self, number: int, final: bool, reason: ReleaseReason) -> None:
+        self.release_named(self.pick(number), final, reason)
+
+    def release_named(self, key: str, final: bool, reason: ReleaseReason) -> None:
+        self.step()
+        assert isinstance(self.do(Release(key, reason, final)), list)
+        del self.content[key]
+        if self.oracle is not None:
+            self.oracle.release(key, final)
+
+    @rule(tier=st.sampled_from(Tier), blocks=st.integers(1, 4))
+    def evict(self, tier: Tier, blocks: int) -> None:
+        done = self.do(Evict(tier, blocks))
+        if self.oracle is not None and tier == Tier.DEVICE:
+            assert isinstance(done, list)
+            assert [b for e in done if isinstance(e, BlocksEvicted) for b in e.blocks] == self.oracle.evict(blocks)
+
+    @precondition(quiet)
+    @rule(force=st.booleans())
+    def clear(self, force: bool) -> None:
+        self.upset()
+        if isinstance(self.do(Clear(force)), list):
+            while self.do(Evict(Tier.HOST, 1 << 16)):
+                pass
+            while self.do(Evict(Tier.DEVICE, 1 << 16)):
+                pass
+            if self.oracle is not None:
+                self.oracle.clear()
+
+    @precondition(lambda self: self.memory.todo)
+    @rule(number=KEYS)
+    def copy(self, number: int) -> None:
+        """A worker gets around to one of its transfers."""
+        ids = sorted(self.memory.todo)
+        self.memory.copy(ids[number % len(ids)])
+
+    @precondition(lambda self: self.state.transfers)
+    @rule(number=KEYS, outcome=st.sampled_from([*[Outcome.DONE] * 4, *Outcome]), valid=st.integers(0, 8))
+    def finish(self, number: int, outcome: Outcome, valid: int) -> None:
+        ids = sorted(self.state.transfers)
+        transfer = self.state.transfers[ids[number % len(ids)]]
+        if transfer.quarantined or outcome != Outcome.TIMED_OUT:
+            while transfer.id in self.memory.todo:  # it has ended: the worker did, or will never do, its copies
+                self.memory.copy(transfer.id)
+        if transfer.quarantined:
+            self.do(EndQuarantine(transfer.id))
+            return
+        total = len(transfer.targets)
+        if outcome == Outcome.CORRUPT and transfer.direction != Direction.SWAP_IN:
+            outcome = Outcome.FAILED
+        valid = total if outcome == Outcome.DONE else min(valid, total - 1) if outcome != Outcome.TIMED_OUT else 0
+        waiters = [self.state.requests[id].key for id in transfer.waiters]
+        done = self.do(FinishTransfer(transfer.id, outcome, valid))
+        if isinstance(done, list):
+            assert any(isinstance(event, TransferFinished) for event in done)
+            for key in waiters:
+                assert transfer.id not in self.state.requests[self.state.keys[key]].waits
+
+    @precondition(lambda self: self.oracle is None and self.quiet())
+    @rule(tier=st.sampled_from(Tier), blocks=st.integers(4, 14))
+    def resize(self, tier: Tier, blocks: int) -> None:
+        self.upset()
+        if tier == Tier.DEVICE or self.state.policy != HostPolicy.OFF:
+            self.do(Resize(tier, blocks))
+
+    def poison(self) -> None:
+        """The engine died before the blocks were written that only live requests have cached."""
+        suspects = untrusted(self.state)
+
+        def trusted_below(node: Node) -> bool:
+            return any(child not in suspects or trusted_below(child) for child in node.children.values())
+
+        for node in suspects:
+            if not trusted_below(node):
+                assert node.device is not None and node.device_ready
+                for block in node.device:
+                    self.memory.write(block, ("never written",))
+
+    @precondition(quiet)
+    @rule()
+    def restart(self) -> None:
+        self.upset()
+        self.poison()
+        done = self.do(StartEpoch(self.state.epoch + 1, len(self.tail)))
+        assert isinstance(done, list) and not self.state.requests
+        self.content.clear()
+        if self.oracle is not None:
+            evictions = [event for event in done if isinstance(event, BlocksEvicted)]
+            assert all(event.reason == EvictReason.UNTRUSTED for event in evictions)
+            assert [block for event in evictions for block in event.blocks] == self.oracle.restart()
+
+    def end_everything(self, requests: bool) -> None:
+        if requests:
+            self.restart()
+        for id in list(self.state.transfers):
+            self.memory.todo.pop(id, None)  # the workers were stopped first
+            if self.state.transfers[id].quarantined:
+                self.do(EndQuarantine(id))
+            else:
+                self.do(FinishTransfer(id, Outcome.FAILED, 0))
+        assert not self.state.transfers
+
+    @precondition(lambda self: self.oracle is None and self.quiet())
+    @rule(again=st.booleans())
+    def lose_the_host_tier(self, again: bool) -> None:
+        self.upset()
+        self.end_everything(requests=False)
+        assert isinstance(self.do(LoseTier(Tier.HOST, "gone", "new" if again else "")), list)
+        assert not self.state.host_resident and len(self.state.host.free) == self.state.host.capacity
+        self.memory.host.clear()
+        if not again:
+            assert self.state.policy == HostPolicy.OFF
+
+    @precondition(lambda self: self.oracle is None and self.quiet())
+    @rule()
+    def lose_the_device_tier(self) -> None:
+        self.upset()
+        self.end_everything(requests=True)
+        assert isinstance(self.do(LoseTier(Tier.DEVICE, "gone", "new")), list)
+        assert len(self.state.device.free) == self.state.device.capacity and not self.state.evictable
+        self.memory.device.clear()
+
+    @rule()
+    def take_snapshot(self) -> None:
+        self.snapshot = snapshot(self.state)
+        self.tail = []
+
+    @rule()
+    def snapshot_and_tail_equal_replay(self) -> None:
+        other = restore(self.snapshot)
+        for event in self.tail:
+            apply(other, event)
+        assert state_digest(other) == state_digest(self.state)
+        assert snapshot(other) == snapshot(self.state)
+
+    @invariant()
+    def blocks_hold_their_tokens(self) -> None:
+        """A request that waits for nothing finds the KV of its own tokens, in token order."""
+        for key, (root, content) in self.content.items():
+            request = self.state.requests[self.state.keys[key]]
+            if not request.waits and not any(node.ahead for node in self.state.path(request.leaf)):
+                wrong = self.memory.wrong(self.state, key, root, content)
+                assert not wrong, wrong
+
+    @invariant()
+    def eviction_takes_leaves(self) -> None:
+        """DESIGN.md §4, fact 1: in the order of eviction every descendant stands before its ancestors."""
+        place = {node: i for i, node in enumerate([*self.state.final, *self.state.device_order])}
+        for node, index in place.items():
+            assert all(place.get(child, -1) < index for child in node.children.values() if child.device is not None)
+
+    def compare_tables(self, key: str) -> None:
+        if self.oracle is not None:
+            table = self.state.requests[self.state.keys[key]].table
+            assert list(table) == self.oracle.live[key].table
+
+    @invariant()
+    def agrees_with_the_oracle(self) -> None:
+        if self.oracle is not None:
+            for key in self.content:
+                self.compare_tables(key)
+            assert list(self.state.device.free) == self.oracle.free
+            cached = [block for node in self.state.nodes.values() for block in node.device or ()]
+            assert sorted(cached) == sorted(self.oracle.block.values())
+
+
+class OneTierMachine(Machine):
+    @initialize(device=st.integers(4, 14))
+    def start(self, device: int) -> None:
+        self.open(device, 0, 0, HostPolicy.OFF)
+        self.oracle = OneTier(device)
+
+
+class ExclusiveMachine(Machine):
+    @initialize(device=st.integers(4, 12), host=st.integers(2, 12), staging=st.integers(0, 6))
+    def start(self, device: int, host: int, staging: int) -> None:
+        self.open(device, host, staging, HostPolicy.EXCLUSIVE)
+
+
+class WriteThroughMachine(Machine):
+    @initialize(
+        device=st.integers(4, 12),
+        host=st.integers(2, 12),
+        staging=st.integers(0, 6),
+        backup_after=st.integers(1, 3),
+    )
+    def start(self, device: int, host: int, staging: int, backup_after: int) -> None:
+        self.open(device, host, staging, HostPolicy.WRITE_THROUGH, backup_after)
+
+
+@pytest.mark.parametrize("machine", [OneTierMachine, ExclusiveMachine, WriteThroughMachine])
+def test_machine(machine: type[Machine]) -> None:
+    case = machine.TestCase
+    case.settings = settings.default
+    case("runTest").runTest()
+
+
+def test_a_restored_state_clears_like_the_original() -> None:
+    """Found by a campaign: cleared trees were kept in the order in which their namespaces had appeared."""
+    state = genesis(LedgerOpened(1, 4, 0, 0, HostPolicy.OFF, 1, "", ""))
+    for key, namespace in (("a", b"salt"), ("b", b"")):
+        for event in decide(state, Match(key, words([1]), namespace, 1)):
+            apply(state, event)
+    other = restore(snapshot(state))
+    for each in (state, other):
+        for event in decide(each, Clear(True)):
+            apply(each, event)
+    assert state_digest(state) == state_digest(other)
+
+
+def test_a_restored_state_deletes_like_the_original() -> None:
+    """Found by a campaign: what was below a run went on the free list in the order in which it had got there."""
+    state = genesis(LedgerOpened(1, 16, 16, 0, HostPolicy.EXCLUSIVE, 1, "", ""))
+
+    def do(command: Any, *states: State) -> None:
+        events = decide(state, command)
+        for each in states or (state,):
+            for event in events:
+                apply(each, event)
+
+    for number, prompt in enumerate(([1, 2, 3, 5], [1, 2, 4], [1, 2, 3, 6])):  # the first one is cut twice
+        key = str(number)
+        do(Admit(key, words(prompt), b"", len(prompt), len(prompt)))
+        do(Cache(key, len(prompt), b""))
+        do(Release(key, ReleaseReason.FINISHED, False))
+    top = next(node for node in state.nodes.values() if not node.start)
+    assert [child.id for child in top.children.values()] != sorted(child.id for child in top.children.values())
+    children = {child.id for child in top.children.values()}
+    for blocks, outcome in (
+        (sum(node.size for node in state.nodes.values()) - top.size, Outcome.DONE),
+        (1, Outcome.FAILED),
+    ):
+        do(MakeRoom(blocks))
+        other = restore(snapshot(state))
+        transfer = state.transfers[state.next_transfer - 1]
+        valid = len(transfer.targets) if outcome == Outcome.DONE else 0
+        do(FinishTransfer(transfer.id, outcome, valid), state, other)
+        assert state_digest(state) == state_digest(other)
+    assert not state.nodes.keys() & children, "they went with it"
+
+
+def test_forgetting_is_derived_from_the_deepest_run() -> None:
+    """Its copy is on the device alone, so the first event of the transaction does not name it."""
+    state = genesis(LedgerOpened(1, 8, 8, 0, HostPolicy.WRITE_THROUGH, 1, "", ""))
+
+    def do(command: Any) -> list[Event]:
+        events = decide(state, command)
+        assert redecide(events, state)[1] == events
+        for event in events:
+            apply(state, event)
+        return events
+
+    for key, prompt in (("a", [1, 2]), ("b", [1, 2, 3])):
+        do(Admit(key, words(prompt), b"", 99, len(prompt)))
+        do(Cache(key, len(prompt), b""))
+        if key == "a":
+            do(Backup(state.requests[1].leaf.id))
+            do(FinishTransfer(1, Outcome.DONE, 2))
+        do(Release(key, ReleaseReason.FINISHED, False))
+    deepest = max(state.nodes.values(), key=lambda node: node.start)
+    assert len(do(Forget(deepest.id))) == 2 and not state.nodes
+
+
+@pytest.mark.parametrize("count", [0, 1, 399, 400, 999, 1000])
+def test_many_ids_are_turned_round_as_few_are(count: int) -> None:
+    ids = array("i", [id * 7919 % 10007 for id in range(1000)])
+    assert from_end(ids, count) == array("i", list(reversed(ids))[:count])
+
+
+@pytest.mark.parametrize("direction", [Direction.SWAP_OUT, Direction.SWAP_IN])
+def test_what_a_late_copy_may_still_write_stays_quarantined(direction: Direction) -> None:
+    state = genesis(LedgerOpened(1, 5, 4, 4, HostPolicy.EXCLUSIVE, 1, "", ""))
+
+    def do(command: Any) -> set[int]:
+        """Targets of the copies that it orders."""
+        events = decide(state, command)
+        for event in events:
+            apply(state, event)
+        return {block for event in events if isinstance(event, TransferStarted) for block in event.targets}
+
+    do(Admit("a", words([1, 2, 3, 4]), b"", 0, 4))
+    do(Cache("a", 4, b""))
+    do(Release("a", ReleaseReason.FINISHED, False))
+    written = do(Admit("b", words([7, 8, 9]), b"", 0, 3))
+    pool = state.host
+    if direction == Direction.SWAP_IN:
+        do(FinishTransfer(1, Outcome.DONE, 2))
+        do(Release("b", ReleaseReason.FINISHED, False))
+        written = do(Admit("c", words([1, 2, 3, 4]), b"", 4, 4))
+        pool = state.device
+    (transfer,) = state.transfers
+    do(FinishTransfer(transfer, Outcome.TIMED_OUT, 0))
+    assert len(written) == 2 and not written & set(pool.free)
+    do(EndQuarantine(transfer))
+    assert written <= set(pool.free) and not check(state)
+
+
+def test_a_new_epoch_gives_up_copies_of_untrusted_blocks() -> None:
+    """The dead engine's request had cached them; they may never have been written, and the copy has read them."""
+    state = genesis(LedgerOpened(1, 4, 4, 2, HostPolicy.WRITE_THROUGH, 1, "", ""))
+    commands = [Admit("a", words([1, 2]), b"", 0, 2), Cache("a", 2, b""), Backup(1), StartEpoch(2, 9)]
+    for command in commands:
+        events = decide(state, command)
+        for event in events:
+            apply(state, event)
+    ended = [event for event in events if isinstance(event, TransferFinished)]
+    assert [(event.transfer, event.outcome, event.valid) for event in ended] == [(1, Outcome.TIMED_OUT, 0)]
+    assert state.transfers[1].quarantined and not state.nodes and not check(state)
+    for event in decide(state, EndQuarantine(1)):
+        apply(state, event)
+    assert len(state.device.free) == 4 and len(state.host.free) == 6

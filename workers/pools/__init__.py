@@ -1,0 +1,1 @@
+"""The memory that blocks live in, per backend, and the copies between tiers."""

@@ -1,0 +1,194 @@
+"""The KV pools of a rank: what an engine and a transfer worker need of a backend, and which backends there are.
+
+``numpy`` and ``paddle`` keep the device pool in shared memory (everything runs on a laptop), ``paddle-gpu`` and
+``cuda`` on a GPU. Each backend is a module of its own, imported when it is used. See ``docs/pools.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from ipc import LedgerNotFound
+from ipc.names import unlink
+from statemachine.events import Tier, TransferStarted
+from workers.pools import memory as pool_memory
+from workers.pools.layout import PoolLayout
+from workers.pools.memory import Bytes, PoolMismatch, pool_names, pool_sizes
+
+__all__ = [
+    "Copies",
+    "Ended",
+    "PoolMismatch",
+    "Pools",
+    "create_pools",
+    "ids_after",
+    "ids_of",
+    "open_copies",
+    "open_pools",
+    "pool_names",
+    "reopen_pools",
+]
+
+
+class Pools(Protocol):
+    """The pools of one rank as its engine sees them."""
+
+    rank: int
+    layout: PoolLayout
+    id: str
+    """Random name of their memory."""
+    host: Bytes
+    """``uint8[blocks, layers, block_bytes]``."""
+
+    def tensor(self, layer: int, name: str) -> Any:
+        """A device tensor, ``[blocks, *shape]``, as the backend's framework has it. Raises ``KeyError``."""
+
+
+class Ended(NamedTuple):
+    """A transfer's copies have ended on this rank: the first ``valid`` blocks are there."""
+
+    transfer: int
+    valid: int
+    error: str = ""
+    corrupt: bool = False
+    """It ended before a host block that is not what was written; ``error`` says which."""
+
+
+class Copies(Protocol):
+    """What a transfer worker does with the pools of its rank."""
+
+    def start(self, transfer: TransferStarted) -> None:
+        """Begin to copy block ``sources[i]`` to ``targets[i]``, not before the transfers in ``after`` have ended."""
+
+    def ended(self) -> list[Ended]:
+        """What has ended since the last call, in the order in which it did.
+
+        Raises:
+            Exception: nothing can be copied any more; the worker has to begin again as a new process.
+        """
+
+    def busy(self) -> bool:
+        """Whether some copy has not ended."""
+
+    def close(self) -> None:
+        """Give back what is not memory of this process."""
+
+
+def open_pools(ledger: str, rank: int, layout: PoolLayout) -> Pools:
+    """Attach a rank's pools in a process of the engine.
+
+    Raises:
+        PoolMismatch: they have another layout.
+        ipc.LedgerNotFound: they are not there, or not yet whole: the manager makes them. Try again soon.
+        ImportError: the backend's framework is not installed.
+    """
+    if layout.backend == "numpy":
+        from workers.pools.numpy import NumpyPools
+
+        return NumpyPools(ledger, rank, layout)
+    if layout.backend == "paddle":
+        from workers.pools.paddle import PaddlePools
+
+        return PaddlePools(ledger, rank, layout)
+    if layout.backend == "paddle-gpu":
+        from workers.pools.paddle import PaddleGpuPools
+
+        return PaddleGpuPools(ledger, rank, layout)
+    from workers.pools.cuda_pools import CudaPools
+
+    return CudaPools(ledger, rank, layout)
+
+
+def open_copies(ledger: str, rank: int, layout: PoolLayout, waiting: Callable[[str], None]) -> Copies:
+    """Attach a rank's pools in its transfer worker. ``waiting`` is told what it waits for, if it does.
+
+    Raises:
+        PoolMismatch, ipc.LedgerNotFound
+        workers.pools.cuda_driver.CudaError: there is no driver, no device, no memory to pin, or no such handle.
+    """
+    copies: Copies
+    if layout.on_gpu:
+        from workers.pools.cuda_copies import CudaCopies
+
+        copies = CudaCopies(ledger, rank, layout, waiting)
+    else:
+        from workers.pools.numpy import NumpyCopies
+
+        copies = NumpyCopies(ledger, rank, layout)
+    if layout.checksums:
+        from workers.pools.checksums import CheckedCopies
+
+        return CheckedCopies(pool_memory.PoolMemory(ledger, rank, layout), copies)
+    return copies
+
+
+def create_pools(ledger: str, layout: PoolLayout) -> Sequence[Pools]:
+    """Create the pools of all ranks.
+
+    Raises:
+        ipc.SharedMemoryFull, or what :func:`open_pools` raises: nothing is left behind.
+    """
+    try:
+        for rank in range(layout.ranks):
+            for name, size in zip(pool_names(ledger, rank), pool_sizes(layout), strict=True):
+                pool_memory.create(name, size, layout)
+        return [open_pools(ledger, rank, layout) for rank in range(layout.ranks)]
+    except BaseException:
+        for rank in range(layout.ranks):
+            for name in pool_names(ledger, rank):
+                unlink(name)
+        raise
+
+
+def ids_of(pools: Iterable[Pools]) -> str:
+    """Ids of all pools, rank by rank, as they stand in the log."""
+    return ";".join(pool.id for pool in pools)
+
+
+def ids_after(known: str, found: str, tier: Tier) -> str:
+    """The ids that stand in the log once it says that one tier is lost: of the other one those that were ``known``.
+
+    A tier whose loss it does not say yet has to be missed by the next engine, if this one dies before it has said so.
+    """
+    ranks = []
+    for before, now in zip(known.split(";"), found.split(";"), strict=True):
+        ids = before.split(",")
+        ids[tier] = now.split(",")[tier]
+        ranks.append(",".join(ids))
+    return ";".join(ranks)
+
+
+def reopen_pools(ledger: str, layout: PoolLayout, ids: str) -> tuple[Sequence[Pools], dict[str, str]]:
+    """Attach the pools that a ledger had, with the ``ids`` that stand in its log; replace those that are not the same.
+
+    Returns the pools, and for each tier (``device``, ``host``) that is not what it was the reason. A device pool on a
+    GPU is gone with the process that published it.
+
+    Raises:
+        ipc.SharedMemoryFull: a pool cannot be replaced.
+    """
+    lost: dict[str, str] = {}
+    known = [rank_ids.split(",") for rank_ids in ids.split(";")]
+    for rank in range(layout.ranks):
+        tiers = zip(("device", "host"), pool_names(ledger, rank), pool_sizes(layout), known[rank], strict=True)
+        for tier, name, size, id in tiers:
+            try:
+                found, there = pool_memory.attach(name, size, layout)
+            except LedgerNotFound:
+                lost.setdefault(tier, f"{name} is gone")
+            else:
+                if there == id and (tier == "host" or not layout.on_gpu or _is_owned(found)):
+                    continue
+                lost.setdefault(tier, f"{name} is not the memory that it was")
+            unlink(name)  # it may also be one that a dead engine had only begun to create
+            pool_memory.create(name, size, layout)
+    return [open_pools(ledger, rank, layout) for rank in range(layout.ranks)], lost
+
+
+def _is_owned(device_object: Bytes) -> bool:
+    """Whether the process that published GPU memory lives."""
+    from workers.pools.cuda_pools import Published
+
+    published = Published.read(device_object)
+    return published is not None and published.owner_alive()

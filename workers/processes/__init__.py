@@ -1,0 +1,1 @@
+"""Processes beside the engine: how they are started, adopted, watched and answered."""
