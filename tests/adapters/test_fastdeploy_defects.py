@@ -215,7 +215,8 @@ def test_w1_a_copy_that_fails_is_told_and_nobody_waits_for_ever() -> None:
     """There, the engine was blocked for ever while the worker lived."""
     program = """
 import sys
-from workers import numpy_pools, transfer
+from workers import transfer
+from workers.pools import numpy as numpy_pools
 def broken(pools, direction, sources, targets):
     raise RuntimeError("the device is gone")
 numpy_pools.copy_blocks = broken

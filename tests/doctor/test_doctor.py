@@ -125,10 +125,10 @@ def stranger(site: Path) -> None:
     """A distribution that has the name ``statemachine`` too, as PyPI's python-statemachine does."""
     folder = site / "statemachine"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "__init__.py").write_text("from .state import State\nfrom .events import Events\n")
-    (folder / "state.py").write_text("class State: ...\n")
+    (folder / "__init__.py").write_text("from .errors import State\nfrom .events import Events\n")
+    (folder / "errors.py").write_text("class State: ...\n")
     (folder / "events.py").write_text("class Events: ...\n")
-    describe(site, "python-statemachine", [f"statemachine/{name}.py,," for name in ("__init__", "state", "events")])
+    describe(site, "python-statemachine", [f"statemachine/{name}.py,," for name in ("__init__", "errors", "events")])
 
 
 def test_an_installation_that_is_whole(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_one_over_the_other_and_what_its_removal_leaves(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "python_statemachine-9.9.dist-info")
     code, found = doctor(path=[tmp_path], cwd=tmp_path)
     assert code == 2 and "statemachine/__init__.py and 2 more" in found["packages"]["found"]
-    for name in ("__init__", "state", "events"):
+    for name in ("__init__", "errors", "events"):
         (tmp_path / "statemachine" / f"{name}.py").unlink()
     code, found = doctor(path=[tmp_path], cwd=tmp_path)
     assert (

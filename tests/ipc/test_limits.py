@@ -31,10 +31,10 @@ import numpy as np
 from ipc import LogReader, SharedMemoryFull
 from ipc.names import segments_of
 from kvledger import CacheConfig, CacheManager, HostPolicy
-from statemachine.encoding import state_digest
-from statemachine.replay import Replay
+from statemachine.records.snapshot import state_digest
+from statemachine.records.replay import Replay
 from workers import WorkerFailed
-from workers.follow import Follower
+from workers.followers.follow import Follower
 
 def config(**changes):
     return CacheConfig(**{"block_size": 4, "device_blocks": 400, "segment_bytes": 256 << 10, **changes})

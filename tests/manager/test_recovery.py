@@ -52,8 +52,8 @@ def name() -> Iterator[str]:
 ENGINE = """
 import sys, time, signal, os
 from kvledger import CacheManager
-from tests.test_recovery import CONFIG, prompt, serve
-from kvledger.pattern import PatternEngine
+from tests.manager.test_recovery import CONFIG, prompt, serve
+from kvledger.run.pattern import PatternEngine
 manager = CacheManager.create(sys.argv[1], CONFIG)
 engine = PatternEngine(manager.pools)
 pids = [manager._ranks.supervisor.pid(rank) for rank in range(CONFIG.ranks)]

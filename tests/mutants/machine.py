@@ -110,7 +110,7 @@ MUTANTS = [
     ),
     mutant(
         "duplicates are not the request's own",
-        "statemachine/state/state.py",
+        "statemachine/state/nodes.py",
         "        for start, stop in reversed(self.duplicates):\n            own = table[start:stop] + own\n",
         "",
         "tests/statemachine/test_golden.py::test_story[duplicate]",
@@ -260,7 +260,7 @@ MUTANTS = [
     ),
     mutant(
         "a match goes through a block that is still arriving on the host",
-        "statemachine/state/state.py",
+        "statemachine/state/nodes.py",
         "        return self.device is not None or (self.host_ready and self.transfer is None)\n",
         "        return True\n",
         EXCLUSIVE,
@@ -475,7 +475,7 @@ MUTANTS = [
     ),
     mutant(
         "many block ids are granted in the order in which they lie on the free list",
-        "statemachine/state/state.py",
+        "statemachine/state/nodes.py",
         "np.frombuffer(ids, np.int32)[: -count - 1 : -1].tobytes()",
         "np.frombuffer(ids, np.int32)[len(ids) - count :].tobytes()",
         "tests/statemachine/test_machine.py::test_many_ids_are_turned_round_as_few_are",

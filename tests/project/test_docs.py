@@ -197,9 +197,10 @@ def test_the_comparison_names_tests_that_exist() -> None:
 
 def test_every_test_that_a_page_names_exists() -> None:
     known: set[str] = set()
-    for path in (ROOT / "tests").glob("test_*.py"):
-        known.add(path.name)
-        known.update(f"{path.name}::{name}" for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        place = path.relative_to(ROOT / "tests").as_posix()
+        known.add(place)
+        known.update(f"{place}::{name}" for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
     for page in ("guarantees.md", "testing.md"):
-        named = set(re.findall(r"`(test_\w+\.py(?:::test_\w+)?)", (ROOT / "docs" / page).read_text()))
+        named = set(re.findall(r"`(\w+/test_\w+\.py(?:::test_\w+)?)", (ROOT / "docs" / page).read_text()))
         assert len(named) > 10 and named <= known, f"{page}: {sorted(named - known)}"

@@ -387,8 +387,8 @@ def test_tensors_that_do_not_fit_are_not_published(standin: Standin) -> None:
 _RUNNER = """
 import sys, time
 from ipc import LedgerNotFound
-from tests.test_cuda import CONFIG, allocate
-from workers.pools import open_pools
+from tests.workers.test_cuda import CONFIG, allocate
+from workers.pools.backends import open_pools
 pools = []
 while len(pools) < 2:
     try:
@@ -434,7 +434,7 @@ def test_the_tensors_may_belong_to_another_process(standin: Standin, runner: str
 _ENGINE = """
 import os, signal, sys
 from kvledger import CacheManager
-from tests.test_cuda import CONFIG, allocate, map_published, serve_some
+from tests.workers.test_cuda import CONFIG, allocate, map_published, serve_some
 name, owner = sys.argv[1:]
 manager = CacheManager.create(name, CONFIG, publish=allocate if owner == "engine" else None)
 if owner == "runner":
