@@ -46,7 +46,7 @@ SGLANG ?= sglang==0.5.23
 BENCH_PIP = $(BENCH_VENV)/bin/python -m pip install --quiet
 BENCH_ENV = $(if $(wildcard build/native/kvledger),PYTHONPATH=build/native:. PYTHONSAFEPATH=1)
 bench: $(BENCH_VENV)/installed
-	$(MAKE) native VENV=$(BENCH_VENV) || { rm -rf build/native; echo 'nothing can be compiled here: interpreted'; }
+	$(MAKE) native NATIVE_VENV=$(BENCH_VENV) || { rm -rf build/native; echo 'nothing can be compiled here: interpreted'; }
 	$(MAKE) bench-run
 bench-run:
 	$(BENCH_ENV) $(BENCH_VENV)/bin/python -m benchmarks $(if $(ONLY),--only $(ONLY))
@@ -80,10 +80,11 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 # kvledger compiled (setup.py), beside the sources: PYTHONPATH=build/native:. python -P -m benchmarks.lifecycle
+NATIVE_VENV ?= $(VENV)
 native: build/native/built
-build/native/built: $(VENV)/installed setup.py $(shell find statemachine ipc workers kvledger -name '*.py')
+build/native/built: $(NATIVE_VENV)/installed setup.py $(shell find statemachine ipc workers kvledger -name '*.py')
 	rm -rf build/native
-	KVLEDGER_NATIVE=1 $(VENV)/bin/python -m pip install --quiet --no-deps --target build/native .
+	KVLEDGER_NATIVE=1 $(NATIVE_VENV)/bin/python -m pip install --quiet --no-deps --target build/native .
 	touch $@
 
 clean:

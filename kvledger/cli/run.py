@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 _HOST_BLOCKS = 2048
+_OWN_DIGEST = " (this run's own: pools have random ids, copies end when they end; the same each time with --no-data)"
 
 
 class Policy(StrEnum):
@@ -230,11 +231,15 @@ def _print(summary: Summary, options: RunOptions) -> None:
     table.add_row("host hits", f"{summary.host_hit_blocks:,} ({summary.host_hit_rate:.1%})")
     if summary.bypassed:
         table.add_row("bypassed", f"{summary.bypassed:,}: larger than the device pool, nothing is cached for them")
-    table.add_row("ended early for want of room", f"{summary.early_releases:,}")
+    if summary.early_releases:
+        table.add_row(
+            "left the window early",
+            f"{summary.early_releases:,} served requests, to make room: at most {options.in_flight} are in flight",
+        )
     evicted = f"{stats['device_evicted_blocks']:,} device, {stats['host_evicted_blocks']:,} host blocks"
     table.add_row("evicted", evicted)
     moved = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in summary.moved_blocks.items() if count)
-    speed = f" ({summary.moved_gb_per_s:.2f} GB/s over the run)" if options.data else ""
+    speed = f" ({_speed(summary.moved_gb_per_s)} over the run)" if options.data and moved else ""
     table.add_row("blocks moved", (moved or "none") + speed)
     for phase, times in summary.phases_us.items():
         table.add_row(f"{phase} µs", f"p50 {times['p50']:,}  p99 {times['p99']:,}")
@@ -242,7 +247,7 @@ def _print(summary: Summary, options: RunOptions) -> None:
         table.add_row("bytes written / verified", f"{summary.written_bytes:,} / {summary.verified_bytes:,}")
     table.add_row("events", f"{summary.events:,}")
     table.add_row("invariants", f"all hold, checked {count(summary.invariants_checked, 'time')} in the replay")
-    table.add_row("digest", summary.digest)
+    table.add_row("digest", summary.digest + (_OWN_DIGEST if options.data else ""))
     agree = "equal" if summary.replay_digest == summary.digest else f"DIFFERENT: {summary.replay_digest}"
     table.add_row("replay from the log", agree)
     if summary.crashes is not None:
@@ -250,6 +255,11 @@ def _print(summary: Summary, options: RunOptions) -> None:
     if options.keep:
         table.add_row("kept", f"ledger {summary.ledger!r} in /dev/shm")
     Console().print(table)
+
+
+def _speed(gb_per_s: float) -> str:
+    """Bytes per second in the unit that shows three digits of it."""
+    return f"{gb_per_s:.2f} GB/s" if gb_per_s >= 0.1 else f"{gb_per_s * 1e3:.3g} MB/s"
 
 
 def _add_crashes(table: Table, crashes: Crashes) -> None:
