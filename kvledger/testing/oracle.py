@@ -212,6 +212,16 @@ class Memory:
         """The engine computes a block."""
         self.device[block] = path
 
+    def compute(self, state: State, key: str, root: Any, content: list[Any], blocks: int) -> None:
+        """The engine runs steps: of what is cached ahead on a request's path, the first ``blocks`` blocks are written.
+
+        To be called before a command tells that they are computed, whoever had cached them, and when.
+        """
+        for node in state.path(state.requests[state.keys[key]].leaf):
+            if node.ahead and node.device is not None:
+                for position in range(node.start, min(node.end, blocks)):
+                    self.write(node.device[position - node.start], (root, *content[: position + 1]))
+
     def wrong(self, state: State, key: str, root: Any, content: list[Any]) -> str:
         """The first block of a request's cached path that holds something else; empty if all is well."""
         request = state.requests[state.keys[key]]

@@ -7,7 +7,7 @@ from array import array
 from typing import Any
 
 import pytest
-from hypothesis import assume, settings, target
+from hypothesis import settings, target
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -100,6 +100,7 @@ class Machine(RuleBasedStateMachine):
         self.most_pins = 0
 
     def do(self, command: Any) -> list[Event] | CommandRejected:
+        self.run_what_it_tells(command)
         before = state_digest(self.state)
         resident = self.state.host_resident
         self.mirror = restore(snapshot(self.mirror))  # from now on it knows only what is in the canonical bytes
@@ -129,6 +130,22 @@ class Machine(RuleBasedStateMachine):
             assert self.state.host_resident <= max(self.state.host_blocks, resident), "no room for these copies"
         self.most_pins = max([self.most_pins, *(node.pins for node in self.state.nodes.values())])
         return events
+
+    def run_what_it_tells(self, command: Any) -> None:
+        """The engine runs its steps before it tells of them: what a command calls computed is in the blocks by then.
+
+        Only that is: what stays cached ahead holds anything, and nobody may be handed it as content.
+        """
+        if not isinstance(command, Cache | Release) or command.key not in self.content:
+            return
+        request = self.state.requests[self.state.keys[command.key]]
+        if isinstance(command, Release):
+            computed = request.leaf.end
+        elif command.computed is not None:
+            computed = command.computed
+        else:
+            computed = command.blocks
+        self.memory.compute(self.state, command.key, *self.content[command.key], computed)
 
     def derive(self, command: Any, events: list[Event]) -> None:
         """From the events alone follows a command that comes to the same events."""
@@ -261,38 +278,26 @@ class Machine(RuleBasedStateMachine):
         root, content = self.content[key]
         content = content + generated
         blocks = min(blocks, len(content), len(request.table))
-        assume(blocks >= request.leaf.end)
-        if request.waits:
-            return  # an engine does not write what it may not write yet
         start = request.leaf.end
-        if request.computed == ALL:
-            for position in range(start, blocks):
-                self.memory.write(request.table[position], (root, *content[: position + 1]))
+        if blocks < start or request.waits:
+            return  # an engine does not write what it may not write yet
         computed = None if request.computed == ALL else max(request.computed, blocks - 1)
+        for position in range(start, blocks if computed is None else min(blocks, computed)):
+            self.memory.write(request.table[position], (root, *content[: position + 1]))
         if isinstance(self.do(Cache(key, blocks, words(generated).tobytes(), computed)), list):
             ahead = {block for node in self.state.path(request.leaf) if node.ahead for block in node.device or ()}
             for position in range(start, blocks):
-                if request.table[position] not in ahead:
+                if request.table[position] not in ahead:  # its own copy of what another one has computed
                     self.memory.write(request.table[position], (root, *content[: position + 1]))
             if blocks > 0 or generated:
                 self.content[key] = root, content
             if self.oracle is not None:
                 self.oracle.cache(key, blocks, generated)
 
-    def step(self) -> None:
-        """The engine runs: what was cached ahead is computed, in the order of the paths."""
-        for key, (root, content) in self.content.items():
-            request = self.state.requests[self.state.keys[key]]
-            for node in self.state.path(request.leaf):
-                if node.ahead and node.device is not None:
-                    for position in range(node.start, node.end):
-                        self.memory.write(node.device[position - node.start], (root, *content[: position + 1]))
-
     @precondition(live)
     @rule(number=KEYS, blocks=st.integers(0, 9))
     def mark_computed(self, number: int, blocks: int) -> None:
         """From here on this request caches ahead of its steps; what is covered has been computed."""
-        self.step()
         key = self.pick(number)
         request = self.state.requests[self.state.keys[key]]
         backwards = request.computed != ALL and blocks < request.computed
@@ -404,7 +409,6 @@ class Machine(RuleBasedStateMachine):
         self.release_named(self.pick(number), final, reason)
 
     def release_named(self, key: str, final: bool, reason: ReleaseReason) -> None:
-        self.step()
         assert isinstance(self.do(Release(key, reason, final)), list)
         del self.content[key]
         if self.oracle is not None:
@@ -595,6 +599,19 @@ def test_machine(machine: type[Machine]) -> None:
     case = machine.TestCase
     case.settings = settings.default
     case("runTest").runTest()
+
+
+def test_what_was_cached_ahead_is_written_before_a_later_call_says_so() -> None:
+    """Found by a stranger's run: the second ``cache`` covered what the first one had cached ahead, unwritten."""
+    machine = OneTierMachine()
+    machine.start(device=8)
+    machine.admit(prompt=[1, 1, 2, 2], namespace=b"", extra=0, limit=0)
+    machine.mark_computed(number=0, blocks=0)
+    machine.cache(number=0, blocks=3, generated=[])
+    machine.cache(number=0, blocks=4, generated=[])
+    machine.admit(prompt=[1, 1], namespace=b"", extra=0, limit=8)
+    assert machine.state.requests[2].leaf.end == 2, "the other request hits what was cached ahead"
+    machine.blocks_hold_their_tokens()
 
 
 def test_a_restored_state_clears_like_the_original() -> None:
