@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,7 +25,8 @@ def simulate(
     """Run engine, workers and a follower in one process on weakly ordered memory, with crashes; verify everything.
 
     With --split a prefill and a decode instance and their messagers. Each seed draws traffic, faults and schedule. The
-    same seed does the same thing. A run that fails is made smaller, and the command that repeats it is printed.
+    same seed does the same thing. A run that fails is made smaller; the command that repeats it is printed, and the
+    smaller run is written as a program, simulate-SEED.py, into the working directory.
     """
     from kvledger.testing.points import INTERPRETED_ONLY
     from kvledger.testing.runs import AnyPlan, SimulationFailed, simulate_or_shrink
@@ -46,6 +49,10 @@ def simulate(
                 outcome = simulate_or_shrink(draw(seed + number))
             except SimulationFailed as error:
                 console.print(f"[bold red]FAILED[/] seed {seed + number}: {error}", highlight=False, soft_wrap=True)
+                program = Path(f"simulate-{'split-' if split else ''}{seed + number}.py")
+                with contextlib.suppress(OSError):  # the message has the plan, too
+                    program.write_text(error.program())
+                    console.print(f"  the same as a program: python {program}", highlight=False, soft_wrap=True)
                 raise typer.Exit(FAILED) from error
             except KeyboardInterrupt:
                 interrupted = True

@@ -10,7 +10,8 @@ import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import Enum
 from typing import Any, Protocol
 
 from ipc import LedgerError, LedgerExists, LedgerNotFound, SharedMemoryFull, control, reader, writer
@@ -276,8 +277,28 @@ class SimulationFailed(AssertionError):
         self.reason = reason
         super().__init__(
             f"{type(reason).__name__}: {reason}\n  again: {plan.command} --seed {plan.seed} --runs 1"
-            f"\n  smallest plan that fails: {plan!r}"
+            f"\n  smallest plan that fails: {source_of(plan)}"
         )
+
+    def program(self) -> str:
+        """A Python program that runs the smallest plan, and so fails as this did."""
+        reason = f"{type(self.reason).__name__}: {self.reason}".replace("\\", "/").replace('"', "'")
+        return (
+            f'"""A simulated run that fails. Found from seed {self.plan.seed}, and made smaller:\n\n{reason}\n"""\n\n'
+            f"from {type(self.plan).__module__} import *\n\n{source_of(self.plan)}.simulate()\n"
+        )
+
+
+def source_of(value: Any) -> str:
+    """A plan, or a part of one, as Python that makes it."""
+    if is_dataclass(value):
+        parts = ", ".join(f"{each.name}={source_of(getattr(value, each.name))}" for each in fields(value))
+        return f"{type(value).__name__}({parts})"
+    if isinstance(value, Enum):
+        return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, tuple):
+        return f"({''.join(source_of(each) + ', ' for each in value).rstrip(' ')})"
+    return repr(value)
 
 
 def simulate_or_shrink(plan: AnyPlan) -> Outcome:

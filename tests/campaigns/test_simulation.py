@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import random
 import signal
+import subprocess
+import sys
 import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -33,6 +36,7 @@ from kvledger.testing.system import System, installed
 from kvledger.testing.weak_memory import Order
 from statemachine.commands import FinishTransfer
 from statemachine.events import HostPolicy, Outcome
+from tests.waiting import PATIENCE_S
 
 SEEDS = 100
 
@@ -382,6 +386,10 @@ def test_a_failing_plan_is_made_smaller_and_says_how_to_repeat_it(monkeypatch: p
     with pytest.raises(SimulationFailed, match=r"WrongBytes.*\n.*kvledger simulate --seed \d+") as failed:
         run_all()
     assert len(failed.value.plan.operations) <= 6 and not failed.value.plan.faults
+    with pytest.raises(WrongBytes):
+        exec(failed.value.program(), {})
+    monkeypatch.undo()
+    exec(failed.value.program(), {})
 
 
 def test_a_copy_that_was_overtaken_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,3 +461,20 @@ def test_an_interrupted_campaign_says_what_it_did(
         command(seed=700, runs=5)
     assert ended.value.exit_code == 130
     assert capsys.readouterr().out.startswith("2 runs from seed 700")
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_campaign_leaves_what_fails_as_a_program(
+    split: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(plan: AnyPlan) -> Any:
+        raise SimulationFailed(plan, WrongBytes('block 3\\ does not hold "its" tokens'))
+
+    monkeypatch.setattr(runs, "simulate_or_shrink", broken)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(typer.Exit):
+        command(seed=7, runs=5, split=split)
+    (program,) = tmp_path.iterdir()
+    assert f"python {program.name}" in capsys.readouterr().err
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr  # nothing is broken here

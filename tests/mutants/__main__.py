@@ -57,6 +57,7 @@ def run_tests(tree: Path, tests: Sequence[str], profile: str, before: Sequence[s
         "PYTHONPATH": str(tree),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HYPOTHESIS_PROFILE": profile,
+        "KVLEDGER_PATIENCE_S": "60",
         "COLUMNS": "1000",
     }
     process = subprocess.Popen(
@@ -157,7 +158,7 @@ def main() -> int:
         for edit in mutant.edits:
             mutated(edit)
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-    status, output = run_tests(ROOT, tests, "short", isolation())
+    status, output = run_tests(ROOT, tests, "same", isolation())
     if status:
         print(f"without any fault these tests do not pass:\n{output[-2000:]}")
         return 1
