@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -78,10 +77,3 @@ def serve(it: Any, req_id: str, prompt: Any, *, release: bool = True) -> SimpleN
 def finish(it: Any, task: SimpleNamespace) -> None:
     it.release_block_ids(task)
     it.recycle_gpu_blocks(task.block_tables[task.cached_block_num :])
-
-
-def eventually(done: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)

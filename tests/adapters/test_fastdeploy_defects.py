@@ -19,7 +19,8 @@ from kvledger import Busy, CacheConfig, CacheManager, HostPolicy, OutOfBlocks
 from kvledger.adapters.fastdeploy import BlockNode, CacheStatus, EngineCacheQueue, IPCSignal
 from kvledger.adapters.fastdeploy.transfer_queue import OrderedByTheLedger
 from statemachine.check import check
-from tests.adapters.fastdeploy_engine import eventually, finish, manager, port, request, serve
+from tests.adapters.fastdeploy_engine import finish, manager, port, request, serve
+from tests.waiting import PATIENCE_S, wait_until
 
 
 def sound(it: Any) -> bool:
@@ -150,7 +151,7 @@ def test_b9_swaps_go_on_after_a_node_is_gone() -> None:
         it.manager.adopt_thread()
         it.manager.clear(force=True)
         os.kill(pid, signal.SIGCONT)
-        eventually(lambda: it.can_allocate_gpu_blocks(8))
+        wait_until("all blocks can be allocated", lambda: it.can_allocate_gpu_blocks(8))
         serve(it, "b", list(range(100, 116)))
         it.free_block_ids(8)
         assert it.request_match_blocks(request("c", list(range(100, 116))), 2)[1] == 16 and sound(it)
@@ -247,7 +248,7 @@ def test_w2_a_process_that_attached_takes_no_signal_away_when_it_exits() -> None
             "s = IPCSignal('prefix_tree_status', np.zeros(1), np.int32, sys.argv[1], create=False)\n"
             "s.value[0] = -1\n"
         )
-        subprocess.run([sys.executable, "-c", program, suffix], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", program, suffix], check=True, timeout=PATIENCE_S)
         again = IPCSignal("prefix_tree_status", np.zeros(1), np.int32, suffix, create=False)
         assert one.value[0] == again.value[0] == -1
         replaced = IPCSignal("prefix_tree_status", np.zeros(1), np.int32, suffix)
@@ -277,7 +278,7 @@ def test_v1b_a_block_table_is_in_token_order_wherever_its_blocks_were(policy: st
             for index, block in enumerate(task.block_tables):
                 it.manager.pools[0].device[:, block] = index
             finish(it, task)
-        eventually(lambda: not it.manager.state.transfers)  # what is backed up is there
+        wait_until("what is backed up is there", lambda: not it.manager.state.transfers)
         it.free_block_ids(3)
         serve(it, "other", [100, 101, 102, 103])
         task = request("b", prompt)
@@ -368,7 +369,7 @@ def test_a_copy_in_that_never_comes_lets_the_request_go() -> None:
         common, tokens, _ = it.request_match_blocks(task, 2)  # nothing arrived: everything is computed
         assert (common, tokens) == ([], 0)
         os.kill(pid, signal.SIGCONT)
-        eventually(lambda: not it.manager.state.transfers)
+        wait_until("the quarantine ends", lambda: not it.manager.state.transfers)
         assert serve(it, "c", list(range(8))).matched == 8 and sound(it)
 
 
@@ -399,7 +400,7 @@ def test_neither_fastdeploy_nor_paddle_is_imported() -> None:
         "import sys, kvledger.adapters.fastdeploy\n"
         "assert not {name.partition('.')[0] for name in sys.modules} & {'fastdeploy', 'paddle'}"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE_S)
 
 
 def test_without_a_close_nothing_is_left_behind() -> None:
@@ -413,7 +414,9 @@ def test_without_a_close_nothing_is_left_behind() -> None:
         f"it.launch_cache_manager(cache, 1, [0], '', '{port()}', '', True)\n"
         "print(it.ledger)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, timeout=PATIENCE_S, capture_output=True, text=True
+    )
     name = done.stdout.strip()
     assert name and not [left for left in os.listdir("/dev/shm") if left.startswith(name)]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ipc.names import SHM
 from ipc.processes import alive, start_time
 from kvledger import OutOfBlocks
 from kvledger.adapters.fastdeploy import (
@@ -29,7 +29,8 @@ from kvledger.adapters.fastdeploy import (
     main_process_metrics,
 )
 from kvledger.adapters.fastdeploy.launch import envs
-from tests.adapters.fastdeploy_engine import config, eventually, finish, manager, port, request, serve
+from tests.adapters.fastdeploy_engine import config, finish, manager, port, request, serve
+from tests.waiting import PATIENCE_S, wait_until
 from workers import WorkerFailed
 
 
@@ -165,15 +166,15 @@ def test_row_13_launch_waits_for_the_tensors_then_for_the_swap_space() -> None:
         with PrefixCacheManager(config(8, 2), 1) as it:
 
             def runner() -> None:
-                time.sleep(0.1)
-                seen.append(it.launched is not None and it.launched.swap_space_ready_signal.value[0])
+                wait_until("the launch makes its signals", (SHM / f"swap_space_ready_signal.{suffix}").exists)
+                seen.append(it.launched)
                 ready.value[0] = 1  # the model runner has made the KV tensors
 
             thread = threading.Thread(target=runner)
             thread.start()
             handles = launch(it, 1, suffix, create=False)
             thread.join()
-            assert seen == [0] and len(handles) == 1
+            assert seen == [None] and len(handles) == 1
             assert it.swap_space_ready_signal.value.tolist() == [1] == it.cache_ready_signal.value.tolist()
             assert it.launched is not None and len(it.launched.threads) == 2
             assert all(thread.is_alive() for thread in it.launched.threads)
@@ -360,7 +361,7 @@ def test_row_26_match_block_moves_host_nodes_to_swap() -> None:
         assert nodes == [leaf.parent.node_id, leaf.node_id] and leaf.cache_status == CacheStatus.SWAP2GPU
         assert it.match_block("b", [1, 2, 3, 4, 5, 6, 7], 2)[:3] == (gpu, cpu, nodes)
         stopped(it, signal.SIGCONT)
-        eventually(lambda: leaf.cache_status == CacheStatus.GPU)
+        wait_until("the leaf is on the GPU", lambda: leaf.cache_status == CacheStatus.GPU)
 
 
 def test_row_27_build_path_extends_the_tree() -> None:
@@ -385,7 +386,7 @@ def test_row_29_with_host_blocks_freed_nodes_are_swapped_out() -> None:
         it.free_block_ids_async(1)
         ordered, _ = queue.get_transfer_task()
         assert ordered is not None and ordered[1] == [0] and ordered[3] == CacheStatus.SWAP2CPU
-        eventually(lambda: len(it.gpu_free_block_list) == 8)
+        wait_until("all blocks are free", lambda: len(it.gpu_free_block_list) == 8)
         assert [node.cache_status for node in it.node_map.values()] == [CacheStatus.CPU]
 
 
@@ -427,7 +428,7 @@ def test_row_32_release_cleans_the_request_state() -> None:
         it.release_block_ids(task)
         assert "a" not in it.req_leaf_map and not it.leaf_req_map and not it.cache_info
         future = it.release_block_ids_async(serve(it, "b", [1, 2, 3, 4], release=False))
-        assert future.result(timeout=60) is None and "b" not in it.req_leaf_map
+        assert future.result(timeout=PATIENCE_S) is None and "b" not in it.req_leaf_map
 
 
 def test_row_33_free_cpu_block_ids_evicts_and_counts() -> None:
@@ -463,7 +464,7 @@ def test_row_35_while_blocks_are_being_freed_nothing_more_is_begun() -> None:
         assert pending is not None and it.gpu_free_task_future is pending and not pending.done()
         assert len(it.manager.state.transfers) == 1
         stopped(it, signal.SIGCONT)
-        eventually(pending.done)
+        wait_until("what is pending is done", pending.done)
 
 
 def test_row_36_a_finished_future_is_collected() -> None:
@@ -471,7 +472,7 @@ def test_row_36_a_finished_future_is_collected() -> None:
         serve(it, "a", list(range(8)))
         it.free_block_ids_async(1)
         assert it.gpu_free_task_future is not None
-        eventually(it.gpu_free_task_future.done)
+        wait_until("blocks have been freed", it.gpu_free_task_future.done)
         it.free_block_ids_async(0)
         assert it.gpu_free_task_future is None and len(it.gpu_free_block_list) == 5
 
@@ -503,12 +504,12 @@ def test_row_39_the_status_follows_the_swaps() -> None:
         it.free_block_ids_async(1)
         statuses.append(node.cache_status)
         stopped(it, signal.SIGCONT)
-        eventually(lambda: node.cache_status == CacheStatus.CPU)
+        wait_until("the node is on the CPU", lambda: node.cache_status == CacheStatus.CPU)
         stopped(it, signal.SIGSTOP)
         it.match_block("b", [1, 2, 3], 2)
         statuses.append(node.cache_status)
         stopped(it, signal.SIGCONT)
-        eventually(lambda: node.cache_status == CacheStatus.GPU)
+        wait_until("the node is on the GPU", lambda: node.cache_status == CacheStatus.GPU)
         assert [status.name for status in statuses] == ["GPU", "SWAP2CPU", "SWAP2GPU"]
         it.recycle_gpu_blocks([7, 99])  # free, and out of range
         assert it.dropped_recycles == 2 and len(it.gpu_free_block_list) == 7
@@ -533,7 +534,7 @@ def test_row_41_the_receiver_hears_the_end_of_a_swap() -> None:
         mixed(it)
         gpu, cpu, nodes, *_ = it.match_block("b", [1, 2, 3, 4, 5, 6], 2)
         it.issue_swap_task("task", nodes, gpu, cpu, CacheStatus.SWAP2GPU, is_sync=False)
-        assert it.task_swapping_event["task"].wait(60)  # set by the thread that the launch started
+        assert it.task_swapping_event["task"].wait(PATIENCE_S)  # set by the thread that the launch started
         assert "task" in it.task_swapping_event
         it.sync_swap_task("task")
 
@@ -543,11 +544,11 @@ def test_row_42_clearing_follows_the_status_signal() -> None:
         serve(it, "a", [1, 2])
         status = it.prefix_tree_status_signal.value
         status[0] = PrefixTreeStatus.CLEARING
-        eventually(lambda: status[0] == PrefixTreeStatus.CLEARED)
+        wait_until("the tree is cleared", lambda: status[0] == PrefixTreeStatus.CLEARED)
         assert not it.node_map and len(it.gpu_free_block_list) == 8
         serve(it, "b", [1, 2])
         status[0] = PrefixTreeStatus.UPDATING
-        eventually(lambda: status[0] == PrefixTreeStatus.NORMAL)
+        wait_until("the tree is as usual", lambda: status[0] == PrefixTreeStatus.NORMAL)
         assert len(it.node_map) == 1
 
 

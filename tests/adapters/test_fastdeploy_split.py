@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,8 @@ from kvledger.run.pattern import PatternEngine, chain
 from statemachine.check import check
 from statemachine.content import words_of
 from statemachine.events import Outcome
-from tests.adapters.fastdeploy_engine import config, eventually, finish, port, request
+from tests.adapters.fastdeploy_engine import config, finish, port, request
+from tests.waiting import wait_until
 
 PROMPT = [11, 12, 13, 14, 15, 16, 17]
 """Three full blocks, and a token in a fourth."""
@@ -50,7 +50,7 @@ def prefilled(it: PrefixCacheManager) -> Any:
 
 def finished(it: PrefixCacheManager) -> Any:
     found: list[Any] = []
-    eventually(lambda: (found.extend(it.get_finished_req()), found)[-1])
+    wait_until("a request has finished", lambda: found, meanwhile=lambda: found.extend(it.get_finished_req()))
     return found[0]
 
 
@@ -83,10 +83,7 @@ def test_the_decode_instance_is_told_when_nothing_comes(pair: tuple[Any, Any]) -
     finish(prefill, task)  # aborted before its step has run
     received = finished(decode)
     assert received.outcome == Outcome.FAILED and "has released the request" in received.reason
-    deadline = time.monotonic() + 60
-    while decode.handing_over():  # the thread of the launch frees them
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until("the thread of the launch frees the blocks", lambda: not decode.handing_over())
     assert len(decode.gpu_free_block_list) == 8
 
 

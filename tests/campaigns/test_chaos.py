@@ -17,6 +17,7 @@ from statemachine.events import EpochStarted, ReleaseReason, RequestReleased, Wo
 from statemachine.records.replay import Replay, event_of
 from statemachine.records.snapshot import state_digest
 from tests.run.test_run import kvledger
+from tests.waiting import PATIENCE_S
 
 TIGHT = ["--device-blocks", "400", "--host-blocks", "800", "--in-flight", "4", "--layers", "2", "--block-bytes", "64"]
 
@@ -101,7 +102,7 @@ def test_a_short_campaign() -> None:
         [sys.executable, "-m", "tests.campaigns.chaos", "--kills", "45", "--seed", "5"],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 lost, 0 double-owned, 0 wrong bytes" in done.stdout

@@ -25,6 +25,7 @@ from kvledger.debugger.top import Top
 from statemachine.events import Tier
 from statemachine.state.ownership import owners
 from statemachine.state.state import State
+from tests.waiting import PATIENCE_S, wait_until
 
 CONFIG = CacheConfig(
     block_size=4, device_blocks=32, host_blocks=64, host_policy=HostPolicy.EXCLUSIVE, ranks=2, layers=1, block_bytes=64
@@ -75,9 +76,7 @@ def test_a_frame_says_what_the_manager_knows() -> None:
             manager.admit("young", tokens(8000, 16))
             with pytest.raises(OutOfBlocks):
                 manager.allocate({"old": 1000})
-            while manager.state.transfers:
-                manager.poll()
-                time.sleep(0.001)
+            wait_until("nothing is in flight", lambda: not manager.state.transfers, meanwhile=manager.poll)
             control = Control.open(manager.name)
             readers = len(control.readers())
             control.close()
@@ -94,7 +93,7 @@ def test_a_frame_says_what_the_manager_knows() -> None:
             assert frame.total == hits == frame.minute and frame.total.host > 0
             assert (frame.requests, frame.refusals, frame.refusals_minute) == (2, 1, 1)
             assert frame.oldest is not None and frame.oldest.key == "old" and frame.oldest.blocks == 6
-            assert frame.oldest.age_s is not None and 0 <= frame.oldest.age_s < 60
+            assert frame.oldest.age_s is not None and frame.oldest.age_s >= 0
             assert sum(frame.evicted_minute) == stats["device_evicted_blocks"] + stats["host_evicted_blocks"] > 0
             assert {reader.name for reader in frame.readers} == {"transfer 0", "transfer 1"}
             assert all(reader.alive and reader.heartbeat_s is not None for reader in frame.readers)
@@ -110,9 +109,7 @@ def test_transfers_in_flight_and_readers_that_lag() -> None:
     with CacheManager.create(name(), CONFIG) as manager:
         for number in range(4):
             serve(manager, f"r{number}", tokens(1000 * number, 40))
-        while manager.state.transfers:
-            manager.poll()
-            time.sleep(0.001)
+        wait_until("nothing is in flight", lambda: not manager.state.transfers, meanwhile=manager.poll)
         assert manager._ranks is not None
         pids = [manager._ranks.supervisor.pid(rank) for rank in range(2)]
         for pid in pids:
@@ -189,7 +186,7 @@ def test_it_ends_cleanly(way: str) -> None:
         else:
             process.send_signal(signal.SIGINT if way == "ctrl-c" else signal.SIGTERM)
         shown += _read(ours, b"never shown")
-        assert process.wait(60) == 0, shown
+        assert process.wait(PATIENCE_S) == 0, shown
         assert b"Traceback" not in shown and shown.count(b"\x1b[?1049h") == shown.count(b"\x1b[?1049l") == 1
         assert (b"has ended" in shown) == (way == "the ledger ends")
     finally:
@@ -200,8 +197,9 @@ def test_it_ends_cleanly(way: str) -> None:
 def _read(terminal: int, until: bytes) -> bytes:
     """What a terminal shows until then, or until its program ends."""
     shown = b""
-    deadline = time.monotonic() + 60
-    while until not in shown and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE_S
+    while until not in shown:
+        assert time.monotonic() < deadline, (until, shown)
         if select.select([terminal], [], [], 0.2)[0]:
             try:
                 shown += os.read(terminal, 65536)

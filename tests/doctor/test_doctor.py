@@ -27,6 +27,7 @@ from kvledger.doctor.trial import trial
 from tests.doctor.test_segments import DEAD
 from tests.ipc.test_limits import in_small_shm
 from tests.run.test_run import kvledger
+from tests.waiting import PATIENCE_S
 from tests.workers.test_cuda import Standin, libraries, use
 from workers.pools.cuda_driver import LIBRARY
 from workers.pools.numpy import NumpyPools
@@ -71,7 +72,7 @@ def doctor(
         text=True,
     )
     with process:
-        out, errors = process.communicate(timeout=200)
+        out, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode in (0, 2) and not left_by(process.pid), errors
     answer = json.loads(out)
     found = {check["check"]: check for check in answer["checks"]}
@@ -154,7 +155,9 @@ def test_a_strangers_statemachine_is_imported(tmp_path: Path) -> None:
     environment = os.environ | python_path(path)
     for arguments, code in (("-m kvledger.cli segments", 2), ("-c from\tkvledger\timport\tCacheManager", 1)):
         command = [*PYTHON, *(word.replace("\t", " ") for word in arguments.split(" "))]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+        )
         assert done.returncode == code
         last = done.stderr.splitlines()[-1]
         assert "kvledger is not whole here (" in last and last.endswith("run kvledger doctor"), done.stderr
@@ -397,7 +400,7 @@ def test_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_ledgers_left_behind(ledger: str) -> None:
-    subprocess.run([sys.executable, "-c", DEAD, ledger], timeout=60)
+    subprocess.run([sys.executable, "-c", DEAD, ledger], timeout=PATIENCE_S)
     finding = processes.left_behind()
     expect(finding, Status.NOTE, "dead (", ledger)
     assert "kvledger segments --remove-dead" in finding.advice
@@ -407,7 +410,7 @@ def test_ledgers_left_behind(ledger: str) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes two users")
 def test_ledgers_of_other_users(ledger: str) -> None:
-    subprocess.run([sys.executable, "-c", DEAD, ledger], timeout=60)
+    subprocess.run([sys.executable, "-c", DEAD, ledger], timeout=PATIENCE_S)
     for name in os.listdir(SHM):
         if name.startswith(ledger):
             os.chown(SHM / name, 65534, 65534)
@@ -505,7 +508,7 @@ def test_interrupted_it_leaves_nothing(number: int) -> None:
         assert process.stderr is not None and process.stderr.readline() == "swapping\n"
         assert left_by(process.pid)
         os.killpg(process.pid, number)  # as a terminal does: its worker hears it too
-        out, errors = process.communicate("\n", timeout=100)
+        out, errors = process.communicate("\n", timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 130 and not out and "Traceback" not in errors

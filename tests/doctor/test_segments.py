@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ipc.processes import alive
 from kvledger.doctor.ledgers import Ledger, ledgers
 from tests.manager.test_recovery import THREE_SERVED, Engine
 from tests.run.test_run import kvledger
+from tests.waiting import PATIENCE_S, wait_until
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def test_from_alive_to_orphaned_to_dead_to_gone(name: str) -> None:
         assert entry is not None and entry.state == "orphaned"
         assert not remove_dead(name), "its workers live"
         engine.resume_workers()
-        deadline = time.monotonic() + 60
-        while any(alive(*worker) for worker in engine.workers) and time.monotonic() < deadline:
-            time.sleep(0.1)  # they leave after their grace period
+        wait_until(
+            "the workers leave after their grace period", lambda: not any(alive(*each) for each in engine.workers)
+        )
         entry = listed(name)
         assert entry is not None and entry.state == "dead" and not entry.workers
         assert name in kvledger("segments", name).stdout
@@ -100,7 +100,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_pieces_without_a_control_segment(name: str) -> None:
-    subprocess.run([sys.executable, "-c", DEAD, name], timeout=60)
+    subprocess.run([sys.executable, "-c", DEAD, name], timeout=PATIENCE_S)
     os.unlink(SHM / f"{name}.control")
     stranger = SHM / f"{name}.2.0"
     stranger.write_bytes(b"something")
@@ -124,7 +124,7 @@ def test_pieces_of_a_living_writer_stay(name: str) -> None:
 
 
 def test_a_name_that_is_not_there_is_bad_input_and_removes_nothing(name: str) -> None:
-    subprocess.run([sys.executable, "-c", DEAD, name], timeout=60)
+    subprocess.run([sys.executable, "-c", DEAD, name], timeout=PATIENCE_S)
     for options in ([], ["--json"], ["--remove-dead"]):
         done = kvledger("segments", *options, name, f"{name}-other", "../x")
         assert done.returncode == 2 and not done.stdout
@@ -146,7 +146,7 @@ def test_the_logs_of_workers_are_part_of_their_ledger(name: str) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes two users")
 def test_another_users_ledger_is_listed_and_left_alone(name: str) -> None:
-    subprocess.run([sys.executable, "-c", DEAD, name], timeout=60)
+    subprocess.run([sys.executable, "-c", DEAD, name], timeout=PATIENCE_S)
     for entry in objects_of(name):
         os.chown(SHM / entry, 65534, 65534)
     found = listed(name)

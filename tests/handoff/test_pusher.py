@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from statemachine.check import check
 from statemachine.content import words_of
 from statemachine.events import Outcome
 from tests.handoff.split_instance import CONFIG, LAYERS, prompt, write_layer
+from tests.waiting import PATIENCE_S, wait_until
 from workers import WorkerFailed
 from workers.handoff import pusher as messager
 from workers.handoff.progress import LayerProgress
@@ -71,12 +72,10 @@ class Split(NamedTuple):
     def settle(self) -> list[Received]:
         """Until the decode instance has heard of it, and nothing is under way."""
         received: list[Received] = []
-        eventually(
-            lambda: (
-                self.sender.fold(),
-                received.extend(self.receiver.poll()),
-                received and not self.sender.busy() and not self.receiver.busy(),
-            )[-1]
+        wait_until(
+            "the decode instance hears of it, and nothing is under way",
+            lambda: received and not self.sender.busy() and not self.receiver.busy(),
+            meanwhile=lambda: (self.sender.fold(), received.extend(self.receiver.poll())),
         )
         return received
 
@@ -86,12 +85,10 @@ class Split(NamedTuple):
             for key in list(manager.state.keys):
                 if not key.startswith("(receiving"):
                     manager.release(key)
-        eventually(
-            lambda: (
-                self.sender.poll(),
-                self.receiver.poll(),
-                not self.receiver.busy() and len(self.sender.supervisor.ready_pids()) == CONFIG.ranks,
-            )[-1]
+        wait_until(
+            "nothing is under way, and every rank has its messager",
+            lambda: not self.receiver.busy() and len(self.sender.supervisor.ready_pids()) == CONFIG.ranks,
+            meanwhile=lambda: (self.sender.poll(), self.receiver.poll()),
         )
         for manager in (self.prefill, self.decode):
             assert not check(manager.state)
@@ -120,13 +117,6 @@ def split(instances: Split) -> Iterator[Split]:
 
 def seeds(number: int = 1) -> np.ndarray:
     return chain(words_of(prompt(number)), 4 * CONFIG.block_size, b"")
-
-
-def eventually(done: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_a_request_is_handed_over_and_every_byte_is_there(split: Split) -> None:
@@ -172,7 +162,10 @@ def test_layer_by_layer_as_they_are_written(split: Split) -> None:
         here, there = split.prefill.pools, split.decode.pools
         for rank in range(CONFIG.ranks):
             source, target = (pools[rank].tensor(layer, "kv") for pools in (here, there))
-            eventually(lambda one=source, other=target: np.array_equal(other[blocks], one[table]))
+            wait_until(
+                f"layer {layer} arrives on rank {rank}",
+                lambda one=source, other=target: np.array_equal(other[blocks], one[table]),
+            )
             for later in range(layer + 1, LAYERS):  # it cannot have been sent: it is not said to be written
                 assert not there[rank].tensor(later, "kv")[blocks].any()
         if layer < LAYERS - 1:
@@ -193,7 +186,11 @@ def test_many_at_once_in_any_order(split: Split) -> None:
     for number in numbers:
         split.sender.send(f"r{number}", addresses[number])
     received: list[Received] = []
-    eventually(lambda: (split.sender.fold(), received.extend(split.receiver.poll()), len(received) == 4)[-1])
+    wait_until(
+        "all four arrive",
+        lambda: len(received) == 4,
+        meanwhile=lambda: (split.sender.fold(), received.extend(split.receiver.poll())),
+    )
     for one in received:
         assert one.outcome == Outcome.DONE
         split.reads.verify(one.key, one.block_table, seeds(int(one.key[1:])), 0)
@@ -211,13 +208,14 @@ def test_a_killed_messager_is_replaced_and_goes_on(split: Split) -> None:
             split.sender.progress[rank].wrote(step, layer + 1)
         before = split.sender.supervisor.pid(layer % 2)
         os.kill(before, signal.SIGKILL)
-        eventually(
+        wait_until(
+            f"the messager of rank {layer % 2} is replaced",
             lambda rank=layer % 2, pid=before: (
-                split.sender.fold(),
                 split.sender.supervisor.ready_pids().keys() - {pid}
                 and rank in split.sender.supervisor.ranks()
-                and split.sender.supervisor.pid(rank) != pid,
-            )[-1]
+                and split.sender.supervisor.pid(rank) != pid
+            ),
+            meanwhile=split.sender.fold,
         )
     (received,) = split.settle()
     assert received.outcome == Outcome.DONE
@@ -232,10 +230,14 @@ def test_what_a_dead_messager_had_answered_counts_no_more(split: Split) -> None:
     split.sender.send("r", split.reserve(), step=step)
     split.sender.progress[0].wrote(step, LAYERS)
     (push,) = split.sender._pushes.values()
-    eventually(lambda: (split.sender.fold(), push.answers)[-1])
+    wait_until("rank 0 answers", lambda: push.answers, meanwhile=split.sender.fold)
     assert [*push.answers] == [0]
     os.kill(split.sender.supervisor.pid(0), signal.SIGKILL)
-    eventually(lambda: (split.sender.fold(), 0 not in split.sender.supervisor.ranks())[-1])
+    wait_until(
+        "the death of rank 0's messager is noticed",
+        lambda: 0 not in split.sender.supervisor.ranks(),
+        meanwhile=split.sender.fold,
+    )
     assert not push.answers
     split.sender.progress[1].wrote(step, LAYERS)
     (received,) = split.settle()
@@ -254,9 +256,10 @@ def test_a_messager_forgets_what_is_over(split: Split, monkeypatch: pytest.Monke
     split.sender.send("r", split.reserve(), step=step)
     log = split.sender._writer
     control = log._control
-    eventually(
-        lambda: all(line.cursor >= log.next_sequence for line in control.readers() if line.worker)
-    )  # taken up, not yet over
+    wait_until(
+        "the push is taken up, which is not yet over",
+        lambda: all(line.cursor >= log.next_sequence for line in control.readers() if line.worker),
+    )
     split.prefill.release("r")
     split.settle()
     split.decode.release("r")
@@ -296,10 +299,10 @@ def test_a_claimed_room_stays_quarantined_until_its_writer_lets_go(split: Split)
         assert split.receiver.busy() and split.receiver.quarantined_blocks == BLOCKS
         assert not set(address.blocks) & set(split.decode.state.device.free)
     os.kill(pid, signal.SIGKILL)  # it is proven dead: nobody writes any more
-    eventually(lambda: (split.receiver.fold(), not split.receiver.busy())[-1])
+    wait_until("the room is free again", lambda: not split.receiver.busy(), meanwhile=split.receiver.fold)
     assert set(address.blocks) <= set(split.decode.state.device.free)
     split.prefill.release("r")
-    eventually(lambda: (split.sender.fold(), 0 in split.sender.supervisor.ranks())[-1])
+    wait_until("rank 0 has a messager again", lambda: 0 in split.sender.supervisor.ranks(), meanwhile=split.sender.fold)
 
 
 def test_a_successor_waits_for_who_still_writes_into_its_pool(
@@ -317,7 +320,11 @@ def test_a_successor_waits_for_who_still_writes_into_its_pool(
         with pytest.raises(HandoffError, match=rf"processes \[{pid}\] still write"):
             CacheManager.open(names[1])
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: (split.sender.fold(), pid not in split.sender.supervisor.ready_pids())[-1])
+    wait_until(
+        "the messager's death is noticed",
+        lambda: pid not in split.sender.supervisor.ready_pids(),
+        meanwhile=split.sender.fold,
+    )
     with CacheManager.open(names[1]) as successor:
         assert len(successor.state.device.free) == CONFIG.device_blocks
         Receiver(successor)
@@ -382,12 +389,12 @@ def test_a_revoked_ticket_is_refused_whatever_the_messager_is_told(split: Split)
     split.compute()
     address = split.reserve()
     split.decode.release("r")
-    eventually(lambda: (split.receiver.fold(), not split.receiver.busy())[-1])
+    wait_until("the room is free again", lambda: not split.receiver.busy(), meanwhile=split.receiver.fold)
     taken = split.decode.admit("other", prompt(2), blocks=CONFIG.device_blocks).block_table
     split.reads.write(taken[:BLOCKS], seeds(2))
     split.sender.send("r", address)  # an old address
     done: list[Any] = []
-    eventually(lambda: (done.extend(split.sender.poll()), done)[-1])
+    wait_until("the push ends", lambda: done, meanwhile=lambda: done.extend(split.sender.poll()))
     assert done[0].outcome == Outcome.FAILED and "has taken the blocks back" in done[0].reason
     split.reads.verify("other", taken[:BLOCKS], seeds(2), 0)
 
@@ -445,7 +452,7 @@ def test_another_pool_is_refused_by_the_messager(split: Split, wrong: str) -> No
     }[wrong]
     split.sender.send("r", address._replace(**change))
     done: list[Any] = []
-    eventually(lambda: (done.extend(split.sender.poll()), done)[-1])
+    wait_until("the push ends", lambda: done, meanwhile=lambda: done.extend(split.sender.poll()))
     assert done[0].outcome == Outcome.FAILED
     words = {"ledger": "cannot be attached", "blocks": "in a pool of"}.get(wrong, "is not the instance that gave")
     assert words in done[0].reason
@@ -481,7 +488,7 @@ def test_a_receive_that_never_begins_times_out(split: Split) -> None:
     assert received.outcome == Outcome.TIMED_OUT
     split.compute()
     split.sender.send("r", address)  # too late
-    eventually(lambda: (split.sender.fold(), not split.sender.busy())[-1])
+    wait_until("the push ends", lambda: not split.sender.busy(), meanwhile=split.sender.fold)
     assert not any(pool.tensor(layer, "kv").any() for pool in split.decode.pools for layer in range(LAYERS))
 
 
@@ -569,7 +576,7 @@ class Instance:
     def end(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        assert self.process.wait(60) == 0
+        assert self.process.wait(PATIENCE_S) == 0
         self._close()
 
     def _close(self) -> None:
@@ -601,7 +608,7 @@ def test_the_prefill_instance_is_killed(names: tuple[str, str], when: str) -> No
     outcome, reason = decode.ask("wait and verify", "r", 1)
     assert outcome == "FAILED" and "is gone" in reason
     assert decode.ask("free blocks when quiet") == CONFIG.device_blocks, "once no messager can write them any more"
-    eventually(lambda: not any(alive(*each) for each in messagers))
+    wait_until("the orphaned messagers leave", lambda: not any(alive(*each) for each in messagers))
     successor = Instance("prefill again", names[0])  # the same ledger, with a new sender
     address = decode.ask("reserve", "r2", 2)
     assert successor.ask("compute and send", "r2", 2, address) == "DONE"

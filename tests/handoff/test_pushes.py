@@ -18,8 +18,8 @@ from kvledger.handoff.sender import Sender
 from kvledger.telemetry.exporter import Exporter
 from kvledger.telemetry.table import METRICS
 from tests.handoff.split_instance import CONFIG, LAYERS, prompt
-from tests.handoff.test_pusher import eventually
 from tests.telemetry.test_metrics import Served, scraped
+from tests.waiting import wait_until
 
 PUSHES = {metric.name for metric in METRICS if metric.pushes}
 BLOCKS = 6
@@ -51,7 +51,7 @@ def levels(exporter: Exporter) -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def until(exporter: Exporter, wanted: Callable[[dict[tuple[str, tuple[str, ...]], float]], bool]) -> None:
-    eventually(lambda: wanted(levels(exporter)))
+    wait_until("the exporter says so", lambda: wanted(levels(exporter)))
 
 
 def test_pushes_are_counted_and_listed(pair: tuple[CacheManager, CacheManager]) -> None:
@@ -65,7 +65,7 @@ def test_pushes_are_counted_and_listed(pair: tuple[CacheManager, CacheManager]) 
     assert listed(prefill.name) == "nothing has been pushed\n"
 
     push("sent", sender, receiver, prefill, decode, step=0)
-    eventually(lambda: [done.outcome.name for done in sender.poll()] == ["DONE"])
+    wait_until("the push is done", lambda: [done.outcome.name for done in sender.poll()] == ["DONE"])
     push("given up", sender, receiver, prefill, decode, step=1)  # its step never comes
     prefill.release("given up")
     push("waits", sender, receiver, prefill, decode, step=1)
@@ -94,7 +94,9 @@ def test_pushes_are_counted_and_listed(pair: tuple[CacheManager, CacheManager]) 
     # a messager that dies is missed, and comes back
     os.kill(sender.pid(1) or 0, signal.SIGKILL)
     until(exporter, lambda found: found["kvledger_messagers", ()] == 1)
-    eventually(lambda: (sender.fold(), levels(exporter)["kvledger_messagers", ()] == 2)[-1])
+    wait_until(
+        "both messagers are there", lambda: levels(exporter)["kvledger_messagers", ()] == 2, meanwhile=sender.fold
+    )
 
     sender.close()  # the push that is under way fails, which its log said before it went
     found = levels(exporter)
@@ -111,7 +113,7 @@ def test_the_metrics_process_exports_them(pair: tuple[CacheManager, CacheManager
     sender, receiver = Sender(prefill), Receiver(decode)
     served = Served(prefill.name)
     push("sent", sender, receiver, prefill, decode, step=0)
-    eventually(lambda: sender.poll())
+    wait_until("the push ends", sender.poll)
     text = served.until(lambda found: found["kvledger_pushes_total"].get(("done",)) == 1)
     found = scraped(text)
     assert found["kvledger_push_seconds_count"][()] == 1 and found["kvledger_push_bytes_total"][()] == PUSH_BYTES
@@ -124,6 +126,6 @@ def test_the_decode_instance_tells_where_blocks_came_from(pair: tuple[CacheManag
     prefill, decode = pair
     sender, receiver = Sender(prefill), Receiver(decode)
     push("sent", sender, receiver, prefill, decode, step=0)
-    eventually(lambda: (sender.poll(), receiver.poll())[-1])
+    wait_until("the push arrives", receiver.poll, meanwhile=sender.poll)
     done = CliRunner().invoke(app, ["explain", decode.name, "request", "sent"])
     assert done.exit_code == 0 and "(receiving " in done.stdout, done.stdout

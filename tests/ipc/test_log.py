@@ -38,6 +38,7 @@ from ipc.control import READERS, Control
 from ipc.names import SHM, objects_of, remove_objects, segments_of
 from ipc.segment import NEXT, TAIL
 from ipc.signals import Signals
+from tests.waiting import PATIENCE_S, wait_until
 
 Entry = tuple[int, int, bytes, bytes]
 SMALL = 64 << 10
@@ -334,16 +335,15 @@ def test_a_parked_worker_is_woken_for_its_kinds_only(name: str) -> None:
     worker = LogReader(name, worker=True, kind_mask=1 << 7)
     writer.listen()
     got: list[list[Record]] = []
-    thread = threading.Thread(target=lambda: got.append(worker.wait(20)))
+    thread = threading.Thread(target=lambda: got.append(worker.wait(PATIENCE_S)))
     thread.start()
     parked = Control.line(0) + 3
-    while not writer._control.words[parked]:
-        time.sleep(0.001)
+    wait_until("the worker is parked", lambda: writer._control.words[parked])
     write(writer, [(3, 1, b"", b"")])
     thread.join(0.2)
     assert thread.is_alive(), "woken for a kind that it does not want"
     write(writer, [(7, 2, b"", b"")])
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive() and [record.subject for record in got[0]] == [1, 2]
     worker.close()
     writer.close(unlink=True)
@@ -356,12 +356,11 @@ def test_the_next_worker_on_a_line_is_woken_too(name: str) -> None:
         worker = LogReader(name, from_sequence=writer.next_sequence, worker=True, kind_mask=1 << 7)
         writer.listen()
         got: list[list[Record]] = []
-        thread = threading.Thread(target=lambda worker=worker, got=got: got.append(worker.wait(60)))
+        thread = threading.Thread(target=lambda worker=worker, got=got: got.append(worker.wait(PATIENCE_S)))
         thread.start()
-        while not writer._control.words[Control.line(0) + 3]:
-            time.sleep(0.001)
+        wait_until("the worker is parked", lambda: writer._control.words[Control.line(0) + 3])
         write(writer, [(7, number, b"", b"")])
-        thread.join(20)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive() and [record.subject for record in got[0]] == [number]
         worker.close()
     writer.close(unlink=True)

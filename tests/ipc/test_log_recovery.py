@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,6 +18,7 @@ from ipc.recovery import Decision, End, examine, recover
 from ipc.segment import HEADER_BYTES, TAIL, MappedSegment
 from ipc.writer import next_epoch
 from tests.campaigns.dying import Moment, die_in_append
+from tests.waiting import PATIENCE_S, wait_until
 
 SMALL = 64 << 10
 
@@ -251,7 +251,7 @@ def test_a_reader_of_a_dead_ledger_sees_what_the_hint_does_not_say(name: str) ->
         "writer = LogWriter.create(sys.argv[1], schema_hash=1, segment_bytes=1 << 16)\n"
         "write(writer, 1)\ndie_in_append(writer, Moment.BEFORE_HINT, write, 2, 3, really=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, name], timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, name], timeout=PATIENCE_S)
     assert done.returncode == -signal.SIGKILL
     reader = LogReader(name)
     assert [record.subject for record in reader.poll() + reader.poll()] == [1, 2, 3]
@@ -268,10 +268,7 @@ def test_old_epochs_go_when_nobody_needs_them(name: str) -> None:
     second._retain_bytes = 2 * SMALL
     for i in range(2000):
         write(second, i % 200)
-    deadline = time.monotonic() + 10
-    while segments_of(name)[0][0] == 1 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert segments_of(name)[0][0] == 2
+    wait_until("the first epoch's segments go", lambda: segments_of(name)[0][0] == 2)
     slow.poll()
     with pytest.raises(Overrun):
         slow.poll()
@@ -290,7 +287,7 @@ os.kill(os.getpid(), 9)
 
 def test_a_lock_that_a_dying_writer_left_to_a_child_is_waited_for(name: str) -> None:
     """Found by the campaign: between fork and exec the child of a dead writer still holds its lock."""
-    subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_STARTS_A_PROCESS, name], timeout=60)
+    subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_STARTS_A_PROCESS, name], timeout=PATIENCE_S)
     control = Control.open(name)
     assert not control.writer_alive()
     control.lock()

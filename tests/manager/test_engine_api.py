@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +34,7 @@ from statemachine.commands import LoseTier
 from statemachine.content import words_of
 from statemachine.events import KIND_OF, KINDS, BlocksCached, Direction, TransferStarted
 from tests.manager.test_manager import replays, serve
+from tests.waiting import PATIENCE_S, wait_until
 
 
 def tokens(blocks: int, seed: int = 0) -> np.ndarray:
@@ -337,7 +337,7 @@ def test_clear_refuses_waits_or_forces() -> None:
             manager.clear()
         other = threading.Timer(0.05, manager.release, ["a"])
         other.start()
-        manager.clear(wait=30)
+        manager.clear(wait=PATIENCE_S)
         other.join()
         manager.admit("b", tokens(4))
         manager.cache("b")
@@ -351,9 +351,7 @@ def test_room_is_made_ahead_of_need() -> None:
     with ledger(**WITH_HOST) as manager:
         serve(manager, PatternEngine(manager.pools), "a", tokens(16))
         manager.make_room(6)
-        deadline = time.monotonic() + 30
-        while manager.stats()["device_free_blocks"] < 6 and time.monotonic() < deadline:
-            manager.poll()
+        wait_until("six blocks are free", lambda: manager.stats()["device_free_blocks"] >= 6, meanwhile=manager.poll)
         assert manager.stats()["device_free_blocks"] == 6 and manager.peek(tokens(16)) == (10, 6)
 
 

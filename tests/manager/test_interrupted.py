@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from statemachine.records.snapshot import state_digest
 from tests.adapters.fastdeploy_engine import manager as drop_in
 from tests.adapters.fastdeploy_engine import serve
 from tests.conftest import ours
+from tests.waiting import PATIENCE_S, wait_until
 from workers.processes import supervisor
 
 ROOT = Path(__file__).parents[2]
@@ -70,13 +70,6 @@ def unlogged(patch: pytest.MonkeyPatch, kind: type) -> list[Any]:
     return fails_once(patch, Transactions, "commit", full, lambda _, events, *rest: type(events[-1]) is kind)
 
 
-def eventually(done: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize("where", ["stage", "publish"])
 def test_a_signal_handler_that_raises_ends_the_manager_and_not_the_ledger(
     name: str, where: str, monkeypatch: pytest.MonkeyPatch
@@ -100,7 +93,7 @@ def swapped(manager: CacheManager, keys: str) -> None:
         manager.cache(key)
         manager.release(key)
     manager.make_room(8)
-    eventually(lambda: manager.poll() or not manager.state.transfers)
+    wait_until("nothing is in flight", lambda: not manager.state.transfers, meanwhile=manager.poll)
 
 
 def test_what_a_pause_has_seen_the_next_poll_reports(name: str) -> None:
@@ -142,7 +135,7 @@ def test_what_was_seen_before_an_error_is_reported_after_it(name: str, monkeypat
                 assert not left
             return len(reported) == 2
 
-        eventually(all_reported)
+        wait_until("both requests are reported", all_reported)
         assert reported == {"c": True, "d": True} and not left
         assert manager.cached_blocks("c") == manager.cached_blocks("d") == 1
 
@@ -151,7 +144,7 @@ def test_nobody_waits_for_a_request_that_was_released(name: str) -> None:
     with CacheManager.create(name, config()) as manager:
         swapped(manager, "a")
         manager.match("b", TOKENS, max_blocks=4)
-        eventually(lambda: manager.fold() or manager.ready("b"))
+        wait_until("the request is ready", lambda: manager.ready("b"), meanwhile=manager.fold)
         manager.release("b")
         assert manager.poll() == []
 
@@ -165,10 +158,10 @@ def test_a_worker_that_cannot_be_logged_is_logged_later(name: str, kind: type, m
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(SharedMemoryFull):
-            eventually(manager.poll)
+            wait_until("the planted lack of room is met", manager.poll)
         assert not left
         manager.match("b", TOKENS, max_blocks=4)
-        manager.wait("b", timeout=60)
+        manager.wait("b", timeout=PATIENCE_S)
         assert manager.cached_blocks("b") == 4 and manager.state.workers == {0: 2}
 
 
@@ -180,7 +173,7 @@ def test_a_worker_whose_leavings_cannot_be_removed_is_replaced(name: str, monkey
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         manager.match("b", TOKENS, max_blocks=4)
-        manager.wait("b", timeout=60)
+        manager.wait("b", timeout=PATIENCE_S)
         assert not left and manager.state.workers == {0: 2}
         assert manager.worker_pid(0) not in (None, pid)
     for left_behind in [each for each in os.listdir(SHM) if each.removeprefix("sem.").startswith(f"{name}.rank")]:
@@ -401,6 +394,6 @@ def test_a_transfer_whose_order_was_interrupted_ends_all_the_same(name: str, mon
         with pytest.raises(Alarm):
             manager.match("b", TOKENS, max_blocks=4)
         (request,) = manager.state.requests.values()
-        eventually(lambda: manager.fold() or not request.waits)
+        wait_until("the request waits for nothing", lambda: not request.waits, meanwhile=manager.fold)
         manager.release("b")
         assert not manager.state.transfers and not manager._ranks._orders

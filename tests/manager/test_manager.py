@@ -17,6 +17,7 @@ from ipc import LedgerExists, LogReader
 from ipc.names import remove_objects
 from ipc.processes import alive, start_time
 from kvledger import (
+    Admission,
     Busy,
     CacheConfig,
     CacheManager,
@@ -31,6 +32,7 @@ from kvledger import (
     Tier,
     UnknownRequest,
 )
+from kvledger.manager import ranks
 from kvledger.run.pattern import PatternEngine, chain
 from statemachine.apply import HANDLERS
 from statemachine.check import check
@@ -39,6 +41,7 @@ from statemachine.errors import InvariantViolation
 from statemachine.events import RequestMatched, WorkerLost
 from statemachine.records.replay import event_of, replay
 from statemachine.records.snapshot import state_digest
+from tests.waiting import PATIENCE_S, wait_until
 from workers import WorkerFailed
 from workers.pools import backends as pools
 
@@ -47,17 +50,25 @@ CONFIG = CacheConfig(
 )
 
 
-def serve(manager: CacheManager, engine: PatternEngine, key: str, tokens: np.ndarray) -> int:
-    """A whole request; returns its hits."""
-    for _ in range(10_000):
+def admit(manager: CacheManager, key: str, tokens: np.ndarray) -> Admission:
+    """Once there is room: a refusal that names blocks in transfer ends with them."""
+
+    def admitted() -> Admission | None:
         try:
-            admission = manager.admit(key, tokens)
-            break
+            return manager.admit(key, tokens)
         except OutOfBlocks as refused:
             if not refused.in_transfer:
                 raise
-            manager.poll()
-            time.sleep(0.001)
+            return None
+
+    found = wait_until(f"there is room for {key}", admitted, meanwhile=manager.poll)
+    assert found is not None
+    return found
+
+
+def serve(manager: CacheManager, engine: PatternEngine, key: str, tokens: np.ndarray) -> int:
+    """A whole request; returns its hits."""
+    admission = admit(manager, key, tokens)
     manager.wait(key)
     seeds = chain(words_of(tokens), 16, b"")
     table, valid = manager.block_table(key), manager.cached_blocks(key)
@@ -109,7 +120,7 @@ def test_a_hung_worker_times_out_and_its_blocks_stay_quarantined() -> None:
         pid = manager._ranks.supervisor.pid(1)
         os.kill(pid, signal.SIGSTOP)
         manager.admit("b", np.arange(64, dtype=np.int32) + 500)  # swaps "a" out
-        progress = manager.wait("b", timeout=10)
+        progress = manager.wait("b", timeout=PATIENCE_S)
         assert [entry.key for entry in progress] == ["b"]
         (transfer,) = manager.state.transfers.values()
         assert transfer.quarantined
@@ -117,34 +128,35 @@ def test_a_hung_worker_times_out_and_its_blocks_stay_quarantined() -> None:
             manager.poll()
         assert [*manager.state.transfers.values()] == [transfer], "its worker might still write"
         os.kill(pid, signal.SIGCONT)
-        deadline = time.monotonic() + 10
-        while manager.state.transfers and time.monotonic() < deadline:
-            manager.poll()
-            time.sleep(0.005)
-        assert not manager.state.transfers
+        wait_until("the quarantine ends", lambda: not manager.state.transfers, meanwhile=manager.poll)
         manager.release("b")
         assert manager.available_blocks() == 16 and replays(manager)
 
 
-def test_what_times_out_while_a_rank_has_no_worker_is_not_quarantined_for_ever() -> None:
+def test_what_times_out_while_a_rank_has_no_worker_is_not_quarantined_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The new incarnation never runs it and the old one is dead: nobody else can answer."""
+    monkeypatch.setattr(ranks, "back_off", lambda failures: 3600.0)
     config = CacheConfig(**{**vars(CONFIG), "transfer_timeout_s": 0.01})
     with CacheManager.create(f"m{os.getpid()}", config) as manager:
         engine = PatternEngine(manager.pools)
         serve(manager, engine, "a", np.arange(64, dtype=np.int32))
         assert manager._ranks is not None
         os.kill(manager._ranks.supervisor.pid(1), signal.SIGKILL)
-        while manager._ranks.supervisor._workers.get(1) is not None:  # until its death is noticed
-            manager.poll()
+        workers, restarts = manager._ranks.supervisor._workers, manager._ranks._restarts
+        wait_until("its death is noticed", lambda: workers.get(1) is None, meanwhile=manager.poll)
+        assert restarts[1] > time.monotonic() + 60, "no successor comes before this test says so"
         manager.admit("b", np.arange(64, dtype=np.int32) + 500)  # swaps "a" out
-        while not any(transfer.quarantined for transfer in manager.state.transfers.values()):
-            manager.poll()
-        assert manager.state.workers[1] == 1, "the successor joined too early for this test"
-        deadline = time.monotonic() + 30
-        while manager.state.transfers and time.monotonic() < deadline:
-            manager.poll()
-            time.sleep(0.005)
-        assert not manager.state.transfers and manager.state.workers[1] == 2
+        wait_until(
+            "the copy has timed out",
+            lambda: any(transfer.quarantined for transfer in manager.state.transfers.values()),
+            meanwhile=manager.poll,
+        )
+        assert manager.state.workers[1] == 1
+        restarts[1] = 0.0
+        wait_until("the quarantine ends", lambda: not manager.state.transfers, meanwhile=manager.poll)
+        assert manager.state.workers[1] == 2
         manager.release("b")
         assert manager.available_blocks() == 16 and replays(manager)
 
@@ -159,11 +171,19 @@ def test_a_worker_that_does_not_read_is_replaced_before_the_log_is_full() -> Non
         pid = manager._ranks.supervisor.pid(1)
         os.kill(pid, signal.SIGSTOP)
         served = 0
-        deadline = time.monotonic() + 60
-        while manager.state.workers[1] == 1 and time.monotonic() < deadline:
+
+        def serve_one() -> None:
+            nonlocal served
             serve(manager, engine, str(served), np.arange(32, dtype=np.int32))  # nothing to copy: no time-out
             served += 1
             manager.poll()
+
+        wait_until(
+            "the worker that does not read is replaced",
+            lambda: manager.state.workers[1] > 1,
+            meanwhile=serve_one,
+            pause_s=0,
+        )
         assert manager.state.workers[1] == 2 and not start_time(pid)
         assert manager.stats()["log_bytes"] > 1 << 20
         reader = LogReader(manager.name)
@@ -200,10 +220,7 @@ def test_workers_of_a_killed_engine_leave_and_its_name_says_so() -> None:
         engine.wait()
         with pytest.raises(LedgerExists, match=f"process {engine.pid}, which is dead"):
             CacheManager.create(name, CONFIG)
-        deadline = time.monotonic() + 60
-        while any(alive(*worker) for worker in workers) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not any(alive(*worker) for worker in workers)
+        wait_until("the orphaned workers leave", lambda: not any(alive(*worker) for worker in workers))
     finally:
         engine.kill()
         engine.stdout.close()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from kvledger import CacheConfig, CacheManager, HostPolicy
 from kvledger.manager.notices import notice
 from kvledger.manager.retention import Retention
 from statemachine.events import EpochStarted, TierLost, TransferFinished
+from tests.waiting import PATIENCE_S, wait_until
 
 PROMPT = np.arange(40, dtype=np.int32)
 
@@ -33,14 +33,10 @@ def config(**settings: float) -> CacheConfig:
 
 
 def until(manager: CacheManager, caplog: pytest.LogCaptureFixture, name: str) -> logging.LogRecord:
-    deadline = time.monotonic() + 60
-    while True:
-        manager.poll()
-        for record in caplog.records:
-            if getattr(record, "notice", "") == name:
-                return record
-        assert time.monotonic() < deadline, caplog.text
-        time.sleep(0.01)
+    def said() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if getattr(record, "notice", "") == name]
+
+    return wait_until(f"an operator hears of {name}", said, meanwhile=manager.poll)[0]
 
 
 def test_a_killed_worker_and_its_successor(caplog: pytest.LogCaptureFixture) -> None:
@@ -97,5 +93,5 @@ def test_a_log_that_no_snapshot_covers_is_said_to_be_over_its_limit_once(
 def test_quiet_by_default() -> None:
     """No handler of ours, and what the standard library prints by itself is one line per warning."""
     code = "import logging, kvledger; print(logging.root.handlers, logging.getLogger('kvledger').handlers)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout == "[] []\n" and not done.stderr

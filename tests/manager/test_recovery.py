@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from ipc import LedgerError, LedgerNotFound, LogCorrupt, LogReader, LogWriter, Overrun, WriterAlive, memory, snapshots
 from ipc.names import remove_objects, segments_of, unlink
 from ipc.processes import alive, start_time
-from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy, OutOfBlocks, ReleaseReason
+from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy, ReleaseReason
 from kvledger.doctor.ledgers import Ledger, ledgers
 from kvledger.run.pattern import PatternEngine, chain
 from statemachine.content import words_of
@@ -33,8 +32,11 @@ from statemachine.records import codec
 from statemachine.records.replay import Replay, event_of, replay
 from statemachine.records.snapshot import snapshot, state_digest
 from statemachine.state.state import State
+from tests.manager.test_manager import admit
+from tests.waiting import wait_until
 from workers.pools import backends as pools
 from workers.pools import memory as pool_memory
+from workers.processes.acknowledgements import KIND, log_name
 
 SMALL = 64 << 10
 CONFIG = CacheConfig(
@@ -75,15 +77,7 @@ def prompt(number: int) -> np.ndarray:
 
 def serve(manager: CacheManager, engine: PatternEngine, key: str, tokens: np.ndarray) -> int:
     """A whole request, every byte written and verified; returns its hits."""
-    while True:
-        try:
-            admission = manager.admit(key, tokens)
-            break
-        except OutOfBlocks as refused:
-            if not refused.in_transfer:
-                raise
-            manager.poll()
-            time.sleep(0.001)
+    admission = admit(manager, key, tokens)
     manager.wait(key)
     seeds = chain(words_of(tokens), 4 * manager.config.block_size, b"")
     table, valid = manager.block_table(key), manager.cached_blocks(key)
@@ -114,8 +108,7 @@ class Engine:
     def kill_workers(self) -> None:
         for pid, _ in self.workers:
             os.kill(pid, signal.SIGKILL)
-        while any(alive(*worker) for worker in self.workers):
-            time.sleep(0.005)
+        wait_until("the killed workers are gone", lambda: not any(alive(*worker) for worker in self.workers))
 
     def resume_workers(self) -> None:
         for pid, _ in self.workers:
@@ -158,11 +151,15 @@ def epoch_of(events: list[object]) -> list[object]:
 
 def settled(manager: CacheManager) -> None:
     """Wait until nothing is in flight."""
-    deadline = time.monotonic() + 60
-    while manager.state.transfers:
-        manager.poll()
-        assert time.monotonic() < deadline, manager.state.transfers
-        time.sleep(0.002)
+    wait_until("nothing is in flight", lambda: not manager.state.transfers, meanwhile=manager.poll)
+
+
+def answered(name: str, rank: int) -> set[int]:
+    """Transfers that the first worker of a rank has answered, whoever has heard of it."""
+    reader = LogReader(log_name(name, rank, 1))
+    found = {record.subject for record in reader.poll() if record.kind == KIND}
+    reader.close()
+    return found
 
 
 def listed(name: str) -> Ledger:
@@ -236,7 +233,9 @@ def test_answers_given_while_there_was_no_engine_count(name: str, engines: Calla
     engine = engines(THREE_SERVED, SWAP_OUT_IN_FLIGHT)
     engine.kill()
     engine.resume_workers()
-    time.sleep(0.5)  # they answer, and nobody listens
+    in_flight = set(state_before(name).transfers)
+    for rank in range(CONFIG.ranks):  # and nobody listens
+        wait_until(f"rank {rank} answers", lambda rank=rank: in_flight <= answered(name, rank))  # type: ignore[misc]
     for pid, _ in engine.workers:
         os.kill(pid, signal.SIGSTOP)
     with CacheManager.open(name) as manager:

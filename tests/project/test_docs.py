@@ -18,6 +18,7 @@ from kvledger.adapters.fastdeploy import SIGNALS
 from kvledger.cli import app
 from kvledger.run import traces
 from kvledger.telemetry.table import BY_NAME
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,7 +156,7 @@ def test_alerts_name_metrics_and_sections_that_exist() -> None:
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's package prometheus")
 def test_alerts_fire_when_they_should() -> None:
     for arguments in (["check", "rules", "docs/grafana/alerts.yml"], ["test", "rules", "tests/alerts_test.yml"]):
-        done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -172,7 +173,7 @@ def test_the_queries_of_the_dashboard_are_promql(tmp_path: Path) -> None:
     for broken in ("", "sum by (tier) rate(x[5m])"):
         more = [{"record": "broken", "expr": broken}] if broken else []
         path.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules + more}]}))
-        done = subprocess.run(["promtool", "check", "rules", path], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(["promtool", "check", "rules", path], capture_output=True, text=True, timeout=PATIENCE_S)
         assert (done.returncode != 0) == bool(broken), done.stdout + done.stderr
 
 

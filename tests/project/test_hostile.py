@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,7 @@ from statemachine.records.codec import CodecError, decode, encode
 from statemachine.records.replay import Replay, event_of
 from statemachine.records.snapshot import SnapshotError, restore, snapshot, state_digest
 from tests.statemachine.test_codec import EVENTS
+from tests.waiting import PATIENCE_S, wait_until
 from workers.pools.layout import PoolLayout
 from workers.processes.acknowledgements import KIND, Acknowledgement, Status
 
@@ -314,9 +314,7 @@ def test_a_request_in_transfer_can_be_released_and_a_match_survives_clearing(nam
         manager.clear(force=True)
         manager.release("b")
         assert not check(manager.state)
-        deadline = time.monotonic() + 30
-        while manager.state.transfers and time.monotonic() < deadline:
-            manager.poll()
+        wait_until("nothing is in flight", lambda: not manager.state.transfers, meanwhile=manager.poll)
         assert manager.available_blocks() == 4 and manager.peek(TOKENS) == (0, 0)
 
 
@@ -709,7 +707,7 @@ def test_a_worker_that_answers_nonsense_is_replaced(name: str, record: tuple[int
         manager.admit("b", TOKENS + 50)
         assert [*manager.state.transfers] == [1] and worker.reader is not None
         worker.reader = _Forging(worker.reader, [_forged(record)])
-        manager.wait("b", timeout=60)
+        manager.wait("b", timeout=PATIENCE_S)
         assert manager.state.workers[0] == 2 and not check(manager.state)
 
 

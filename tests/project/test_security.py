@@ -23,6 +23,7 @@ from kvledger import CacheConfig, CacheManager, HostPolicy, namespace_key
 from kvledger.recordings.recording import Recording
 from kvledger.run.run import Run, RunOptions
 from kvledger.run.sample import generate
+from tests.waiting import PATIENCE_S
 from workers.followers import auditor
 from workers.followers.auditor import Auditor
 from workers.pools.backends import create_pools, open_pools
@@ -242,7 +243,7 @@ def test_no_process_runs_what_lies_in_the_current_directory(tmp_path: Path) -> N
     name = f"beside-{os.getpid()}"
     options = ["--requests", "40", "--crash", "engine@150", "--crash", "follower@60", "--name", name, "--json"]
     command = [sys.executable, "-P", "-m", "kvledger.cli", "run", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert not ran.exists(), ran.read_text()
 

@@ -26,6 +26,7 @@ from statemachine.records.snapshot import restore, snapshot
 from statemachine.records.upcast import EARLIER, digests_comparable, upcaster
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
+from tests.waiting import PATIENCE_S
 from workers.followers.recorder import Recorder
 
 KEY = bytes(range(KEY_BYTES))
@@ -333,7 +334,7 @@ def test_the_command(tmp_path: Path) -> None:
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "kvledger.cli", "redact", str(source), *arguments]
-        return subprocess.run(line, capture_output=True, text=True, timeout=60)
+        return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE_S)
 
     done = command(str(tmp_path / "y.kvlog"), "--key-file", str(tmp_path / "key"))
     assert done.returncode == 0 and "events in" in done.stdout, done.stderr

@@ -27,6 +27,7 @@ from kvledger.run.traces import TraceError
 from statemachine.events import HostPolicy, IntArray
 from statemachine.records.replay import replay
 from statemachine.records.snapshot import state_digest
+from tests.waiting import PATIENCE_S
 from workers import Pools
 from workers.pools import numpy as numpy_pools
 
@@ -35,7 +36,7 @@ TIGHT = RunOptions(device_blocks=400, host_blocks=800, layers=2, block_bytes=64,
 
 def kvledger(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kvledger.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("policy", [HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH])
@@ -300,7 +301,7 @@ def test_interrupted_it_stops_cleanly(number: signal.Signals) -> None:
         time.sleep(0.02)
     time.sleep(1)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     summary = json.loads(out)
     assert summary["interrupted"] and summary["digest"] == summary["replay_digest"]

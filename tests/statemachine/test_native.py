@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 _TESTS = ["golden", "old_logs", "every_event", "snapshots", "machine", "hostile", "content", "log", "manager"]
 _COMPILED = "import kvledger; assert kvledger.is_compiled(), kvledger.__file__"
@@ -36,7 +38,7 @@ def test_compiled_it_does_the_same(tmp_path: Path) -> None:
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=800,
+            timeout=PATIENCE_S,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -60,6 +59,7 @@ from statemachine.records.snapshot import snapshot, state_digest
 from statemachine.state.nodes import Node
 from statemachine.state.ownership import owners
 from statemachine.state.state import State
+from tests.waiting import PATIENCE_S, wait_until
 from workers import PoolLayout
 from workers.followers.auditor import Auditor
 
@@ -394,22 +394,20 @@ class Served:
         self.url = line.split()[1]
 
     def text(self) -> str:
-        with urllib.request.urlopen(self.url, timeout=30) as answer:
+        with urllib.request.urlopen(self.url, timeout=PATIENCE_S) as answer:
             return str(answer.read().decode())
 
     def until(self, wanted: Callable[[dict[str, dict[tuple[str, ...], float]]], bool]) -> str:
-        deadline = time.monotonic() + 60
-        while True:
+        def found() -> str:
             text = self.text()
-            if wanted(scraped(text)):
-                return text
-            assert time.monotonic() < deadline, text
-            time.sleep(0.1)
+            return text if wanted(scraped(text)) else ""
+
+        return wait_until("the exporter says so", found, pause_s=0.05)
 
     def end(self) -> int:
         assert self.process.stderr is not None
         try:
-            return self.process.wait(60)
+            return self.process.wait(PATIENCE_S)
         finally:
             self.process.kill()
             self.process.stderr.close()
@@ -426,11 +424,11 @@ def test_the_exporter_follows_a_living_ledger_until_it_is_removed() -> None:
         manager.admit("secret", np.arange(8, dtype=np.int32))
         assert manager._ranks is not None
         os.kill(manager._ranks.supervisor.pid(1), signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while manager.state.workers[1] < 2 or manager.state.transfers:
-            manager.poll()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(
+            "the killed worker is replaced, and nothing is in flight",
+            lambda: manager.state.workers[1] > 1 and not manager.state.transfers,
+            meanwhile=manager.poll,
+        )
         last = manager.next_sequence - 1
         text = exporter.until(lambda found: found["kvledger_exporter_sequence"][()] == last)
         found, stats = scraped(text), manager.stats()
@@ -545,10 +543,14 @@ def test_an_event_that_does_not_fit_stops_the_derivation_and_is_named() -> None:
         exporter = Exporter(manager.name)
         while exporter.step(0.01):
             pass
-        deadline = time.monotonic() + 60
-        while not any(s.name == "kvledger_contradiction_event" and s.value == last + 1 for s in exporter.picture()[1]):
-            exporter.step(0.01)
-            assert time.monotonic() < deadline
+        wait_until(
+            "the event that does not fit is named",
+            lambda: any(
+                sample.name == "kvledger_contradiction_event" and sample.value == last + 1
+                for sample in exporter.picture()[1]
+            ),
+            meanwhile=lambda: exporter.step(0.01),
+        )
         values = {sample.name: sample.value for sample in exporter.picture()[1]}
         assert values["kvledger_exporter_sequence"] == last and values["kvledger_requests_total"] == 1
         exporter.close()
@@ -564,8 +566,12 @@ def test_an_exporter_that_was_overrun_says_how_much_it_missed() -> None:
             serve(manager, number)
             if number % 500 == 490:  # what a snapshot covers may go
                 snapshots.write(manager.name, manager.next_sequence - 1, snapshot(manager.state))
-        while exporter.derivation.sequence < manager.next_sequence - 1:
-            exporter.step(0.01)
+        wait_until(
+            "the exporter has read to the end",
+            lambda: exporter.derivation.sequence == manager.next_sequence - 1,
+            meanwhile=lambda: exporter.step(0.01),
+            pause_s=0,
+        )
         totals = exporter.derivation.totals
         counted = sum(count for (name, _), count in totals.items() if name == "kvledger_events_total")
         assert totals["kvledger_skipped_events_total", ()] == manager.next_sequence - 1 - counted > 1000
@@ -576,7 +582,7 @@ def test_an_exporter_that_was_overrun_says_how_much_it_missed() -> None:
 
 def kvledger(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "kvledger.cli", *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "kvledger.cli", *arguments], capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 

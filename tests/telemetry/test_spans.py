@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from kvledger.run.run import Run, RunOptions
 from kvledger.telemetry.spans import RequestSpans
 from statemachine.records.replay import event_of
 from tests.telemetry.test_metrics import traffic
+from tests.waiting import PATIENCE_S, wait_until
 
 PROMPT = np.arange(40, dtype=np.int32)
 
@@ -187,11 +187,12 @@ def test_the_command_sends_spans_to_a_collector() -> None:
         manager.admit("after", PROMPT)
         manager.cache("after")
         manager.release("after")
-        deadline = time.monotonic() + 60
-        while "kvledger.request" not in collector.names:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-    assert process.wait(60) == 0
+        wait_until(
+            "the span of a request arrives, or the command ends",
+            lambda: "kvledger.request" in collector.names or process.poll() is not None,
+        )
+        assert process.poll() is None
+    assert process.wait(PATIENCE_S) == 0
     process.stderr.close()
     collector.shutdown()
     collector.server_close()
@@ -200,5 +201,5 @@ def test_the_command_sends_spans_to_a_collector() -> None:
 
 def test_the_command_refuses_what_is_no_ledger() -> None:
     command = [sys.executable, "-m", "kvledger.cli", "spans", "no-such-ledger"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 2 and "no ledger" in done.stderr and "Traceback" not in done.stderr

@@ -18,6 +18,7 @@ from kvledger import CacheConfig, CacheManager
 from kvledger.debugger import open_source
 from kvledger.view.export import export
 from tests.view.viewing import HOSTILE, hostile_log, record, serving, showing
+from tests.waiting import PATIENCE_S
 
 _CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 _DRIVER = shutil.which("chromedriver")
@@ -321,7 +322,7 @@ def test_an_exported_file_needs_nobody(browser: Browser, path: Path, tmp_path: P
 def test_an_event_that_contradicts_the_state_stands_out(browser: Browser, serve: Any, tmp_path: Path) -> None:
     # in a process of its own: it takes the guards off
     command = [sys.executable, "-m", "examples.garbled", "twice", str(tmp_path / "twice.kvlog")]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+    made = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True, cwd=ROOT)
     guilty = int(made.stdout.split()[-1])
     browser.open(serve(tmp_path / "twice.kvlog"))
     browser.at(guilty - 1)

@@ -28,6 +28,7 @@ from kvledger.view.picture import Picture
 from statemachine.records import codec
 from statemachine.records.snapshot import restore, snapshot
 from tests.view.viewing import HOSTILE, Client, Page, hostile_log, played, record, serving, showing
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -230,7 +231,7 @@ def test_nothing_in_a_log_becomes_markup(tmp_path: Path) -> None:
 
 def kvledger(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kvledger.cli", "view", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(path: Path, tmp_path: Path, client: Client) -> None:
@@ -264,12 +265,12 @@ def test_the_command_serves_until_it_is_interrupted(path: Path, tmp_path: Path) 
             assert process.stdout is not None and process.stderr is not None
             found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/([\w-]{32})/#at=300\n", process.stdout.readline())
             assert found, process.stderr.read()
-            connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=PATIENCE_S)
             connection.request("GET", f"/{found[2]}/summary")
             assert json.loads(connection.getresponse().read())["name"] == str(path)
             process.stdout.readline()
             process.send_signal(number)
-            assert process.wait(30) == 0 and process.stderr.read() == ""
+            assert process.wait(PATIENCE_S) == 0 and process.stderr.read() == ""
             connection.close()
     done = kvledger(str(path), "--export", str(tmp_path / "some.html"), "--to", "400")
     assert done.returncode == 0 and "events 1 to 400" in done.stdout

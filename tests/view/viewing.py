@@ -22,6 +22,7 @@ from kvledger.run.run import Run, RunOptions
 from kvledger.view.log import Log
 from kvledger.view.server import ViewServer
 from statemachine.records import codec
+from tests.waiting import PATIENCE_S
 
 NAMES = ("runs", "requests", "transfers")
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"><!--[bold]"
@@ -99,7 +100,7 @@ class Client:
         self.secret = server.secret
 
     def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
         answer = connection.getresponse()
         result = answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()

@@ -12,20 +12,30 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from ipc import LogWriter
-from statemachine.events import Direction, IntArray
+from ipc import LogReader, LogWriter
+from statemachine.events import Direction, IntArray, WorkerLost
+from statemachine.records.codec import KIND_OF
 from tests.campaigns.dying import Moment, die_in_append
+from tests.waiting import wait_until
 from workers import transfer
 from workers.pools import numpy as numpy_pools
 from workers.pools.numpy import NumpyPools
 from workers.processes.acknowledgements import Acknowledgement, EpochSeen
 
 FATAL_COPY = 3
+BEHIND = "after its acknowledgement, the other rank being behind"
+"""Rank 0 begins with the copy after which rank 1 dies only when the log says that rank 1 is lost."""
 
 
 def die() -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
+
+
+def wait_for_the_loss_of_the_other_rank(ledger: str) -> None:
+    reader = LogReader(ledger)
+    wait_until("rank 1 is lost", lambda: any(record.kind == KIND_OF[WorkerLost] for record in reader.poll()))
+    reader.close()
 
 
 def main(moment: str, arguments: list[str]) -> int:
@@ -42,6 +52,8 @@ def main(moment: str, arguments: list[str]) -> int:
             half = max(len(sources) // 2, 1)
             copy(pools, direction, sources[:half], targets[:half])
             die()
+        if copies == FATAL_COPY and moment == BEHIND and rank == 0:
+            wait_for_the_loss_of_the_other_rank(arguments[0])
         if moment == "every copy raises":
             raise OSError("the device has fallen off the bus")
         return copy(pools, direction, sources, targets)
@@ -57,7 +69,7 @@ def main(moment: str, arguments: list[str]) -> int:
 
             die_in_append(self.log, at, append, really=True)
         answer(self, what)
-        if copies == FATAL_COPY and moment == "after its acknowledgement":
+        if copies == FATAL_COPY and moment in ("after its acknowledgement", BEHIND) and rank == 1:
             die()
 
     if moment == "no memory":
@@ -65,7 +77,7 @@ def main(moment: str, arguments: list[str]) -> int:
         resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
     elif moment == "successors cannot start" and incarnation > 1 and rank == 1:
         return 3
-    elif rank == 1 and (incarnation == 1 or moment == "every copy raises"):
+    elif (rank == 1 or moment == BEHIND) and (incarnation == 1 or moment == "every copy raises"):
         numpy_pools.copy_blocks = copying
         transfer.TransferWorker._answer = answering  # type: ignore[method-assign]
     return transfer.main(arguments)

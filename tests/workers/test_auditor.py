@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import xxhash
 
 from ipc import LogReader, LogWriter, Overrun, memory, snapshots
 from ipc.names import remove_objects, segments_of
+from ipc.processes import start_time
 from kvledger import CacheConfig, CacheManager
 from statemachine.apply import apply, genesis
 from statemachine.commands import Admit, Release
@@ -23,6 +23,7 @@ from statemachine.decide import decide
 from statemachine.events import KIND_OF, LedgerOpened, ReleaseReason, RequestMatched
 from statemachine.records import codec
 from statemachine.records.snapshot import state_digest
+from tests.waiting import PATIENCE_S, wait_until
 from workers.followers import auditor
 from workers.followers.auditor import Auditor, AuditorRunning, AuditState, signals_name
 from workers.followers.follow import Follower
@@ -48,13 +49,14 @@ def serve(manager: CacheManager, first: int, count: int) -> None:
         manager.release(str(number))
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
+def serve_and_be_audited(manager: CacheManager, first: int, count: int) -> None:
+    """Serve, and give the auditor the time that it needs: it has the lowest priority, and the log must not run away."""
+    serve(manager, first, count)
+    auditor, last = manager._retention.pid, manager.next_sequence - 1
+    wait_until(
+        "the auditor has seen what was served, or is gone",
+        lambda: not auditor or start_time(auditor) == 0 or audited(manager.name) >= last,
+    )
 
 
 def drain(one: Auditor) -> None:
@@ -267,18 +269,18 @@ def test_a_killed_auditor_goes_on_from_its_snapshot(manager: CacheManager) -> No
     for _ in range(4):
         process = start(manager.name)
         goal = manager.next_sequence + 500
-        while audited(manager.name) < goal:
-            serve(manager, served, 10)
-            served += 10
+        serve(manager, served, 250)
+        served += 250
+        wait_until("the auditor has seen so much", lambda goal=goal: audited(manager.name) >= goal)
         process.kill()
         process.wait()
         assert process.stderr is not None
         process.stderr.close()
     assert snapshots.newest_sequence(manager.name) > 0
     last = start(manager.name)
-    assert until(lambda: audited(manager.name) == manager.next_sequence - 1)
+    wait_until("the last auditor has seen everything", lambda: audited(manager.name) == manager.next_sequence - 1)
     manager.close()
-    assert last.wait(30) == 0
+    assert last.wait(PATIENCE_S) == 0
     assert last.stderr is not None
     last.stderr.close()
 
@@ -289,22 +291,23 @@ def test_the_log_stays_at_its_limit_without_an_operators_doing() -> None:
         serve(manager, 0, 20)
         assert manager._retention.pid == 0, "a short-lived manager starts no process"
         served = 20
-        while manager.state.counters.requests < 20_000 and not (
-            segments_of(manager.name)[0][1] > 30 and manager.stats()["log_bytes"] <= limit + 2 * SMALL
-        ):
-            serve(manager, served, 50)
+
+        def serve_more() -> None:
+            nonlocal served
+            serve_and_be_audited(manager, served, 50)
             served += 50
-            time.sleep(0.005)  # a scheduler has other things to do; without it the auditor could not keep up here
+
+        wait_until(
+            "thirty segments have gone, and the log keeps to its limit",
+            lambda: segments_of(manager.name)[0][1] > 30 and manager.stats()["log_bytes"] <= limit + 2 * SMALL,
+            meanwhile=serve_more,
+            pause_s=0,
+        )
         stats = manager.stats()
         assert segments_of(manager.name)[0][1] > 30 and stats["snapshot_events"] > 0, stats
         pid = manager._retention.pid
         os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while manager._retention.pid == pid and time.monotonic() < deadline:
-            serve(manager, served, 50)
-            served += 50
-            time.sleep(0.005)
-        assert manager._retention.pid != pid
+        wait_until("the auditor is replaced", lambda: manager._retention.pid != pid, meanwhile=serve_more, pause_s=0.05)
         follower = Follower(manager.name)  # whatever was dropped: snapshot and log together still have everything
         follow_to_the_end(follower)
         assert follower.state is not None and state_digest(follower.state) == manager.digest()
@@ -320,6 +323,7 @@ def test_nothing_goes_that_no_snapshot_covers() -> None:
         while not manager._retention.pid:
             serve(manager, served, 10)
             served += 10
+        wait_until("the auditor has begun", lambda: audited(manager.name))
         os.kill(manager._retention.pid, signal.SIGSTOP)
         while manager.stats()["log_bytes"] < 3 * limit:
             serve(manager, served, 10)
@@ -332,12 +336,18 @@ def test_nothing_goes_that_no_snapshot_covers() -> None:
         assert follower.state is not None and state_digest(follower.state) == manager.digest()
         follower.close()
         os.kill(manager._retention.pid, signal.SIGCONT)
-        deadline = time.monotonic() + 60
-        while manager.stats()["log_bytes"] > limit + 2 * SMALL and time.monotonic() < deadline:
-            serve(manager, served, 10)
+
+        def serve_more() -> None:
+            nonlocal served
+            serve_and_be_audited(manager, served, 10)
             served += 10
-            time.sleep(0.02)
-        assert manager.stats()["log_bytes"] <= limit + 2 * SMALL
+
+        wait_until(
+            "the log shrinks to its limit",
+            lambda: manager.stats()["log_bytes"] <= limit + 2 * SMALL,
+            meanwhile=serve_more,
+            pause_s=0,
+        )
 
 
 def test_a_follower_that_was_overrun_goes_on_when_it_asks_to(manager: CacheManager) -> None:
@@ -361,7 +371,7 @@ def test_a_follower_that_was_overrun_goes_on_when_it_asks_to(manager: CacheManag
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "kvledger.cli", "audit", *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "kvledger.cli", "audit", *arguments], capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 
@@ -391,9 +401,9 @@ def test_the_command_ends_with_its_ledger_or_at_ctrl_c(manager: CacheManager) ->
         process = subprocess.Popen(
             [sys.executable, "-m", "kvledger.cli", "audit", manager.name], stdout=subprocess.PIPE
         )
-        assert until(lambda process=process: follows(manager, process.pid))
+        wait_until("the command follows", lambda process=process: follows(manager, process.pid))
         end(process)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0 and b"all invariants hold" in output
 
 
@@ -425,7 +435,7 @@ def test_64_readers_all_read_the_same(manager: CacheManager) -> None:
             expected.update(repr(record).encode())
     reader.close()
     for process in processes:
-        output, _ = process.communicate(f"{manager.next_sequence - 1}\n", timeout=120)
+        output, _ = process.communicate(f"{manager.next_sequence - 1}\n", timeout=PATIENCE_S)
         assert output.split() == [expected.hexdigest()] * 16
 
 
@@ -449,11 +459,15 @@ def test_a_ledger_that_fails_its_audit_keeps_its_log_and_says_so(caplog: pytest.
         manager.take_digest()
         at = manager.next_sequence - 1
         served = 10
-        deadline = time.monotonic() + 60
-        while "fails its audit" not in caplog.text and time.monotonic() < deadline:
-            serve(manager, served, 20)
-            served += 20
-            time.sleep(0.005)
+
+        def serve_more() -> None:
+            nonlocal served
+            serve(manager, served, 5)
+            served += 5
+
+        wait_until(
+            "the operator hears of it", lambda: "fails its audit" in caplog.text, meanwhile=serve_more, pause_s=0.02
+        )
         assert f"fails its audit: event {at}" in caplog.text
         pid = manager._retention.pid
         serve(manager, served, 500)
@@ -488,7 +502,7 @@ def test_the_ledger_of_a_killed_engine_is_audited_to_its_end(monkeypatch: pytest
         engine.wait()
         assert not one.follower.ended(), "it may be started again"
         monkeypatch.setattr("workers.followers.follow.ORPHAN_GRACE_S", 0.05)
-        assert until(one.follower.ended)
+        wait_until("it is taken for ended", one.follower.ended)
         assert one.follower.state is not None and state_digest(one.follower.state).hex() == digest
         one.close()
     finally:

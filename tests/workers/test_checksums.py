@@ -21,6 +21,7 @@ from kvledger.debugger.source.source import open_source
 from statemachine.check import check
 from statemachine.events import Direction, TransferStarted
 from tests.adapters.fastdeploy_engine import manager as drop_in
+from tests.waiting import wait_until
 from workers import PoolLayout
 from workers.pools.backends import Ended, create_pools, open_copies
 from workers.pools.memory import PoolMemory
@@ -94,11 +95,9 @@ def swapped_out(manager: CacheManager) -> int:
         pools.tensor(0, "kv")[:] = 7
     manager.cache("a")
     manager.release("a")
-    while manager.state.transfers:
-        manager.poll()
+    wait_until("nothing is in flight", lambda: not manager.state.transfers, meanwhile=manager.poll)
     manager.make_room(4)
-    while manager.state.transfers:
-        manager.poll()
+    wait_until("nothing is in flight", lambda: not manager.state.transfers, meanwhile=manager.poll)
     assert manager.peek(TOKENS) == (0, 4)
     (run,) = manager.state.nodes.values()
     assert run.host is not None

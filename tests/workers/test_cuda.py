@@ -24,6 +24,7 @@ from kvledger import CacheConfig, CacheManager, HostPolicy
 from kvledger.run.pattern import PatternEngine, chain
 from statemachine.content import words_of
 from tests.manager.test_manager import replays, serve
+from tests.waiting import PATIENCE_S
 from workers import KVTensor, WorkerFailed
 from workers.pools.backends import create_pools, ids_of, open_copies, open_pools, reopen_pools
 from workers.pools.cuda_copies import Side, plan
@@ -245,7 +246,7 @@ def test_a_swap_in_overtakes_a_swap_out_that_has_nothing_to_do_with_it(standin: 
         assert manager.state.transfers
         admission = manager.admit("again", prompt(0, 7))
         assert admission.host_blocks and not admission.ready
-        progress = manager.wait("again", timeout=20)
+        progress = manager.wait("again", timeout=PATIENCE_S)
         assert [entry.shortened for entry in progress] == [False] and manager.state.transfers
         standin.hold(0, False)
         manager.release("again")

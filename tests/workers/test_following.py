@@ -20,6 +20,7 @@ from kvledger.cli import app
 from kvledger.cli.stopping import until_asked
 from kvledger.run import sample
 from kvledger.run.run import Run, RunOptions
+from tests.waiting import PATIENCE_S
 
 STOPS = [signal.SIGINT, signal.SIGTERM]
 
@@ -50,7 +51,7 @@ def refused(*arguments: object, **environment: str) -> str:
         [sys.executable, "-m", "kvledger.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         env={**os.environ, **environment},
     )
     assert done.returncode == 2 and not done.stdout, done
@@ -77,7 +78,7 @@ def test_to_be_asked_to_end_is_no_failure(
         output = process.stderr if begins[0] in "sf" else process.stdout
         assert output.readline().startswith(begins)
         process.send_signal(stop)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0 and "Traceback" not in errors, errors
 
 

@@ -18,6 +18,7 @@ from kvledger import CacheManager
 from kvledger.recordings.recording import Recording
 from statemachine.records.replay import Replay
 from statemachine.records.snapshot import restore, state_digest
+from tests.waiting import PATIENCE_S
 from tests.workers.test_auditor import SMALL, config, drain, serve
 from workers.followers.auditor import Auditor
 from workers.followers.recorder import Recorder
@@ -168,7 +169,7 @@ def test_however_it_ends_the_file_ends_with_a_whole_transaction(
         manager.close()
     else:
         process.send_signal(end)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == (-signal.SIGKILL if end == signal.SIGKILL else 0), errors
     _, _, after = read(path, cut_off=end == signal.SIGKILL)
     assert after > 100
@@ -198,7 +199,7 @@ def test_bad_input_is_one_line(manager: CacheManager, tmp_path: Path) -> None:
         (manager.name, tmp_path / "no" / "x.kvlog", "No such file"),
     ):
         process = start(ledger, path)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 2 and text in errors and "Traceback" not in errors and errors.count("\n") == 1
 
 
@@ -215,7 +216,7 @@ def test_a_disk_without_room_leaves_a_file_that_can_be_read(manager: CacheManage
     serve(manager, 0, 900)
     path = tmp_path / "x.kvlog"
     done = subprocess.run(
-        [sys.executable, "-c", _SMALL_DISK, manager.name, str(path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", _SMALL_DISK, manager.name, str(path)], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
     reader = KvlogReader(path)

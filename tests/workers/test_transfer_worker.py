@@ -15,6 +15,7 @@ from ipc import LogReader, LogWriter
 from ipc.names import remove_objects
 from statemachine.events import Direction, EpochStarted, Event, Outcome, TransferFinished, TransferStarted, WorkerJoined
 from statemachine.records import codec
+from tests.waiting import PATIENCE_S
 from workers.pools.backends import Ended, create_pools
 from workers.pools.layout import PoolLayout
 from workers.pools.numpy import NumpyPools
@@ -121,5 +122,5 @@ def test_a_worker_that_no_engine_knows_leaves(engine: Engine) -> None:
 def test_a_worker_that_was_tidied_away_before_it_began_leaves_quietly() -> None:
     """Its engine had died, and the next one has removed the signals that were meant for it."""
     command = [sys.executable, "-m", "workers.transfer", f"step-{os.getpid()}", "0", "1", "1", "1", ""]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
