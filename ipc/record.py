@@ -22,6 +22,8 @@ LINE = struct.Struct("<QQHBBIQI24s")
 _COMMITTED_LINE = struct.Struct("<QQHBBIQI24sI")
 TXN_BEGIN: Final = 1
 TXN_END: Final = 2
+CALL_BEGIN: Final = 4
+"""On the first record of every further call where one transaction holds the records of several calls."""
 
 
 class Record(NamedTuple):

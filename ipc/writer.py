@@ -15,6 +15,7 @@ import logging
 import mmap
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 import posix_ipc
@@ -27,7 +28,7 @@ from ipc.errors import LedgerError, SharedMemoryFull, TransactionTooLarge
 from ipc.fence import make_fence
 from ipc.names import bell_name, control_name, remove_objects, segment_name, segments_of
 from ipc.names import unlink as remove
-from ipc.record import CRC_OFFSET, LINE, LINE_BYTES, TXN_BEGIN, TXN_END
+from ipc.record import CALL_BEGIN, CRC_OFFSET, LINE, LINE_BYTES, TXN_BEGIN, TXN_END
 from ipc.segment import HEADER_BYTES, NEXT, TAIL, Header
 
 _LEAST_SEGMENT = 64 << 10
@@ -37,6 +38,7 @@ _UNCOMMITTED: Final = bytes(LINE_BYTES - CRC_OFFSET)
 """In the place of a commit word, until the record is published."""
 _log = logging.getLogger(__name__)
 
+_ONE_CALL: Final[frozenset[int]] = frozenset()
 Encoded = tuple[int, int, bytes, bytes, bytes]
 """``(kind, subject, args, head, tail)``: the payload is head + tail, in two parts so that a large one is not copied."""
 
@@ -170,11 +172,30 @@ class LogWriter:
             kept=kept,
         )
 
-    def stage(self, records: Sequence[Encoded], step: int = 0, *, giving_back: bool = False) -> None:
+    def reserve(self, size: int, *, giving_back: bool = False) -> None:
+        """Make sure that the next transaction fits if its records, with their lines and padding, have ``size`` bytes.
+
+        Raises:
+            TransactionTooLarge, SharedMemoryFull: there is no room.
+        """
+        if self._offset + size > self._limit or size > self.max_transaction_bytes:
+            self._make_room(size, giving_back)
+
+    def stage(
+        self,
+        records: Sequence[Encoded],
+        step: int = 0,
+        *,
+        giving_back: bool = False,
+        calls: AbstractSet[int] = _ONE_CALL,
+    ) -> None:
         """Write one transaction's ``(kind, subject, args, head, tail)`` records where nobody reads yet.
 
         While there is no room for the next segment, the end of this one is kept for transactions that give something
         back.
+
+        Args:
+            calls: indexes of the records with which the second and every further call begins.
 
         Raises:
             TransactionTooLarge, SharedMemoryFull: there is no room; nothing was written.
@@ -208,7 +229,7 @@ class LogWriter:
             offset = offset + 63 & ~63
             commits.append((word, crc))
             sequence += 1
-            flags = 0
+            flags = CALL_BEGIN if calls and len(commits) in calls else 0
             mask |= 1 << kind
         self._staged = commits, offset, crc, sequence, mask
 

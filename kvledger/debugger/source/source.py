@@ -29,7 +29,7 @@ from ipc import (
     snapshots,
 )
 from ipc.names import SHM, segments_of
-from ipc.record import TXN_BEGIN, TXN_END
+from ipc.record import CALL_BEGIN, TXN_BEGIN, TXN_END
 from ipc.segment import MappedSegment, locate
 from kvledger.recordings.postings import Kind
 from kvledger.recordings.recording import Recording
@@ -190,13 +190,19 @@ class Source(abc.ABC):
                 yield _entry(record)
 
     def transactions(self, start: int | None = None, stop: int | None = None) -> Iterator[list[Entry]]:
-        """The transactions, each the events of one command, that begin at or after ``start`` and end by ``stop``."""
+        """The events call by call, of the calls that begin at or after ``start`` and end by ``stop``.
+
+        A transaction holds one call, or the calls of one scheduler step.
+        """
         begun: list[Entry] = []
         for records in self.records(start):
             for record in records:
+                if begun and record.flags & CALL_BEGIN:
+                    yield begun
+                    begun = []
                 if stop is not None and record.sequence > stop:
                     return
-                if begun or record.flags & TXN_BEGIN:
+                if begun or record.flags & (TXN_BEGIN | CALL_BEGIN):
                     begun.append(_entry(record))
                 if begun and record.flags & TXN_END:
                     yield begun
