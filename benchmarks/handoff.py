@@ -134,8 +134,7 @@ def idle(seconds: float = 10.0) -> float:
     """Share of one core that an idle transfer worker takes."""
     config = CacheConfig(device_blocks=64, host_blocks=64, host_policy=HostPolicy.EXCLUSIVE, ranks=2)
     with CacheManager.create(f"idle-{os.getpid()}", config) as manager:
-        assert manager._ranks is not None
-        pids = [manager._ranks.supervisor.pid(rank) for rank in range(2)]
+        pids = [manager.worker_pid(rank) or 0 for rank in range(2)]
         time.sleep(0.5)
         before = sum(map(_cpu_seconds, pids))
         time.sleep(seconds)

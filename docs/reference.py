@@ -29,7 +29,8 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "Split prefill and decode": {
         "kvledger.handoff.sender": ("Sender",),
         "kvledger.handoff.receiver": ("Receiver",),
-        "kvledger.manager.handoffs": ("Handed", "Received", "HandoffError"),
+        "kvledger.handoff.peer": ("Handed", "Received"),
+        "kvledger.errors": ("HandoffError",),
         "workers.handoff.pushes": ("Address",),
         "workers.handoff.progress": ("LayerProgress",),
     },

@@ -76,6 +76,8 @@ class LogWriter:
         self.on_rotation: Callable[[], None] | None = None
         """Called in the writer's own thread after each rotation. If there is one, a segment must also be older than the
         newest snapshot (:mod:`ipc.snapshots`) before it goes; seeing to snapshots is the callee's job."""
+        self.on_published: Callable[[], None] | None = None
+        """Called in the thread that appends, after each transaction that everybody can see."""
         self.refused_segments = 0
         """How often in a row the next segment could not be had; 0: it is ready, or being prepared."""
         self._release, self._acquire = make_fence()
@@ -245,6 +247,8 @@ class LogWriter:
         self._offset, self._crc, self.next_sequence = offset, crc, sequence
         if self._listeners:
             self._ring(mask)
+        if self.on_published is not None:
+            self.on_published()
 
     def append(self, records: Sequence[tuple[int, int, bytes, bytes]], step: int = 0) -> None:
         """Publish ``(kind, subject, args, payload)`` records as one transaction. Raises: see :meth:`stage`."""

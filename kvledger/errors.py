@@ -19,3 +19,7 @@ class Paused(CommandRejected):
 
 class CallTooLarge(InvalidCommand):
     """What one call would log is more than a quarter of a log segment: split the call, or make segment_bytes larger."""
+
+
+class HandoffError(RuntimeError):
+    """A request cannot be handed from one instance to the other: the message says why, and nothing has happened."""

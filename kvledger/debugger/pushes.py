@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ipc import LedgerError, LogReader
 from kvledger.debugger.source.source import SourceError
-from kvledger.manager.handoffs import read_from_the_oldest
+from kvledger.handoff.peer import read_from_the_oldest
 from statemachine.events import Outcome
 from statemachine.records.codec import CodecError
 from workers.handoff.pushes import SCHEMA_HASH, PushFinished, PushStarted, fact_of, log_name

@@ -71,7 +71,7 @@ def _swap(manager: CacheManager) -> str:
     admission = manager.admit("third", _PROMPT)
     if admission.host_blocks != 2:
         return f"{admission.host_blocks} of 2 blocks were found on the host"
-    if any(progress.shortened for progress in manager.wait("third", 2 * _TIMEOUT_S)):
+    if manager.wait("third", 2 * _TIMEOUT_S).shortened:
         return "the worker could not copy them"
     if not np.array_equal(pools.device[0, admission.block_table[:2]], kept):
         return "they came back with other bytes"

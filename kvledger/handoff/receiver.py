@@ -13,7 +13,9 @@ import time
 from typing import TYPE_CHECKING
 
 from kvledger.config import ConfigError
-from kvledger.manager.handoffs import HandoffError, PeerLog, Received, end_receiving
+from kvledger.errors import HandoffError
+from kvledger.handoff.peer import PeerLog, Received
+from kvledger.manager.handoffs import end_receiving
 from kvledger.manager.ranks import table_of
 from statemachine.decide import request_named
 from statemachine.errors import InvalidCommand

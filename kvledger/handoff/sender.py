@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ipc import LedgerError, LogWriter, TransactionTooLarge
 from kvledger.config import ConfigError
-from kvledger.manager.handoffs import Handed, HandoffError, end_messagers
+from kvledger.errors import HandoffError
+from kvledger.handoff.peer import Handed
+from kvledger.manager.handoffs import end_messagers
 from kvledger.manager.ranks import back_off
 from statemachine.decide import request_named
 from statemachine.errors import InvalidCommand, RequestNotReady

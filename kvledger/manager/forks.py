@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from kvledger.manager.manager import CacheManager
 
-_living: dict[int, CacheManager] = {}
+class Owned(Protocol):
+    """Something of a process that is not its forks'."""
+
+    def disown(self) -> None:
+        """Become closed to calls in a fork; what belongs to the parent stays as it is."""
+
+
+_living: dict[int, Owned] = {}
 """Of this process, by ``id``: a compiled manager can be referred to weakly by nobody."""
 
 
-def watch(manager: CacheManager) -> None:
-    """A child has to disown this manager."""
+def watch(manager: Owned) -> None:
+    """Let every child disown this."""
     _living[id(manager)] = manager
 
 
-def forget(manager: CacheManager) -> None:
-    """It was closed."""
+def forget(manager: Owned) -> None:
+    """Leave out what was closed."""
     _living.pop(id(manager), None)
 
 

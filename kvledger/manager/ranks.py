@@ -185,9 +185,9 @@ class Ranks:
                 progress.append(Progress(request.key, table_of(request), request.leaf.end, shortened))
         return progress
 
-    def told(self, request: Request) -> None:
-        """Whoever waited for this request knows: :meth:`poll` need not report it."""
-        self._news.pop(request.id, None)
+    def told(self, request: Request) -> bool:
+        """Take the news of one request, which :meth:`poll` need not report then. Returns whether it was shortened."""
+        return self._news.pop(request.id, False)
 
     def fold(self) -> None:
         """As :meth:`poll`, which has to report it then."""

@@ -1,16 +1,9 @@
-"""Waiting for transfers: in a loop, or in an event loop beside other tasks."""
+"""Asking again and again whether something is done: in a loop, or in an event loop beside other tasks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from kvledger.manager.ranks import Progress, table_of
-from statemachine.decide import request_named
-
-if TYPE_CHECKING:
-    from kvledger.manager.manager import CacheManager
 
 _LONGEST_PAUSE_S = 1e-3
 
@@ -27,48 +20,13 @@ def loop(done: Callable[[], object], timeout: float) -> bool:
     return True
 
 
-def until(manager: CacheManager, done: Callable[[], bool], timeout: float) -> bool:
-    """Fold until ``done()``, or so many seconds have passed. Returns whether it is done."""
-
-    def folded() -> bool:
-        manager.fold()
-        return done()
-
-    return loop(folded, timeout)
-
-
-def wait(manager: CacheManager, key: str, timeout: float | None) -> list[Progress]:
-    """See :meth:`CacheManager.wait`."""
-
-    def ready() -> bool:
-        if not manager.ready(key):
-            manager.fold()
-        return manager.ready(key)
-
-    if not loop(ready, _limit(manager, timeout)):
-        raise _late(manager, key)
-    return manager.poll()
-
-
-async def wait_async(manager: CacheManager, key: str, timeout: float | None) -> Progress:
-    """See :meth:`CacheManager.wait_async`."""
+async def loop_async(done: Callable[[], object], timeout: float) -> bool:
+    """As :func:`loop`, and other tasks of the event loop run meanwhile."""
     import asyncio  # a third of the package's import time; who has an event loop has it already
 
-    deadline = time.monotonic() + _limit(manager, timeout)
-    request = request_named(manager.state, key)
-    promised = request.leaf.end
-    while not manager.ready(key):
-        manager.fold()
+    deadline = time.monotonic() + timeout
+    while not done():
         if time.monotonic() > deadline:
-            raise _late(manager, key)
+            return False
         await asyncio.sleep(_LONGEST_PAUSE_S / 2)
-    manager._told(request)
-    return Progress(key, table_of(request), request.leaf.end, request.leaf.end < promised)
-
-
-def _limit(manager: CacheManager, timeout: float | None) -> float:
-    return 2 * manager.config.transfer_timeout_s if timeout is None else timeout
-
-
-def _late(manager: CacheManager, key: str) -> TimeoutError:
-    return TimeoutError(f"request {key!r} still waits for {[*request_named(manager.state, key).waits]}")
+    return True

@@ -73,16 +73,13 @@ class Life(Run):
         if self._chaos is not None:
             self._plan.append(drawn(self._chaos, manager.next_sequence, config.ranks))
             self._plan.sort()
-        writer = manager._writer
-        publish = writer.publish
 
-        def publishing() -> None:
-            publish()
-            self._table[-1, PUBLISHED] = writer.next_sequence - 1
-            if self._plan and self._plan[0].event < writer.next_sequence:
+        def published() -> None:
+            self._table[-1, PUBLISHED] = manager.next_sequence - 1
+            if self._plan and self._plan[0].event < manager.next_sequence:
                 self._crash(manager)
 
-        writer.publish = publishing  # type: ignore[method-assign]
+        manager.on_published(published)
         return manager
 
     def _crash(self, manager: CacheManager) -> None:

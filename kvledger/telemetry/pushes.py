@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ipc import Control, LedgerError, LogReader, Overrun
-from kvledger.manager.handoffs import read_from_the_oldest
+from kvledger.handoff.peer import read_from_the_oldest
 from kvledger.telemetry.derivation import Histogram, Sample
 from kvledger.telemetry.table import BY_NAME, PUSH_OUTCOMES, value_of
 from statemachine.events import Outcome

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvledger.config import CacheConfig
+from kvledger.errors import HandoffError
 from kvledger.handoff import sender as sending
 from kvledger.handoff.receiver import Receiver
 from kvledger.handoff.sender import Sender
-from kvledger.manager.handoffs import HandoffError
 from kvledger.manager.manager import CacheManager
 from kvledger.run.pattern import PatternEngine, Seeds, chain
 from kvledger.testing.runs import HANGS_S, SEGMENT_BYTES, Fault, Outcome, Simulation

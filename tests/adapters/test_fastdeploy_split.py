@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvledger.adapters.fastdeploy import PrefixCacheManager
-from kvledger.manager.handoffs import HandoffError
+from kvledger.errors import HandoffError
 from kvledger.run.pattern import PatternEngine, chain
 from statemachine.check import check
 from statemachine.content import words_of

@@ -22,9 +22,10 @@ from ipc.processes import alive, start_time
 from ipc.signals import Signals
 from kvledger import CacheConfig, CacheManager, ConfigError, InvalidCommand, OutOfBlocks, RequestNotReady
 from kvledger.doctor.ledgers import ledgers
+from kvledger.errors import HandoffError
+from kvledger.handoff.peer import Received
 from kvledger.handoff.receiver import Receiver
 from kvledger.handoff.sender import Sender
-from kvledger.manager.handoffs import HandoffError, Received
 from kvledger.run.pattern import PatternEngine, WrongBytes, chain
 from statemachine.check import check
 from statemachine.content import words_of

@@ -47,7 +47,7 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "a back-up that cannot be logged fails the call that was",
-        "kvledger/manager/manager.py",
+        "kvledger/manager/execution.py",
         "        except SharedMemoryFull:\n            pass  # the log's writer",
         "        except SharedMemoryFull:\n            raise  # the log's writer",
         f"{API}::test_a_backup_that_cannot_be_logged_fails_no_call_that_was",
@@ -258,7 +258,7 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "a fork ends the messagers of its parent",
-        "kvledger/manager/manager.py",
+        "kvledger/manager/execution.py",
         "            handoff.disown()\n",
         "            pass\n",
         f"{INTERRUPTED}::test_a_fork_ends_no_sender_and_no_drop_in",
@@ -309,12 +309,12 @@ MUTANTS: list[Mutant] = [
         "a queued release that finds no room is forgotten",
         (
             Edit(
-                "kvledger/manager/manager.py",
+                "kvledger/manager/execution.py",
                 "                command = self._releases[0]\n",
                 "                command = self._releases.popleft()\n",
             ),
             Edit(
-                "kvledger/manager/manager.py",
+                "kvledger/manager/execution.py",
                 "                self._releases.popleft()\n        finally",
                 "        finally",
             ),
@@ -330,7 +330,7 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "any thread may change the cache",
-        "kvledger/manager/manager.py",
+        "kvledger/manager/execution.py",
         "        if get_ident() != self._owner:\n            raise WrongThread(",
         "        if False:\n            raise WrongThread(",
         "tests/manager/test_engine_api.py::test_only_the_owner_changes_anything_but_a_release_comes_from_anywhere",

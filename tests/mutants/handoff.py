@@ -81,8 +81,8 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "a successor does not ask who still writes",
-        "kvledger/manager/manager.py",
-        "            end_receiving(name)  # nothing becomes free while somebody else may still write it\n",
+        "kvledger/manager/lifecycle.py",
+        "        end_receiving(name)  # nothing becomes free while somebody else may still write it\n",
         "",
         f"{TESTS}::test_a_successor_waits_for_who_still_writes_into_its_pool",
     ),
@@ -109,7 +109,7 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "a release does not end its pushes",
-        "kvledger/manager/manager.py",
+        "kvledger/manager/execution.py",
         "            handoff.released(key)\n",
         "            pass\n",
         f"{TESTS}::test_releasing_a_request_ends_its_push",

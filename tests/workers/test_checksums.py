@@ -111,7 +111,7 @@ def test_a_damaged_block_is_never_attended(ledger: str, policy: HostPolicy, capl
         host = swapped_out(manager)
         manager.pools[1].host[host, 0, 0] ^= 0x40  # one bit, on one rank
         assert not manager.match("b", TOKENS, max_blocks=4).ready
-        (progress,) = manager.wait("b")
+        progress = manager.wait("b")
         assert progress.shortened and progress.cached_blocks == 2
         assert manager.peek(TOKENS) == (2, 0)  # the rest has left the host tier, too
         assert not check(manager.state)

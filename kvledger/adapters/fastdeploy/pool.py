@@ -298,8 +298,8 @@ class DevicePool:
 
     @own
     def poll(self) -> None:
-        """Fold the workers' answers in."""
-        self._manager.poll()
+        """Fold the workers' answers in; what there is to report of requests stays for whoever polls the manager."""
+        self._manager.fold()
         if self.launched is not None:
             self.launched.shm_cache_task_flag_broadcast.value[0] = bool(self._manager.state.transfers)
         self._notice_ends()

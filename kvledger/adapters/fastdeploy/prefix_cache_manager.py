@@ -301,7 +301,7 @@ class PrefixCacheManager(SplitInstance):
     @own
     def reset(self) -> None:
         """Forget everything: every block is free afterwards, and what was live holds nothing any more."""
-        waiting.until(self._manager, lambda: not self._manager.state.transfers, self._manager.config.transfer_timeout_s)
+        waiting.loop(self._no_transfers, self._manager.config.transfer_timeout_s)
         for req_id in list(self._live):
             self._release(req_id)
         self._raw.release_all()
@@ -310,6 +310,10 @@ class PrefixCacheManager(SplitInstance):
         self._notice_ends()
         self.metrics.reset_metrics()
         self._set_all_gauges()
+
+    def _no_transfers(self) -> bool:
+        self._manager.fold()
+        return not self._manager.state.transfers
 
     def clear_prefix_cache(self) -> None:
         """Follow ``prefix_tree_status``: CLEARING → reset → CLEARED, UPDATING → NORMAL. Started as a thread."""

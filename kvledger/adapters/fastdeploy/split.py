@@ -14,9 +14,10 @@ from ipc import LedgerError
 from kvledger.adapters.fastdeploy.launch import Launched, MessagerHandle
 from kvledger.adapters.fastdeploy.pool import DevicePool, own
 from kvledger.config import ConfigError
+from kvledger.errors import HandoffError
+from kvledger.handoff.peer import Handed, Received
 from kvledger.handoff.receiver import Receiver
 from kvledger.handoff.sender import Sender
-from kvledger.manager.handoffs import Handed, HandoffError, Received
 from workers.handoff.pushes import Address
 from workers.processes.supervisor import WorkerFailed
 

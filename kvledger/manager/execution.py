@@ -1,0 +1,329 @@
+"""From a call to the log: who may call, how a command becomes events, what other threads have released, the end.
+
+Thread rule: one thread (the scheduler's) makes all calls that change something; it is the thread that created the
+manager, or the last one that called :meth:`Ledger.adopt_thread`. From any other they raise :class:`WrongThread`,
+except :meth:`CacheManager.release`, which is applied at the owner's next call. Questions (``stats``, ``ready``,
+``can_allocate``, …) may be asked from anywhere; their answer may be old when it arrives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from threading import get_ident
+from types import TracebackType
+from typing import Self, SupportsIndex
+
+from ipc import SharedMemoryFull
+from kvledger.errors import CallTooLarge, ManagerClosed, WrongThread
+from kvledger.manager import forks
+from kvledger.manager.arguments import whole
+from kvledger.manager.handoffs import Handoff
+from kvledger.manager.lifecycle import Beginning
+from kvledger.manager.notices import notice
+from kvledger.manager.ranks import BlockTable, Progress, Ranks, table_of
+from kvledger.manager.retention import Retention
+from kvledger.manager.transactions import Transactions
+from statemachine import commands
+from statemachine.decide import decide, request_named
+from statemachine.errors import InvalidCommand, OutOfBlocks, RequestNotReady
+from statemachine.events import Event, HostPolicy, Outcome, Tier
+from statemachine.records.snapshot import state_digest
+from statemachine.state.nodes import Request
+from statemachine.state.state import State
+from workers.pools.backends import Pools, ids_of
+
+_log = logging.getLogger(__name__)
+_EVICTED_BYTES = 16
+"""What a block of a one-block run takes in the log when it is evicted: its id, its run's id and size."""
+_FORKED = "this process is a fork of the one that owns it"
+
+
+class Ledger:
+    """One ledger and the thread that owns it: executes commands, folds answers in, closes."""
+
+    def __init__(self, name: str, beginning: Beginning) -> None:
+        writer, state = beginning.writer, beginning.state
+        self.name = name
+        self.config = beginning.config
+        self.pools: Sequence[Pools] = beginning.pools
+        """The pools, by rank; none any more once it is closed.
+
+        ``pools[rank].tensor(layer, name)`` is a device tensor for the engine's kernels.
+        """
+        self._writer = writer
+        self._state = state
+        self._retention = Retention(writer, beginning.config.retain_bytes)
+        self._ranks: Ranks | None = None
+        self._handoffs: list[Handoff] = []
+        """Sender and receiver of a split instance."""
+        self._tails: dict[str, bytes] = {}
+        """By live request: the words after its last full block."""
+        self._evict_step = writer.max_transaction_bytes // _EVICTED_BYTES // 2
+        self._transactions = Transactions(writer, state)
+        self._owner = get_ident()
+        self._releases: deque[commands.Release] = deque()
+        """Releases from other threads, to be applied."""
+        self._applying = False
+        forks.watch(self)
+
+    def _begin(self, beginning: Beginning, publish: Callable[[Sequence[Pools]], None] | None) -> None:
+        """Log the first transaction of this engine, and start or take over the workers."""
+        if beginning.rebuilt is None:
+            if publish is not None:
+                publish(self.pools)
+            self._transactions.commit(beginning.events, apply_them=False)
+            if self.config.ranks:
+                self._ranks = Ranks(self.name, self.config, self._writer, self._state, self._execute_for_ranks)
+                self._ranks.start()
+            return
+        self._transactions.commit(beginning.events)
+        notice(self.name, beginning.events)
+        lost = beginning.lost
+        if publish is not None and "device" in lost:
+            publish(self.pools)
+        if self.config.ranks:
+            self._ranks = Ranks(self.name, self.config, self._writer, self._state, self._execute_for_ranks)
+            reasons = {Tier[tier.upper()]: reason for tier, reason in lost.items()}
+            self._ranks.adopt(beginning.rebuilt.started, reasons, ids_of(beginning.pools))
+        else:
+            self._end_transfers()
+
+    # From command to log
+
+    def _execute(self, command: commands.Command) -> list[Event]:
+        if self._transactions.closed:
+            raise ManagerClosed(f"ledger {self.name!r}: {self._transactions.closed}")
+        if get_ident() != self._owner or self._releases:
+            self._expect_owner()
+        try:
+            events = decide(self._state, command)
+        except OutOfBlocks as refused:
+            self._transactions.commit([refused.event])
+            raise
+        except TypeError as error:  # deciding only reads: nothing has changed
+            raise InvalidCommand(f"a value of this call has the wrong type: {error}") from error
+        if events:
+            self._transactions.commit(events)
+            if self._state.transfers:
+                self._follow(events)
+        return events
+
+    def _execute_for_ranks(self, command: commands.Command) -> list[Event]:
+        events = self._execute(command)
+        notice(self.name, events)
+        return events
+
+    def _follow(self, events: list[Event]) -> None:
+        """Transfers that these events started get a deadline; without workers they are done at once."""
+        if self._ranks is not None:
+            self._ranks.started(self._writer.next_sequence - len(events))
+        else:
+            self._end_transfers()
+
+    def _end_transfers(self) -> None:
+        """Without workers there are no bytes to move: every transfer is done."""
+        for id, transfer in list(self._state.transfers.items()):
+            done = commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets))
+            self._transactions.commit(decide(self._state, commands.EndQuarantine(id) if transfer.quarantined else done))
+
+    def _back_up(self, key: str) -> None:
+        """The call that leads to a back-up has been logged: without one it is as good as done, never half done."""
+        try:
+            self._execute(commands.Backup(request_named(self._state, key).leaf.id))
+        except SharedMemoryFull:
+            pass  # the log's writer has said so; a later call makes up for it
+        except CallTooLarge as error:
+            _log.warning("ledger %s: what request %r has cached is not copied to the host: %s", self.name, key, error)
+
+    # The owner, and what other threads release
+
+    def adopt_thread(self) -> None:
+        """The calling thread owns the manager from now on; the one that owned it must not call any more."""
+        self._owner = get_ident()
+
+    def _expect_owner(self) -> None:
+        """Refuse calls from other threads, and apply what these have released."""
+        if self._transactions.closed:
+            raise ManagerClosed(f"ledger {self.name!r}: {self._transactions.closed}")
+        if get_ident() != self._owner:
+            raise WrongThread(
+                f"ledger {self.name!r} belongs to thread {self._owner}, this is {get_ident()}: make all calls from "
+                "one thread (release() may come from any), or adopt_thread() in the new owner"
+            )
+        if self._releases:
+            self._apply_releases()
+
+    def _apply_releases(self) -> None:
+        """What other threads have released. A request that is gone already is only reported.
+
+        One that cannot be logged now stays, with those behind it, for the next call.
+        """
+        if self._applying:  # a release is a call, too
+            return
+        self._applying = True
+        try:
+            while self._releases:
+                command = self._releases[0]
+                if command.key in self._state.keys:
+                    self._end(command)
+                else:
+                    _log.warning("ledger %s: request %r was released twice", self.name, command.key)
+                self._releases.popleft()
+        finally:
+            self._applying = False
+
+    def _end(self, command: commands.Release) -> None:
+        """End a request, in the owner's thread."""
+        key = command.key
+        request = request_named(self._state, key)
+        if self._state.policy == HostPolicy.WRITE_THROUGH:
+            self._cover(request)
+        for handoff in self._handoffs:
+            handoff.released(key)
+        try:
+            self._execute(command)
+        except CallTooLarge:  # more private blocks than a transaction holds: give them back in steps
+            step = self._writer.max_transaction_bytes // 8
+            while len(request.table) > request.leaf.end:
+                self._execute(commands.Trim(key, max(request.leaf.end, len(request.table) - step)))
+            self._execute(command)
+        if self._ranks is not None:
+            self._ranks.told(request)
+        self._tails.pop(key, None)  # none, if a signal handler has interrupted its admission
+
+    def _cover(self, request: Request) -> None:
+        """What a request cached ahead counts as computed when it ends, and may be backed up."""
+        if request.computed < request.leaf.end:
+            self._execute(commands.Cache(request.key, request.leaf.end, b"", None))
+            self._back_up(request.key)
+
+    # What moves in the background
+
+    def poll(self) -> list[Progress]:
+        """Fold the workers' answers into the log; returns the requests that became ready, or lost a part, each once.
+
+        Never blocks. Call it once per scheduler step.
+        """
+        self._expect_owner()
+        return self._ranks.poll() if self._ranks is not None else []
+
+    def fold(self) -> None:
+        """As :meth:`poll`, but what there is to report stays for the next :meth:`poll`."""
+        self._expect_owner()
+        if self._ranks is not None:
+            self._ranks.fold()
+
+    def attach(self, handoff: Handoff) -> None:
+        """A sender or receiver of this manager says so. Raises :class:`InvalidCommand`: there is one of its kind."""
+        self._expect_owner()
+        if any(type(other) is type(handoff) for other in self._handoffs):
+            raise InvalidCommand(f"ledger {self.name!r} has a {type(handoff).__name__.lower()} already")
+        self._handoffs.append(handoff)
+
+    def detach(self, handoff: Handoff) -> None:
+        """Forget a sender or receiver that was closed."""
+        if handoff in self._handoffs:
+            self._handoffs.remove(handoff)
+
+    def _expect_still(self, key: str) -> None:
+        """Refuse to change the block table of a request that is being handed over."""
+        if any(handoff.uses(key) for handoff in self._handoffs):
+            raise RequestNotReady(f"request {key!r} is being handed over: poll its sender or receiver first")
+
+    def _at_rest(self) -> bool:
+        """Whether nobody but the engine reads or writes the device pool."""
+        for handoff in self._handoffs:
+            handoff.fold()
+        return not self._state.transfers and not any(handoff.busy() for handoff in self._handoffs)
+
+    # What it knows
+
+    def block_table(self, key: str) -> BlockTable:
+        """The device block ids of a request, in token order."""
+        return table_of(request_named(self._state, key))
+
+    def stats(self) -> dict[str, int]:
+        """Totals since the ledger was created, and present levels (blocks, requests, transfers, the log)."""
+        state = self._state
+        return {
+            **state.counters.as_dict(),
+            "device_free_blocks": len(state.device.free),
+            "device_evictable_blocks": state.evictable,
+            "device_total_blocks": state.device.capacity,
+            "host_resident_blocks": state.host_resident,
+            "host_total_blocks": state.host_blocks,
+            "live_requests": len(state.requests),
+            "live_transfers": len(state.transfers),
+            "runs": len(state.nodes),
+            "events": self._writer.next_sequence - 1,
+            **self._retention.stats(),
+        }
+
+    def digest(self) -> bytes:
+        """Digest of the whole state. Encodes everything: not for the scheduler loop."""
+        return state_digest(self._state)
+
+    def take_digest(self) -> bytes:
+        """Digest of the whole state, also written into the log: any replay can prove that it agrees."""
+        self._execute(commands.TakeDigest(self._writer.next_sequence - 1, True))
+        return self.digest()
+
+    def worker_pid(self, rank: int) -> int | None:
+        """Process id of a rank's transfer worker; ``None`` while it has none."""
+        return self._ranks.worker_pid(rank) if self._ranks is not None else None
+
+    @property
+    def state(self) -> State:
+        """The state itself, to be read only."""
+        return self._state
+
+    @property
+    def next_sequence(self) -> int:
+        """Sequence number of the next event."""
+        return self._writer.next_sequence
+
+    def step(self, number: SupportsIndex) -> None:
+        """Number of the scheduler step, written beside every event from now on, in 32 bits (for people)."""
+        self._transactions.step = whole("a step", number) & 0xFFFFFFFF
+
+    def on_published(self, call: Callable[[], None]) -> None:
+        """Call this function whenever something was published, in the owner's thread, before the caller goes on."""
+        self._writer.on_published = call
+
+    # The end
+
+    def close(self, *, keep: bool = False) -> None:
+        """Stop the workers and give everything back; with ``keep`` the log and the pools stay for inspection.
+
+        From any thread, while no other is in a call. What fails to close keeps nothing else from it.
+        """
+        if self._transactions.closed in ("closed", _FORKED):
+            return
+        self._transactions.closed = "closed"
+        forks.forget(self)
+        self.pools = []  # their memory goes as soon as nobody else holds them
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(self._writer.close, unlink=not keep)
+            if self._ranks is not None:
+                last_first.callback(self._ranks.stop)
+            last_first.callback(self._retention.stop)
+            for handoff in self._handoffs:
+                last_first.callback(handoff.close, keep=keep)
+
+    def disown(self) -> None:
+        """This process is a fork of the one that owns the ledger. See :mod:`kvledger.manager.forks`."""
+        self._transactions.closed = _FORKED
+        for handoff in self._handoffs:
+            handoff.disown()
+        self._writer.disown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,85 @@
+"""What a manager begins with: a ledger that it creates, or the one that a dead engine left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from ipc import Control, LogWriter, record_bytes
+from ipc.writer import next_epoch, segment_bytes_for
+from kvledger.config import CacheConfig, ConfigError
+from kvledger.manager.handoffs import end_messagers, end_receiving
+from kvledger.manager.rebuild import Rebuilt, rebuild
+from statemachine import commands
+from statemachine.apply import genesis
+from statemachine.decide import decide
+from statemachine.events import Event
+from statemachine.records import codec
+from statemachine.state.state import State
+from workers.pools.backends import Pools, create_pools, ids_of, reopen_pools
+
+
+class Beginning(NamedTuple):
+    """A ledger that this process has locked, before its first event."""
+
+    config: CacheConfig
+    writer: LogWriter
+    state: State
+    pools: Sequence[Pools]
+    events: list[Event]
+    """The first transaction of this engine."""
+    rebuilt: Rebuilt | None = None
+    """What a dead engine has left; ``None``: the ledger is new, and the state has the first event already."""
+    lost: Mapping[str, str] = MappingProxyType({})
+    """Tiers whose memory is not what it was, and why."""
+
+
+def created(name: str, config: CacheConfig) -> Beginning:
+    """Create a ledger with its pools. Raises as :meth:`CacheManager.create`."""
+    if not isinstance(config, CacheConfig):
+        raise ConfigError(f"config is a CacheConfig, not {type(config).__name__}")
+    writer = LogWriter.create(
+        name,
+        schema_hash=codec.SCHEMA_HASH,
+        segment_bytes=config.segment_bytes,
+        retain_bytes=config.retain_bytes,
+    )
+    try:
+        layout = config.layout if config.ranks else None
+        pools = create_pools(name, layout) if layout is not None else []
+        opened = config.opened(layout.text() if layout is not None else "", ids_of(pools))
+        return Beginning(config, writer, genesis(opened), pools, [opened])
+    except BaseException:
+        writer.close(unlink=True)
+        raise
+
+
+def reopened(name: str, config: CacheConfig | None) -> Beginning:
+    """Lock a dead engine's ledger and rebuild its state. Raises as :meth:`CacheManager.open`."""
+    control = Control.open(name)
+    try:
+        control.lock()
+        rebuilt = rebuild(control)
+        state = rebuilt.state
+        if config is None:
+            config = CacheConfig.of(state.opened, rebuilt.segment_bytes)
+        config.expect(state.opened)
+        layout = config.layout if config.ranks else None
+        pools, lost = reopen_pools(name, layout, state.pools) if layout is not None else ([], {})
+        end_messagers(name)
+        end_receiving(name)  # nothing becomes free while somebody else may still write it
+        epoch = next_epoch(control)
+        events = decide(state, commands.StartEpoch(epoch, rebuilt.last_sequence))
+        size = sum(record_bytes(len(codec.encode(event)[3])) for event in events)
+        writer = LogWriter.resume(
+            control,
+            rebuilt.last_sequence,
+            epoch=epoch,
+            segment_bytes=max(config.segment_bytes, segment_bytes_for(size)),
+            retain_bytes=config.retain_bytes,
+        )
+    except BaseException:
+        control.close()
+        raise
+    return Beginning(config, writer, state, pools, events, rebuilt, lost)

@@ -1,0 +1,28 @@
+"""From what a caller passes to what a command carries: words, limits, namespaces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+from kvledger.config import CacheConfig
+from kvledger.manager.arguments import whole
+from statemachine.content import Item, Tokens, words_of
+
+
+def prompt_of(
+    config: CacheConfig, tokens: Tokens, items: Sequence[Item], max_blocks: SupportsIndex | None
+) -> tuple[memoryview, int, tuple[tuple[int, int], ...]]:
+    """``(words, most blocks to match, ranges that are not to be cut)``."""
+    words = words_of(tokens, items=items)
+    most = max(len(words) // 4 - 1, 0) // config.block_size
+    if max_blocks is not None:
+        most = whole("max_blocks", max_blocks)
+    if not items or config.chunked_multimodal:
+        return words, most, ()
+    return words, most, tuple((item.offset, item.offset + item.length) for item in items)
+
+
+def full_blocks(words: memoryview | bytes, block_bytes: int) -> int:
+    """Where the last full block ends, in bytes."""
+    return len(words) - len(words) % block_bytes

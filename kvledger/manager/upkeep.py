@@ -1,0 +1,145 @@
+"""The cache as a whole: clear, pause and resume, make room, evict, resize."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import SupportsIndex
+
+from ipc import SharedMemoryFull
+from kvledger.manager.arguments import expect_bool, expect_seconds, expect_tier, whole
+from kvledger.manager.execution import Ledger
+from kvledger.manager.lifecycle import Beginning
+from kvledger.manager.wait import loop
+from statemachine import commands
+from statemachine.content import namespace_key
+from statemachine.decide import available_blocks, can_allocate
+from statemachine.errors import Busy, InvalidCommand
+from statemachine.events import BlocksEvicted, HostPolicy, PoolResized, Tier, TransferStarted
+
+
+class WholeCache(Ledger):
+    """What concerns all requests, or none."""
+
+    def __init__(self, name: str, beginning: Beginning) -> None:
+        super().__init__(name, beginning)
+        self._paused = False
+        self._weights = self.config.weights
+
+    def _until(self, done: Callable[[], bool], timeout: float) -> bool:
+        """Fold until ``done()``, or so many seconds have passed. Returns whether it is done."""
+
+        def folded() -> bool:
+            self.fold()
+            return done()
+
+        return loop(folded, timeout)
+
+    def clear(self, *, force: bool = False, wait: float = 0.0) -> None:
+        """Forget everything cached.
+
+        With ``force`` also while requests run: what they hold can never match again, and is freed when they release it.
+        With ``wait``, first give transfers (and releases from other threads) so many seconds to end.
+
+        Raises:
+            Busy: requests or transfers use the cache, and ``force`` is not given.
+        """
+        expect_bool("force", force)
+        expect_seconds("wait", wait)
+        if wait:
+            self._until(lambda: not (self._state.requests or self._state.transfers), wait)
+        self._execute(commands.Clear(force))
+        with contextlib.suppress(SharedMemoryFull):  # what stays matches nothing, and goes when its blocks are wanted
+            for tier in (Tier.HOST, Tier.DEVICE):
+                while self._execute(commands.Evict(tier, self._evict_step)):
+                    pass
+
+    def pause(self, timeout: float | None = None) -> None:
+        """Hand out nothing more, and wait until no copy is in flight: the device pool is the engine's alone.
+
+        :meth:`match`, :meth:`admit`, :meth:`extend` and :meth:`allocate` raise :class:`Paused` until :meth:`resume`.
+
+        Raises:
+            TimeoutError: copies are still in flight (default: after twice the deadline of a transfer); it is paused.
+        """
+        expect_seconds("timeout", timeout)
+        self._expect_owner()
+        self._paused = True
+        limit = 2 * self.config.transfer_timeout_s if timeout is None else timeout
+        if not self._until(self._at_rest, limit):
+            raise TimeoutError(f"transfers {[*self._state.transfers]}, pushes or receives are still in flight")
+
+    def resume(self, *, weights: str | None = None, force: bool = False) -> None:
+        """Go on after :meth:`pause`, with a new version of the model's weights if there is one.
+
+        Blocks of one version never match under another. What requests that still run have computed is of both: with
+        ``force`` they may go on, and the whole cache is forgotten, so that nothing of theirs can ever match.
+
+        Raises:
+            Busy: requests of the old version still run, and ``force`` is not given. It stays paused.
+        """
+        expect_bool("force", force)
+        namespace_key(weights="" if weights is None else weights)  # refuses what is no text
+        self._expect_owner()
+        if weights is not None and weights != self._weights:
+            if self._state.requests:
+                if not force:
+                    raise Busy(f"{len(self._state.requests)} requests run with the old weights: release them, or force")
+                self.clear(force=True)
+            self._weights = weights
+        self._paused = False
+
+    def make_room(self, blocks: SupportsIndex) -> int:
+        """Get so many more device blocks free ahead of need, or as many as can be, as an allocation would.
+
+        Returns how many. Those that are swapped out for it are free once :meth:`poll` has seen the end of the copy.
+        """
+        given_up = 0
+        for event in self._execute(commands.MakeRoom(whole("blocks", blocks))):
+            if isinstance(event, BlocksEvicted) and event.tier == Tier.DEVICE:
+                given_up += len(event.blocks)
+            elif isinstance(event, TransferStarted):
+                given_up += len(event.sources)
+        return given_up
+
+    def evict(self, tier: Tier, blocks: SupportsIndex) -> int:
+        """Drop up to so many unused cached blocks of one tier for good, in eviction order. Returns how many."""
+        expect_tier(tier)
+        events = self._execute(commands.Evict(tier, whole("blocks", blocks)))
+        return sum(len(event.blocks) for event in events if isinstance(event, BlocksEvicted))
+
+    def forget(self, node: SupportsIndex) -> bool:
+        """Drop one unused run that nothing continues, and those above it that lead nowhere else then.
+
+        ``node``: its number in the log and in :attr:`state`. Returns whether it was dropped.
+        """
+        return bool(self._execute(commands.Forget(whole("a run's number", node))))
+
+    def resize(self, tier: Tier, blocks: SupportsIndex) -> None:
+        """Change the number of blocks of a tier. Shrinking drops what is cached in the highest ids.
+
+        The pools themselves are not moved: with workers a tier can only shrink below its first size and grow back.
+
+        Raises:
+            Busy: somebody uses a block that would go.
+            ipc.SharedMemoryFull: in the middle of a long way down; what was dropped stays dropped: call it again.
+            InvalidCommand
+        """
+        expect_tier(tier)
+        wanted = whole("blocks", blocks)
+        if tier == Tier.HOST and self._state.policy == HostPolicy.OFF:
+            raise InvalidCommand("there is no host tier: give a new ledger host_blocks and a host_policy")
+        if self.pools:
+            most = self.config.device_blocks if tier == Tier.DEVICE else self.config.host_blocks
+            if wanted > most:
+                raise InvalidCommand(f"the {tier.name} pool has room for {most} blocks, not for {wanted}")
+        while not isinstance(self._execute(commands.Resize(tier, wanted, self._evict_step))[-1], PoolResized):
+            pass
+
+    def available_blocks(self) -> int:
+        """Device blocks that are free or can be evicted."""
+        return available_blocks(self._state)
+
+    def can_allocate(self, blocks: SupportsIndex) -> bool:
+        """Whether an allocation of so many blocks would succeed now; counts what can be evicted, and evicts nothing."""
+        return can_allocate(self._state, whole("blocks", blocks))
