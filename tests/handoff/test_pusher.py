@@ -20,7 +20,7 @@ from ipc import TooManyFiles, memory
 from ipc.names import objects_of, remove_objects
 from ipc.processes import alive, start_time
 from ipc.signals import Signals
-from kvledger import CacheConfig, CacheManager, ConfigError, InvalidCommand, OutOfBlocks, RequestNotReady
+from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy, InvalidCommand, OutOfBlocks, RequestNotReady
 from kvledger.doctor.ledgers import ledgers
 from kvledger.errors import HandoffError
 from kvledger.handoff.peer import Received
@@ -481,6 +481,33 @@ def test_reserving_says_what_is_wrong(split: Split) -> None:
         for kind in (Sender, Receiver):
             with pytest.raises(ConfigError, match="shared memory"):
                 kind(alone)
+
+
+def test_reserving_leaves_the_news_of_others() -> None:
+    """It waits for copies out of what it reserves; who else became ready meanwhile is still reported."""
+    names = f"prefill-{os.getpid():x}-news", f"decode-{os.getpid():x}-news"
+    swapping = CacheConfig(
+        block_size=4,
+        device_blocks=16,
+        host_blocks=64,
+        host_policy=HostPolicy.EXCLUSIVE,
+        ranks=1,
+        block_bytes=64,
+    )
+    plain = CacheConfig(block_size=4, device_blocks=16, ranks=1, block_bytes=64)
+    with CacheManager.create(names[0], plain) as prefill, CacheManager.create(names[1], swapping) as decode:
+        Sender(prefill)
+        receiver = Receiver(decode)
+        for number in range(4):  # the device is full of unused cached blocks
+            decode.admit(f"old{number}", np.arange(16) + 1000 * number)
+            decode.cache(f"old{number}")
+            decode.release(f"old{number}")
+        decode.match("target", ())
+        assert not decode.admit("other", np.arange(24) + 50_000).ready
+        receiver.reserve("target", 4, peer=prefill.name)
+        told: list[str] = []
+        eventually(lambda: told.extend(progress.key for progress in decode.poll()) or told)
+        assert told == ["other"]
 
 
 def test_a_receive_that_never_begins_times_out(split: Split) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import random
@@ -18,7 +19,7 @@ import pytest
 
 from ipc import LogReader, SharedMemoryFull, TooManyFiles, segment
 from ipc.names import SHM, remove_objects
-from kvledger import CacheConfig, CacheManager, HostPolicy, InvalidCommand, ManagerClosed
+from kvledger import CacheConfig, CacheManager, HostPolicy, InvalidCommand, ManagerClosed, UnknownRequest
 from kvledger.handoff.sender import Sender
 from kvledger.manager import forks
 from kvledger.manager.transactions import Transactions
@@ -138,6 +139,32 @@ def test_what_was_seen_before_an_error_is_reported_after_it(name: str, monkeypat
         wait_until("both requests are reported", all_reported)
         assert reported == {"c": True, "d": True} and not left
         assert manager.cached_blocks("c") == manager.cached_blocks("d") == 1
+
+
+def test_who_waits_takes_only_its_own_news(name: str) -> None:
+    with CacheManager.create(name, config()) as manager:
+        swapped(manager, "a")
+        for key in "bcd":
+            assert not manager.match(key, TOKENS, max_blocks=4).ready
+        assert manager.wait("b").key == "b"
+        assert asyncio.run(manager.wait_async("c")).key == "c"
+        assert [progress.key for progress in manager.poll()] == ["d"]
+
+
+def test_who_waits_hears_of_a_release(name: str) -> None:
+    with CacheManager.create(name, config()) as manager:
+        swapped(manager, "a")
+        manager.match("b", TOKENS, max_blocks=4)
+
+        async def released_meanwhile() -> None:
+            waiting = asyncio.create_task(manager.wait_async("b"))
+            await asyncio.sleep(0)
+            manager.release("b")
+            manager.match("b", TOKENS + 500)  # another request of that name
+            with pytest.raises(UnknownRequest, match="released while somebody waited"):
+                await waiting
+
+        asyncio.run(released_meanwhile())
 
 
 def test_nobody_waits_for_a_request_that_was_released(name: str) -> None:

@@ -244,9 +244,9 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "what a pause has seen is never reported",
-        "kvledger/manager/wait.py",
-        "        manager.fold()\n        return done()\n",
-        "        manager.poll()\n        return done()\n",
+        "kvledger/manager/upkeep.py",
+        "            self.fold()\n            return done()\n",
+        "            self.poll()\n            return done()\n",
         f"{INTERRUPTED}::test_what_a_pause_has_seen_the_next_poll_reports",
     ),
     mutant(

@@ -149,7 +149,7 @@ def test_checksums_outlive_engine_and_workers(ledger: str) -> None:
         assert second.config.checksums
         second.pools[0].host[host, 1, 3] += 1
         assert not second.match("b", TOKENS, max_blocks=4).ready
-        (progress,) = second.wait("b")
+        progress = second.wait("b")
         assert progress.shortened and progress.cached_blocks == 2
 
 
