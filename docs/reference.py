@@ -104,9 +104,17 @@ def _entry(module: str, name: str) -> Iterator[str]:
     home = import_module(found.__module__)
     node = _definition(home, name)
     if isinstance(node, ast.ClassDef):
-        yield from _class(node, module)
+        bases = [_definition(import_module(base.__module__), base.__name__) for base in _unlisted_bases(found)]
+        yield from _class(node, module, [base for base in bases if isinstance(base, ast.ClassDef)])
     else:
         yield from ["```python", f"from {module} import {name}", "", _signature(node), "```", "", *_text(node)]
+
+
+def _unlisted_bases(found: type[object]) -> list[type[object]]:
+    """Bases of ours that have no entry of their own: what they define belongs to the class."""
+    listed = {name for modules in SECTIONS.values() for names in modules.values() for name in names}
+    ours = ("kvledger.", "workers.", "ipc.", "statemachine.")
+    return [base for base in found.__mro__[1:] if base.__module__.startswith(ours) and base.__name__ not in listed]
 
 
 def _definition(module: ModuleType, name: str) -> Documented:
@@ -116,20 +124,23 @@ def _definition(module: ModuleType, name: str) -> Documented:
     raise LookupError(f"{module.__name__} does not define {name}")
 
 
-def _class(node: ast.ClassDef, module: str) -> Iterator[str]:
-    bases = [ast.unparse(base) for base in node.bases]
-    members = [each for each in node.body if isinstance(each, Documented) and not each.name.startswith("_")]
-    made = next((each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
+def _class(node: ast.ClassDef, module: str, inherited: list[ast.ClassDef]) -> Iterator[str]:
+    taken_in = {each.name for each in inherited}
+    bases = [ast.unparse(base) for base in node.bases if ast.unparse(base) not in taken_in]
+    bodies = [node.body, *[each.body for each in inherited]]
+    defined = [each for body in bodies for each in body if isinstance(each, Documented)]
+    members = [each for each in defined if not each.name.startswith("_")]
+    inits = [each for each in defined if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
     yield "```python"
     yield f"from {module} import {node.name}"
     yield ""
     yield f"class {node.name}({', '.join(bases)})" if bases else f"class {node.name}"
-    if made is not None and "Error" not in node.name and "create" not in [each.name for each in members]:
-        yield _signature(made).replace("__init__", node.name)
+    if inits and "Error" not in node.name and "create" not in [each.name for each in members]:
+        yield _signature(inits[0]).replace("__init__", node.name)
     yield "```"
     yield ""
     yield from _text(node)
-    yield from _attributes(node, made)
+    yield from _attributes(node, inits)
     for member in members:
         yield ""
         yield f"#### {node.name}.{member.name}"
@@ -172,10 +183,10 @@ def _argument(argument: ast.arg, default: ast.expr | None) -> str:
     return f"{argument.arg}{kind}" + (f" = {ast.unparse(default)}" if default is not None else "")
 
 
-def _attributes(node: ast.ClassDef, made: ast.FunctionDef | None) -> Iterator[str]:
+def _attributes(node: ast.ClassDef, inits: list[ast.FunctionDef]) -> Iterator[str]:
     """Fields of a class, members of an enumeration, and what ``__init__`` documents."""
     entries = []
-    for body in (node.body, made.body if made is not None else []):
+    for body in (node.body, *[init.body for init in inits]):
         for at, each in enumerate(body):
             if isinstance(each, ast.AnnAssign):
                 target, kind = ast.unparse(each.target), ast.unparse(each.annotation)

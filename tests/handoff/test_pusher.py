@@ -506,7 +506,7 @@ def test_reserving_leaves_the_news_of_others() -> None:
         assert not decode.admit("other", np.arange(24) + 50_000).ready
         receiver.reserve("target", 4, peer=prefill.name)
         told: list[str] = []
-        eventually(lambda: told.extend(progress.key for progress in decode.poll()) or told)
+        wait_until("a request is reported", lambda: told.extend(progress.key for progress in decode.poll()) or told)
         assert told == ["other"]
 
 
