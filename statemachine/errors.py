@@ -43,10 +43,11 @@ class Busy(CommandRejected):
 class OutOfBlocks(CommandRejected):
     """Not enough blocks are free or evictable.
 
-    ``wanted`` and ``available`` count blocks of the device; ``in_transfer`` of the missing ones will come back by
-    themselves when transfers in flight have ended (poll and try again). ``reserved`` are available, too, but kept for
-    requests that run already. ``never_fits``: not even an empty pool would do. ``fitting``: of several
-    ``requests``, so many in order would fit. ``event`` is the record of the refusal.
+    ``request_id`` is the request that does not fit (of several the first; empty: none is meant). ``wanted`` and
+    ``available`` count blocks of the device; ``in_transfer`` of the missing ones will come back by themselves when
+    transfers in flight have ended (poll and try again). ``reserved`` are available, too, but kept for requests that
+    run already. ``never_fits``: not even an empty pool would do. ``fitting``: of several ``requests``, so many in
+    order would fit. ``event`` is the record of the refusal.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class OutOfBlocks(CommandRejected):
         never_fits: bool = False,
     ) -> None:
         self.event = event
+        self.request_id = event.key
         self.wanted = event.wanted
         self.available = event.available
         self.in_transfer = in_transfer
@@ -72,9 +74,9 @@ class OutOfBlocks(CommandRejected):
         if in_transfer:
             text += f", {in_transfer} more in transfer"
         if requests > 1:
-            text += f"; {fitting} of the {requests} requests would fit"
+            text += f"; {fitting} of the {requests} requests would fit, request {event.key!r:.80} does not"
         if never_fits:
-            hint = "the pool is too small for it: refuse the request, or make the pool larger"
+            hint = f"the pool is too small for request {event.key!r:.80}: refuse the request, or make the pool larger"
         else:
             hint = "poll() and try again" if in_transfer else "release or preempt a request, or make the pool larger"
         super().__init__(f"{text}: {hint}")

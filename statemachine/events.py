@@ -165,7 +165,8 @@ class BlocksAllocated(NamedTuple):
 class AllocationRefused(NamedTuple):
     """There was no room. Changes nothing; operators ask why.
 
-    ``request`` is 0 where an admission was refused, or several requests at once (``key`` is then the first of them).
+    ``request`` is 0 where an admission was refused, or several requests at once (``key`` is then the first that did not
+    fit, before the log had this rule the first of all).
     An admission would have pinned the path to ``leaf`` (its first ``cut`` blocks, if that is not 0).
     """
 

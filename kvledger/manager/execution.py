@@ -38,6 +38,8 @@ from workers.pools.backends import Pools, ids_of
 _log = logging.getLogger(__name__)
 _EVICTED_BYTES = 16
 """What a block of a one-block run takes in the log when it is evicted: its id, its run's id and size."""
+_MOST_GONE = 1 << 16
+"""So many names are kept of requests that other threads have released, for batches that still name them."""
 _FORKED = "this process is a fork of the one that owns it"
 
 
@@ -66,6 +68,8 @@ class Ledger:
         self._owner = get_ident()
         self._releases: deque[commands.Release] = deque()
         """Releases from other threads, to be applied."""
+        self._gone: dict[str, None] = {}
+        """Requests that other threads have released and that no batch has been told of yet, oldest first."""
         self._applying = False
         forks.watch(self)
 
@@ -169,6 +173,9 @@ class Ledger:
                 command = self._releases[0]
                 if command.key in self._state.keys:
                     self._end(command)
+                    self._gone[command.key] = None
+                    if len(self._gone) > _MOST_GONE:
+                        del self._gone[next(iter(self._gone))]
                 else:
                     _log.warning("ledger %s: request %r was released twice", self.name, command.key)
                 self._releases.popleft()

@@ -205,14 +205,19 @@ class CacheManager(WholeCache):
         """Give each named request so many more blocks: one call per scheduler step, all or nothing.
 
         Returns the new ids per request. A request whose new blocks are still being copied out is not
-        :meth:`ready` until :meth:`poll` says so.
+        :meth:`ready` until :meth:`poll` says so. One that another thread has released meanwhile gets nothing and is
+        not in the answer; it fails nobody else.
 
         Raises:
-            OutOfBlocks: with how many of the requests, in order, would fit.
+            OutOfBlocks: with how many of the requests, in order, would fit, and which one does not.
             UnknownRequest, InvalidCommand
         """
         if type(counts) is not dict and not isinstance(counts, Mapping):
             raise InvalidCommand(f"counts are a mapping from request to blocks, not {type(counts).__name__}")
+        if self._releases:
+            self._expect_owner()
+        if self._gone:
+            counts = {key: count for key, count in counts.items() if not self._is_gone(key)}
         numbers = [
             count if type(count) is int and count >= 0 else whole(f"blocks for request {key!r}", count)
             for key, count in counts.items()
@@ -232,6 +237,13 @@ class CacheManager(WholeCache):
             start += count
         return new
 
+    def _is_gone(self, key: str) -> bool:
+        """Whether another thread has released a request that a batch still names: told once, and never to others."""
+        if type(key) is not str or key not in self._gone:
+            return False
+        del self._gone[key]
+        return key not in self._state.keys
+
     def preempt(self, blocks: SupportsIndex, candidates: Sequence[str]) -> list[str]:
         """Preempt requests, in the order given (lowest priority first), until ``blocks`` can be allocated.
 
@@ -247,6 +259,8 @@ class CacheManager(WholeCache):
         wanted = whole("blocks", blocks)
         if isinstance(candidates, str | bytes) or not isinstance(candidates, Sequence):
             raise InvalidCommand(f"candidates are a sequence of requests, not {type(candidates).__name__}")
+        if self._gone:
+            candidates = [key for key in candidates if not self._is_gone(key)]
         for key in candidates:
             request_named(self._state, key)
         chosen = victims_for(self._state, wanted, candidates)
@@ -337,6 +351,8 @@ class CacheManager(WholeCache):
             self._releases.append(command)
             return
         self._expect_owner()
+        if self._gone and self._is_gone(key):
+            return  # it was released from another thread before its owner knew
         self._end(command)
 
     def cached_blocks(self, key: str) -> int:

@@ -5,6 +5,8 @@ The events of one command are one transaction. An impossible or invalid command 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -294,17 +296,29 @@ def _allocate(state: State, command: Allocate) -> list[Event]:
     available = available_blocks(state)
     supply = device_supply(state, total) if total <= available else None
     if supply is None:
-        room, fitting = available, 0
-        for count in command.counts:
-            room -= count
-            if room < 0:
-                break
-            fitting += 1
-        request = requests[0] if len(requests) == 1 else 0
-        refused = AllocationRefused(request, total, min(available, total - 1), 0, 0, command.keys[0])
-        longest = max(len(state.requests[id].table) + count for id, count in zip(requests, command.counts, strict=True))
-        raise out_of_blocks(state, refused, longest, fitting=fitting, requests=len(requests))
+        raise _batch_refused(state, command, requests, total, available)
     return [*supply.events, _granted(requests, array("I", command.counts), supply, total)]
+
+
+def _batch_refused(state: State, command: Allocate, requests: IntArray, total: int, available: int) -> OutOfBlocks:
+    """The error for an allocation that does not fit: how many requests would, and the first that does not."""
+    sums = [0, *itertools.accumulate(command.counts)]
+    fitting, most = 0, bisect.bisect_right(sums, available) - 1
+    while fitting < most:  # fewer than are available where copies in flight are in the way
+        middle = (fitting + most + 1) // 2
+        if can_allocate(state, sums[middle]):
+            fitting = middle
+        else:
+            most = middle - 1
+    longest, culprit = 0, fitting
+    for index, (id, count) in enumerate(zip(requests, command.counts)):
+        length = len(state.requests[id].table) + count
+        if length > max(longest, state.device.capacity):
+            culprit = index  # one that never fits is meant, wherever it stands
+        longest = max(longest, length)
+    request = requests[0] if len(requests) == 1 else 0
+    refused = AllocationRefused(request, total, min(available, total - 1), 0, 0, command.keys[culprit])
+    return out_of_blocks(state, refused, longest, fitting=fitting, requests=len(requests))
 
 
 def _cache(state: State, command: Cache) -> list[Event]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -518,16 +519,72 @@ def test_what_a_refusal_says() -> None:
             manager.admit("b", list(range(1000, 1000 + 5 * 4)))
         assert refused.value.reserved == 13 and not refused.value.never_fits
         assert "requests would fit" not in str(refused.value)
-        with pytest.raises(OutOfBlocks, match="the pool is too small for it") as refused:
+        with pytest.raises(OutOfBlocks, match="the pool is too small for request 'b'") as refused:
             manager.admit("b", list(range(21 * 4)))
         assert refused.value.never_fits
         manager.admit("b", [7])
         with pytest.raises(OutOfBlocks, match="1 of the 2 requests would fit") as refused:
             manager.allocate({"b": 3, "a": 13})
         assert refused.value.fitting == 1 and not refused.value.never_fits
+        assert refused.value.request_id == "a" and "request 'a' does not" in str(refused.value)
         with pytest.raises(OutOfBlocks) as refused:
             manager.allocate({"b": 20})
-        assert refused.value.never_fits
+        assert refused.value.never_fits and refused.value.request_id == "b"
+        with pytest.raises(OutOfBlocks, match="too small for request 'a'") as refused:
+            manager.allocate({"b": 15, "a": 16})
+        assert refused.value.never_fits and refused.value.request_id == "a" and refused.value.fitting == 0
+
+
+def test_a_batch_is_not_told_that_would_fit_what_a_copy_is_in_the_way_of() -> None:
+    config = CacheConfig(
+        block_size=4,
+        device_blocks=8,
+        host_blocks=2,
+        host_staging_blocks=0,
+        host_policy=HostPolicy.EXCLUSIVE,
+        ranks=1,
+        block_bytes=16,
+    )
+    with CacheManager.create(f"e{os.getpid()}", config) as manager:
+        manager.admit("old", tokens(4))
+        manager.cache("old")
+        manager.release("old")
+        pid = manager.worker_pid(0)
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            manager.match("r0", ())
+            manager.allocate({"r0": 6})  # half of the old run goes to the host, which is full then
+            manager.match("r1", ())
+            manager.match("r2", ())
+            assert manager.available_blocks() == 2 and not manager.can_allocate(1)
+            with pytest.raises(OutOfBlocks, match="0 of the 2 requests would fit, request 'r1' does not") as refused:
+                manager.allocate({"r1": 1, "r2": 1})
+            assert refused.value.fitting == 0
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_batch_goes_on_without_requests_that_another_thread_has_released() -> None:
+    with ledger() as manager:
+        for number in range(4):
+            manager.admit(f"r{number}", tokens(2, number))
+        from_another_thread(lambda: manager.release("r1", ReleaseReason.ABORTED))
+        assert manager.allocate({f"r{number}": 1 for number in range(3)}).keys() == {"r0", "r2"}
+        with pytest.raises(UnknownRequest):  # told once: who goes on naming it makes a mistake
+            manager.allocate({"r0": 1, "r1": 1})
+        from_another_thread(lambda: manager.release("r2", ReleaseReason.ABORTED))
+        assert manager.preempt(12, ["r2", "r3"]) == ["r3"]
+        from_another_thread(lambda: manager.release("r0", ReleaseReason.ABORTED))
+        manager.release("r0")  # it had just finished
+        with pytest.raises(UnknownRequest):
+            manager.release("r0")
+        from_another_thread(lambda: manager.admit("r0", tokens(2)))
+        manager.admit("again", tokens(2))
+        from_another_thread(lambda: manager.release("again"))
+        manager.poll()
+        manager.admit("again", tokens(2))  # another request of that name
+        assert manager.allocate({"again": 1}).keys() == {"again"} and manager.ready("again")
 
 
 def test_an_admission_gives_at_least_what_matches() -> None:
