@@ -51,7 +51,7 @@ def isolation() -> Sequence[str]:
 
 def run_tests(tree: Path, tests: Sequence[str], profile: str, before: Sequence[str]) -> tuple[int | None, str]:
     """Exit status of pytest (``None``: it did not end) and what it said."""
-    options = ["-x", "-rfE", "--tb=no", "--timeout=150", "-p", "no:cacheprovider"]
+    options = ["-x", "-rfE", "--tb=no", "--timeout=600", "-p", "no:cacheprovider"]
     environment = {
         **os.environ,
         "PYTHONPATH": str(tree),
