@@ -141,6 +141,16 @@ def namespace_key(*, lora: str = "", salt: str = "", weights: str = "") -> bytes
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
 
+def adapter_of(namespace: bytes) -> str | None:
+    """The LoRA adapter of a :func:`namespace_key` that names nothing else, empty for none; ``None``: it does."""
+    length = int.from_bytes(namespace[:4], "little")
+    try:
+        adapter = namespace[4 : 4 + length].decode()
+    except UnicodeDecodeError:
+        return None
+    return adapter if namespace_key(lora=adapter) == namespace else None
+
+
 def versioned(weights: str, namespace: bytes) -> bytes:
     """A namespace under one version of the model's weights; no version leaves it as it is."""
     if not weights:

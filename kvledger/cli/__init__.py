@@ -18,8 +18,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="The KV-block manager of an LLM serving engine, as an event-sourced state machine.\n\n"
     "Exit codes:\n\n"
-    "- 0: done, and the answer is yes. What follows a ledger (audit, record, metrics, spans, view, top, log -f) "
-    "also ends with 0 when it is asked to, by Ctrl-C or SIGTERM.\n"
+    "- 0: done, and the answer is yes. What follows a ledger (audit, record, metrics, spans, events, view, top, "
+    "log -f) also ends with 0 when it is asked to, by Ctrl-C or SIGTERM.\n"
     "- 1: the answer is no: wrong bytes, a broken invariant, a difference, nothing found.\n"
     "- 2: bad input, a damaged recording, or no resources.\n"
     "- 130: interrupted before the end.",
@@ -29,6 +29,7 @@ try:
     from kvledger import is_compiled
     from kvledger.cli.audit import audit
     from kvledger.cli.check import bisect, check, leaks_command
+    from kvledger.cli.events import events
     from kvledger.cli.explain import explain_command
     from kvledger.cli.export import export
     from kvledger.cli.log import log
@@ -56,6 +57,7 @@ else:
     app.command()(redact)
     app.command()(metrics)
     app.command()(spans)
+    app.command()(events)
     app.command()(pushes)
     for command in (log, show, check, bisect, diff, replay, what_if, export, top, view):
         app.command(rich_help_panel="Debugger")(command)

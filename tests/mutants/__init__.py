@@ -51,6 +51,6 @@ def mutated(edit: Edit, root: Path = ROOT) -> str:
 
 def all_mutants() -> list[Mutant]:
     """Every planted fault, log first."""
-    from tests.mutants import engine, handoff, log, machine
+    from tests.mutants import engine, followers, handoff, log, machine
 
-    return [*log.MUTANTS, *machine.MUTANTS, *engine.MUTANTS, *handoff.MUTANTS]
+    return [*log.MUTANTS, *machine.MUTANTS, *engine.MUTANTS, *handoff.MUTANTS, *followers.MUTANTS]

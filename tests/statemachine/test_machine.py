@@ -594,7 +594,6 @@ class WriteThroughMachine(Machine):
         self.open(device, host, staging, HostPolicy.WRITE_THROUGH, backup_after)
 
 
-@pytest.mark.hypothesis
 @pytest.mark.parametrize("machine", [OneTierMachine, ExclusiveMachine, WriteThroughMachine])
 def test_machine(machine: type[Machine]) -> None:
     case = machine.TestCase

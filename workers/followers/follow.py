@@ -38,13 +38,14 @@ class Follower:
     Args:
         ledger: its name.
         oldest: begin as far back as the log and the snapshots reach; default: at the newest snapshot.
+        before: begin at the newest snapshot that holds no event from this one on, or as close to it as can be had.
 
     Raises:
         ipc.LedgerNotFound, OtherVersion
         ipc.Overrun: the first events are gone, and there is no snapshot.
     """
 
-    def __init__(self, ledger: str, *, oldest: bool = False) -> None:
+    def __init__(self, ledger: str, *, oldest: bool = False, before: int | None = None) -> None:
         self.ledger = ledger
         self.reader: LogReader
         self.state: State | None
@@ -55,12 +56,12 @@ class Follower:
         self._orphan_since = 0.0
         self.digests = 0
         """How many digests of the engine were compared."""
-        self._begin(oldest)
+        self._begin(oldest, before)
 
-    def _begin(self, oldest: bool) -> None:
+    def _begin(self, oldest: bool, before: int | None = None) -> None:
         overrun: Overrun | None = None
         for _ in range(3):  # while we look, the log goes on, and new snapshots replace old ones
-            for sequence, state in _starting_points(self.ledger, oldest):
+            for sequence, state in _starting_points(self.ledger, oldest, before):
                 try:
                     self.reader = LogReader(self.ledger, from_sequence=sequence + 1)
                 except Overrun as error:
@@ -139,15 +140,15 @@ class Follower:
         self.reader.close()
 
 
-def _starting_points(ledger: str, oldest: bool) -> Iterable[tuple[int, State | None]]:
-    """Snapshots that are intact, in the order in which to try them, and the beginning."""
-    numbers = snapshots.sequences(ledger)
-    if oldest:
-        yield 0, None
-    for sequence in numbers if oldest else reversed(numbers):
+def _starting_points(ledger: str, oldest: bool, before: int | None) -> Iterable[tuple[int, State | None]]:
+    """Snapshots that are intact, in the order in which to try them, and the beginning (0)."""
+    numbers = [0, *snapshots.sequences(ledger)]
+    if before is not None:
+        numbers = [n for n in reversed(numbers) if n < before or not n] + [n for n in numbers if n and n >= before]
+    elif not oldest:
+        numbers.reverse()
+    for sequence in numbers:
         try:
-            yield sequence, restore(snapshots.read(ledger, sequence))
+            yield sequence, restore(snapshots.read(ledger, sequence)) if sequence else None
         except (LedgerNotFound, LogCorrupt, SnapshotError):
             continue  # replaced since we looked, or damaged
-    if not oldest:
-        yield 0, None
