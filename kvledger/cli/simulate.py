@@ -24,7 +24,7 @@ def simulate(
 ) -> None:
     """Run engine, workers and a follower in one process on weakly ordered memory, with crashes; verify everything.
 
-    With --split a prefill and a decode instance and their messagers. Each seed draws traffic, faults and schedule. The
+    With --split a prefill and a decode instance and their pushers. Each seed draws traffic, faults and schedule. The
     same seed does the same thing. A run that fails is made smaller; the command that repeats it is printed, and the
     smaller run is written as a program, simulate-SEED.py, into the working directory.
     """

@@ -190,7 +190,7 @@ class Receiver:
             self._free_quarantined()
 
     def _arrived(self, room: _Room) -> None:
-        # Every messager has answered, and the prefill instance has counted that: none of them writes again.
+        # Every pusher has answered, and the prefill instance has counted that: none of them writes again.
         manager = self._manager
         request = request_named(manager.state, room.key)
         if len(request.table) != room.first:
@@ -224,7 +224,7 @@ class Receiver:
 
     @property
     def quarantined_blocks(self) -> int:
-        """Blocks of requests that have failed which some messager may still be writing."""
+        """Blocks of requests that have failed which some pusher may still be writing."""
         return sum(len(self._manager.block_table(room.own)) for room in self._quarantined.values())
 
     # For the manager

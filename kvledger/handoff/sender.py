@@ -1,4 +1,4 @@
-"""The sending side of split prefill and decode: one messager per rank, what they were ordered, what they answered.
+"""The sending side of split prefill and decode: one pusher per rank, what they were ordered, what they answered.
 
 A request that is being pushed keeps its blocks: they are its own, or cached on its path and pinned by it, until it is
 released, and a release ends its pushes first. So a push needs no event of the ledger; what was ordered and how it
@@ -17,13 +17,12 @@ from ipc import LedgerError, LogWriter, TransactionTooLarge
 from kvledger.config import ConfigError
 from kvledger.errors import HandoffError
 from kvledger.handoff.peer import Handed
-from kvledger.manager.handoffs import end_messagers
+from kvledger.manager.handoffs import end_pushers
 from kvledger.manager.ranks import back_off
 from statemachine.decide import request_named
 from statemachine.errors import InvalidCommand, RequestNotReady
 from statemachine.events import Outcome
-from workers.handoff import pusher as messager
-from workers.handoff import pushes
+from workers.handoff import pusher, pushes
 from workers.handoff.progress import LayerProgress
 from workers.handoff.pushes import Address, PushFinished, PushStarted
 from workers.handoff.transport import same_blocks
@@ -54,7 +53,7 @@ class _Push(NamedTuple):
 class Sender:
     """Pushes requests of one manager to decode instances on this host.
 
-    Starts the messagers and waits until they are ready. The manager's thread makes all calls; closing the manager
+    Starts the pushers and waits until they are ready. The manager's thread makes all calls; closing the manager
     closes the sender.
 
     ::
@@ -67,7 +66,7 @@ class Sender:
 
     Raises:
         ConfigError: the manager has no pools, or pools that are not shared memory.
-        workers.WorkerFailed: a messager did not get ready, with its reason.
+        workers.WorkerFailed: a pusher did not get ready, with its reason.
         ipc.SharedMemoryFull
     """
 
@@ -84,17 +83,17 @@ class Sender:
         self._ended: list[Handed] = []
         self._next = 1
         self._restarts: dict[int, float] = {}
-        """Ranks without a messager: when to start it."""
+        """Ranks without a pusher: when to start it."""
         self._failures: dict[int, int] = {}
-        """By rank, how often in a row its messager died."""
+        """By rank, how often in a row its pusher died."""
         self._reasons: dict[int, str] = {}
-        """By rank: why its last messager ended."""
+        """By rank: why its last pusher ended."""
         self._closed = False
         self.progress: list[LayerProgress] = []
         """By rank, for an engine that computes in this process; other processes make their own."""
         manager.attach(self)
         try:
-            end_messagers(manager.name)
+            end_pushers(manager.name)
             self._writer = LogWriter.create(
                 pushes.log_name(manager.name),
                 schema_hash=pushes.SCHEMA_HASH,
@@ -110,7 +109,7 @@ class Sender:
             config.layout,
             epoch=1,
             ready_timeout_s=config.ready_timeout_s,
-            program=messager.PROGRAM,
+            program=pusher.PROGRAM,
         )
         try:
             for rank in range(config.ranks):
@@ -130,7 +129,7 @@ class Sender:
 
         Args:
             address: from :meth:`kvledger.handoff.receiver.Receiver.reserve`, for this ledger.
-            step: the engine's step that writes the last of these blocks; each rank's messager sends a layer as soon as
+            step: the engine's step that writes the last of these blocks; each rank's pusher sends a layer as soon as
                 :class:`workers.handoff.progress.LayerProgress` says that it is written. 0: everything is written
                 already.
 
@@ -200,7 +199,7 @@ class Sender:
         return ended
 
     def fold(self) -> None:
-        """Fold the messagers' answers into the log of pushes."""
+        """Fold the pushers' answers into the log of pushes."""
         if self._closed:
             return
         for answer in self.supervisor.acknowledgements():
@@ -235,7 +234,7 @@ class Sender:
             )
 
     def _watch(self) -> None:
-        """Start dead messagers again. What one had sent is sent again by the next."""
+        """Start dead pushers again. What one had sent is sent again by the next."""
         for change in self.supervisor.changes():
             rank = change.rank
             if change.ready:
@@ -258,14 +257,14 @@ class Sender:
         self._reasons[rank] = reason
         self._restarts[rank] = time.monotonic() + back_off(self._failures.get(rank, 0))
         self._failures[rank] = self._failures.get(rank, 0) + 1
-        _log.warning("messager_lost ledger=%s rank=%d reason=%s", self._manager.name, rank, json.dumps(reason))
+        _log.warning("pusher_lost ledger=%s rank=%d reason=%s", self._manager.name, rank, json.dumps(reason))
 
     def _oldest(self) -> int:
-        """Sequence from which on a new messager has to read the log of pushes."""
+        """Sequence from which on a new pusher has to read the log of pushes."""
         return min((push.sequence for push in self._pushes.values()), default=self._writer.next_sequence)
 
     def pid(self, rank: int) -> int | None:
-        """Process id of a rank's messager; ``None`` while it has none."""
+        """Process id of a rank's pusher; ``None`` while it has none."""
         return self.supervisor.pid(rank)
 
     # For the manager
@@ -290,7 +289,7 @@ class Sender:
         self._writer.disown()
 
     def close(self, *, keep: bool = False) -> None:
-        """End all pushes, stop the messagers, and remove what is theirs."""
+        """End all pushes, stop the pushers, and remove what is theirs."""
         if self._closed:
             return
         self._closed = True

@@ -20,7 +20,7 @@ from workers.processes.adopted import AdoptedProcess
 from workers.processes.supervisor import end
 
 STILL_WRITING_S = 10.0
-"""A messager that hangs in the middle of a layer is given so long before an engine is told."""
+"""A pusher that hangs in the middle of a layer is given so long before an engine is told."""
 
 
 class Handoff(Protocol):
@@ -45,7 +45,7 @@ class Handoff(Protocol):
         """This process is a fork of the engine's: nothing is done here any more, nor ended."""
 
 
-def end_messagers(ledger: str) -> None:
+def end_pushers(ledger: str) -> None:
     """End what a dead engine of this ledger was sending."""
     log = pushes.log_name(ledger)
     for name in objects_of(log):
@@ -65,7 +65,7 @@ def end_receiving(ledger: str) -> None:
     When it returns nobody writes into the ledger's device pool any more, and nothing has to be quarantined.
 
     Raises:
-        HandoffError: a messager of another instance hangs in the middle of a copy; ended, it lets go.
+        HandoffError: a pusher of another instance hangs in the middle of a copy; ended, it lets go.
         ipc.NotPrivate, ipc.TooManyFiles: what it was receiving cannot be looked at.
     """
     try:

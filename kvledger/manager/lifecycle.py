@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ipc import Control, LogWriter, record_bytes
 from ipc.writer import next_epoch, segment_bytes_for
 from kvledger.config import CacheConfig, ConfigError
-from kvledger.manager.handoffs import end_messagers, end_receiving
+from kvledger.manager.handoffs import end_pushers, end_receiving
 from kvledger.manager.rebuild import Rebuilt, rebuild
 from statemachine import commands
 from statemachine.apply import genesis
@@ -67,7 +67,7 @@ def reopened(name: str, config: CacheConfig | None) -> Beginning:
         config.expect(state.opened)
         layout = config.layout if config.ranks else None
         pools, lost = reopen_pools(name, layout, state.pools) if layout is not None else ([], {})
-        end_messagers(name)
+        end_pushers(name)
         end_receiving(name)  # nothing becomes free while somebody else may still write it
         epoch = next_epoch(control)
         events = decide(state, commands.StartEpoch(epoch, rebuilt.last_sequence))

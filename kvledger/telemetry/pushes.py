@@ -20,8 +20,8 @@ from workers.handoff.pushes import SCHEMA_HASH, PushFinished, PushStarted, fact_
 from workers.pools.layout import PoolLayout
 
 _log = logging.getLogger(__name__)
-_MESSAGER = "messager "
-"""What the readers of messagers are called, before their rank."""
+_PUSHER = "pusher "
+"""What the readers of pushers are called, before their rank."""
 
 
 class PushMetrics:
@@ -105,7 +105,7 @@ class PushMetrics:
         yield Sample("kvledger_messagers", (), len(lines))
         for line in lines:
             lag = max(self._reader.cursor - line.cursor, 0)
-            yield Sample("kvledger_messager_lag_records", (line.name.removeprefix(_MESSAGER),), lag)
+            yield Sample("kvledger_messager_lag_records", (line.name.removeprefix(_PUSHER),), lag)
 
     def close(self) -> None:
         """Stop following; what was under way has no end that could be seen."""

@@ -187,9 +187,9 @@ METRICS: tuple[Metric, ...] = (
         pushes=True,
     ),
     Metric("kvledger_pushes_in_flight", _G, "Pushes that have not ended.", pushes=True),
-    Metric("kvledger_messagers", _G, "Ranks whose messager runs; there should be one per rank.", pushes=True),
+    Metric("kvledger_messagers", _G, "Ranks whose pusher runs; there should be one per rank.", pushes=True),
     Metric(
-        "kvledger_messager_lag_records", _G, "Records of the log of pushes a messager has not read.", _RANK, pushes=True
+        "kvledger_messager_lag_records", _G, "Records of the log of pushes a pusher has not read.", _RANK, pushes=True
     ),
     # The log and who reads it
     Metric("kvledger_events_total", _C, "Events in the log, by kind.", {"event": EVENTS}),

@@ -3,5 +3,5 @@
 * :mod:`.oracle`: two naive models of the cache, block by block, slow and obvious.
 * :mod:`.strategies`: Hypothesis strategies for prompts and traffic (``pip install "kvledger[testing]"``).
 * :mod:`.simulator`: engine, workers and followers in one process, from one seed, on weakly ordered memory.
-* :mod:`.split`: likewise an instance that prefills, one that decodes, and their messagers.
+* :mod:`.split`: likewise an instance that prefills, one that decodes, and their pushers.
 """

@@ -1,8 +1,8 @@
-"""The simulator's split pair: a prefill and a decode instance with their messagers, in one process, from one seed.
+"""The simulator's split pair: a prefill and a decode instance with their pushers, in one process, from one seed.
 
-The decode instance reserves room and sends addresses; the prefill instance computes layer by layer while its messagers
-push. Both verify every byte before they attend, and again before they give blocks back: a messager that writes where
-it may not any more is found. Engines and messagers are killed, copies fail, are slow, or hang.
+The decode instance reserves room and sends addresses; the prefill instance computes layer by layer while its pushers
+push. Both verify every byte before they attend, and again before they give blocks back: a pusher that writes where
+it may not any more is found. Engines and pushers are killed, copies fail, are slow, or hang.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from statemachine.content import words_of
 from statemachine.errors import OutOfBlocks
 from statemachine.events import IntArray, ReleaseReason
 from workers import WorkerFailed, transfer
-from workers.handoff import pusher as messager
-from workers.handoff import tickets, transport
+from workers.handoff import pusher, tickets, transport
 from workers.handoff.pushes import Address
 from workers.pools.numpy import NumpyPools
 
@@ -40,7 +39,7 @@ _BLOCK = 2
 _SLOTS = 15
 """Tickets that may be out at once: every word is compared at every point."""
 _COPIES = 8
-"""A messager's first so many copies may meet a fault."""
+"""A pusher's first so many copies may meet a fault."""
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 1e-4, 2e-2
 """Between two looks of the prefill instance; longer while nothing happens."""
 
@@ -56,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """See :class:`.runs.AnyPlan`. Victims are ``prefill``, ``decode``, ``messager 0`` and ``messager 1``."""
+    """See :class:`.runs.AnyPlan`. Victims are ``prefill``, ``decode``, ``pusher 0`` and ``pusher 1``."""
 
     command: ClassVar[str] = "kvledger simulate --split"
     seed: int
@@ -73,21 +72,19 @@ class SplitPlan:
         order, ranks = rng.choice(list(Order)), rng.choice((1, 1, 2))
         prompts = [tuple(rng.choice((1, 1, 2, 3)) for _ in range(rng.randrange(1, 5))) for _ in range(10)]
         kinds = ["ask"] * 4 + ["serve", "release", "release", "pause"]
-        messagers = [f"messager {rank}" for rank in range(ranks)]
+        pushers = [f"pusher {rank}" for rank in range(ranks)]
         faults = []
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
-            victim = rng.choice([PREFILL, DECODE, *messagers])
-            what = rng.choice(
-                ("kill", "die", "die", "fail", "slow", "hang") if victim in messagers else ("kill", "die")
-            )
+            victim = rng.choice([PREFILL, DECODE, *pushers])
+            what = rng.choice(("kill", "die", "die", "fail", "slow", "hang") if victim in pushers else ("kill", "die"))
             if what == "kill":
                 at = 1 + int(rng.random() * 3000)
             else:
-                at = 1 + int(rng.random() ** 2 * (_COPIES if victim in messagers else 30))
+                at = 1 + int(rng.random() ** 2 * (_COPIES if victim in pushers else 30))
             faults.append(Fault(at, victim, what, rng.choice((1, 1, 1, 2))))
-        if rng.random() < 0.3:  # blocks are taken back, and used, while a messager has stopped in the middle of them
+        if rng.random() < 0.3:  # blocks are taken back, and used, while a pusher has stopped in the middle of them
             kinds = ["ask", "serve", "release", "pause"]
-            faults.append(Fault(rng.randrange(1, 6), "messager 0", "hang"))
+            faults.append(Fault(rng.randrange(1, 6), "pusher 0", "hang"))
         operations = tuple(Request(rng.choice(kinds), rng.choice(prompts)) for _ in range(rng.randrange(3, 14)))
         return cls(seed, order, ranks, rng.randrange(5, 10), operations, tuple(faults))
 
@@ -132,7 +129,7 @@ class SplitSimulation(Simulation):
     def __init__(self, plan: SplitPlan) -> None:
         programs: dict[str, Callable[[list[str]], int]] = {
             "workers.transfer": transfer.main,
-            "workers.handoff.pusher": self._messager,
+            "workers.handoff.pusher": self._pusher,
         }
         super().__init__(plan, programs, (PREFILL, DECODE))
         self.plan = plan
@@ -154,7 +151,7 @@ class SplitSimulation(Simulation):
         return self.play(
             operators,
             (transport, "_copy", self._copy(transport._copy)),
-            (messager, "_ACK_SEGMENT_BYTES", SEGMENT_BYTES),
+            (pusher, "_ACK_SEGMENT_BYTES", SEGMENT_BYTES),
             (sending, "_SEGMENT_BYTES", SEGMENT_BYTES),
             (tickets, "SLOTS", _SLOTS),
             (tickets, "_WORDS", _SLOTS + 1),
@@ -171,9 +168,9 @@ class SplitSimulation(Simulation):
 
         return copying
 
-    def _messager(self, arguments: list[str]) -> int:
-        self.born(f"messager {arguments[1]}", self._schedule.current())
-        return transfer.main(arguments, messager.Messager, orphan_grace_s=0.0)
+    def _pusher(self, arguments: list[str]) -> int:
+        self.born(f"pusher {arguments[1]}", self._schedule.current())
+        return transfer.main(arguments, pusher.Pusher, orphan_grace_s=0.0)
 
     # The prefill instance
 

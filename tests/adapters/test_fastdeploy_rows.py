@@ -134,26 +134,26 @@ def test_row_10_launch_starts_a_worker_per_rank_even_without_host_blocks() -> No
         assert not any(alive(*process) for process in processes)
 
 
-def test_row_11_a_split_instance_launches_its_messager_once() -> None:
+def test_row_11_a_split_instance_launches_its_pusher_once() -> None:
     calls = []
 
     class Split(PrefixCacheManager):
         def launch_cache_messager(self, *args: Any, **kwargs: Any) -> list[Any]:
             calls.append(args)
-            return ["messager"]
+            return ["pusher"]
 
     with Split(config(), 1, "decode") as it:
         handles = launch(it)
-        assert len(calls) == 1 and handles[0] == "messager" and len(handles) == 2
+        assert len(calls) == 1 and handles[0] == "pusher" and len(handles) == 2
 
 
-def test_row_12_a_messager_that_fails_fails_the_launch() -> None:
+def test_row_12_a_pusher_that_fails_fails_the_launch() -> None:
     class Split(PrefixCacheManager):
         def launch_cache_messager(self, *args: Any, **kwargs: Any) -> None:
             return None
 
     with Split(config(), 1, "decode") as it:
-        with pytest.raises(RuntimeError, match="messager"):
+        with pytest.raises(RuntimeError, match="pusher"):
             launch(it)
         assert it.launched is None
 
@@ -200,7 +200,7 @@ def test_row_13_launch_gives_up_with_the_reason(monkeypatch: pytest.MonkeyPatch)
         ready.clear()
 
 
-def launch_messager(it: PrefixCacheManager, tp: int, suffix: str) -> list[Any] | None:
+def launch_pusher(it: PrefixCacheManager, tp: int, suffix: str) -> list[Any] | None:
     shapes = it._get_kv_cache_shape(it.num_gpu_blocks)
     return it.launch_cache_messager(it.cache_config, tp, list(range(tp)), *shapes, "127.0.0.1", suffix, "")
 
@@ -210,11 +210,11 @@ def test_row_14_launch_cache_messager_waits_for_ready_signal() -> None:
     ready = IPCSignal("cache_ready_signal", np.zeros(2), np.int32, suffix)  # the engine has made it
     try:
         with PrefixCacheManager(config(), 2, "prefill") as it:
-            handles = launch_messager(it, 2, suffix)
+            handles = launch_pusher(it, 2, suffix)
             assert handles is not None and ready.value.tolist() == [1, 1] == it.cache_ready_signal.value.tolist()
             processes = [(handle.pid, start_time(handle.pid)) for handle in handles]
             assert len(processes) == 2 and all(alive(*process) for process in processes)
-            all_of_them = launch(it, 2, suffix)  # goes on with the pools and the messagers that are there
+            all_of_them = launch(it, 2, suffix)  # goes on with the pools and the pushers that are there
             assert len(all_of_them) == 4 and [handle.pid for handle in all_of_them[:2]] == [pid for pid, _ in processes]
         assert not any(alive(*process) for process in processes)
     finally:
@@ -226,9 +226,9 @@ def test_row_15_launch_cache_messager_returns_none_when_process_fails(
 ) -> None:
     with PrefixCacheManager(config(), 1, "prefill") as it:
         monkeypatch.setattr("workers.handoff.pusher.PROGRAM", ("-c", "raise SystemExit(2)"))
-        assert launch_messager(it, 1, port()) is None
-        assert "rank 0 did not start: exit status 2" in it.messager_failure and it.messager_failure in caplog.text
-        with pytest.raises(RuntimeError, match=r"messager did not start: .*exit status 2"):
+        assert launch_pusher(it, 1, port()) is None
+        assert "rank 0 did not start: exit status 2" in it.pusher_failure and it.pusher_failure in caplog.text
+        with pytest.raises(RuntimeError, match=r"pusher did not start: .*exit status 2"):
             launch(it)
         monkeypatch.undo()
         assert len(launch(it)) == 2  # nothing is in the way of another try

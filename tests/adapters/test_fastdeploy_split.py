@@ -1,4 +1,4 @@
-"""Split prefill and decode through the drop-in: two instances, real messagers, every byte verified."""
+"""Split prefill and decode through the drop-in: two instances, real pushers, every byte verified."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PROMPT = [11, 12, 13, 14, 15, 16, 17]
 def pair() -> Iterator[tuple[PrefixCacheManager, PrefixCacheManager]]:
     settings = config()
     with PrefixCacheManager(settings, 1, "prefill") as prefill, PrefixCacheManager(settings, 1, "decode") as decode:
-        for it, messagers in ((prefill, 1), (decode, 0)):
+        for it, pushers in ((prefill, 1), (decode, 0)):
             handles = it.launch_cache_manager(settings.cache_config, 1, [0], "127.0.0.1", port(), "", True)
-            assert len(handles) == messagers + 1 and all(handle.pid and handle.poll() is None for handle in handles)
+            assert len(handles) == pushers + 1 and all(handle.pid and handle.poll() is None for handle in handles)
         yield prefill, decode
         for it in (prefill, decode):
             assert not check(it.manager.state)

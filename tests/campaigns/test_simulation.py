@@ -324,7 +324,7 @@ def test_a_split_pair_survives_what_seeds_plan() -> None:
     ("where", "broken"),
     [
         ("kvledger.handoff.receiver.claimed", lambda tickets: {}),
-        ("workers.handoff.pusher.Messager._may_send", lambda self, push: True),
+        ("workers.handoff.pusher.Pusher._may_send", lambda self, push: True),
     ],
     ids=["nobody asks who still writes", "layers go before they are written"],
 )

@@ -36,17 +36,17 @@ OURS, THEIRS = 1, 2
 
 
 class LateWrite(AssertionError):
-    """A messager wrote into blocks that had been taken back."""
+    """A pusher wrote into blocks that had been taken back."""
 
 
 class EarlyRead(AssertionError):
-    """A messager sent what was not written yet."""
+    """A pusher sent what was not written yet."""
 
 
 def take_back(seed: int, order: Order) -> int:
-    """A decode instance takes blocks back while a messager may be writing them, and uses them itself.
+    """A decode instance takes blocks back while a pusher may be writing them, and uses them itself.
 
-    Some messagers are killed, with or without a claim. Returns how often one had written before.
+    Some pushers are killed, with or without a claim. Returns how often one had written before.
     """
     rng = random.Random(seed)
     schedule = Schedule(rng, order)
@@ -91,7 +91,7 @@ def take_back(seed: int, order: Order) -> int:
             remove_objects(PREFILL)
         return 0
 
-    def messager() -> int:
+    def pusher() -> int:
         nonlocal begun, ended
         create_pools(PREFILL, LAYOUT)
         sources = NumpyPools(PREFILL, 0, LAYOUT)
@@ -127,7 +127,7 @@ def take_back(seed: int, order: Order) -> int:
         copy(*arguments)
 
     schedule.spawn(DECODE, decode)
-    sender = schedule.spawn("messager", messager)
+    sender = schedule.spawn("pusher", pusher)
     if rng.random() < 0.3:
         sender.strike_at = rng.randrange(100, 600)
     with installed(System(schedule, {}), (writer, "_LEAST_SEGMENT", 8 << 10), (transport, "_copy", slowly)):
@@ -136,7 +136,7 @@ def take_back(seed: int, order: Order) -> int:
 
 
 def write_layers(seed: int, order: Order) -> None:
-    """A rank writes layer after layer, and says so; a messager reads what it was told is there."""
+    """A rank writes layer after layer, and says so; a pusher reads what it was told is there."""
     rng = random.Random(seed)
     schedule = Schedule(rng, order)
     sent = 0
@@ -147,7 +147,7 @@ def write_layers(seed: int, order: Order) -> None:
         create_pools(PREFILL, LAYOUT)
         block = NumpyPools(PREFILL, 0, LAYOUT).pieces[0][1]
         word = LayerProgress(PREFILL, 0, create=True)
-        schedule.current().buffer.fence()  # as starting the messager does
+        schedule.current().buffer.fence()  # as starting the pusher does
         ready = True
         for step in range(1, ROUNDS + 1):
             block[:] = step
@@ -158,7 +158,7 @@ def write_layers(seed: int, order: Order) -> None:
         remove_objects(PREFILL)
         return 0
 
-    def messager() -> int:
+    def pusher() -> int:
         nonlocal sent
         while not ready:
             schedule.sleep(1e-6)
@@ -174,7 +174,7 @@ def write_layers(seed: int, order: Order) -> None:
         return 0
 
     schedule.spawn("rank", rank)
-    schedule.spawn("messager", messager)
+    schedule.spawn("pusher", pusher)
     with installed(System(schedule, {})):
         schedule.run()
 
@@ -217,7 +217,7 @@ def _ids(block: int) -> array[int]:
 @pytest.mark.parametrize("order", Order)
 def test_blocks_that_were_taken_back_are_written_by_nobody(order: Order) -> None:
     arrived = sum(take_back(seed, order) for seed in range(SEEDS))
-    assert SEEDS < arrived < SEEDS * (ROUNDS - 1), "both have to happen often: the messager was in time, or it was not"
+    assert SEEDS < arrived < SEEDS * (ROUNDS - 1), "both have to happen often: the pusher was in time, or it was not"
 
 
 @pytest.mark.parametrize("order", Order)

@@ -1,4 +1,4 @@
-"""Split prefill and decode with real messagers: every byte arrives, layer by layer, and anybody may be killed."""
+"""Split prefill and decode with real pushers: every byte arrives, layer by layer, and anybody may be killed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from statemachine.events import Outcome
 from tests.handoff.split_instance import CONFIG, LAYERS, prompt, write_layer
 from tests.waiting import PATIENCE_S, wait_until
 from workers import WorkerFailed
-from workers.handoff import pusher as messager
+from workers.handoff import pusher
 from workers.handoff.progress import LayerProgress
 from workers.handoff.pushes import Address, PushStarted
 from workers.handoff.tickets import CLAIM, Tickets, board_name, claimed
@@ -53,7 +53,7 @@ def names() -> Iterator[tuple[str, str]]:
 
 
 class Split(NamedTuple):
-    """Both instances in this process; their messagers are real."""
+    """Both instances in this process; their pushers are real."""
 
     prefill: CacheManager
     decode: CacheManager
@@ -87,7 +87,7 @@ class Split(NamedTuple):
                 if not key.startswith("(receiving"):
                     manager.release(key)
         wait_until(
-            "nothing is under way, and every rank has its messager",
+            "nothing is under way, and every rank has its pusher",
             lambda: not self.receiver.busy() and len(self.sender.supervisor.ready_pids()) == CONFIG.ranks,
             meanwhile=lambda: (self.sender.poll(), self.receiver.poll()),
         )
@@ -102,7 +102,7 @@ class Split(NamedTuple):
 
 @pytest.fixture(scope="module")
 def instances() -> Iterator[Split]:
-    # In hexadecimal: what a messager's successor makes outlives a test, and is looked for here.
+    # In hexadecimal: what a pusher's successor makes outlives a test, and is looked for here.
     names = f"prefill-{os.getpid():x}-both", f"decode-{os.getpid():x}-both"
     with CacheManager.create(names[0], CONFIG) as prefill, CacheManager.create(names[1], CONFIG) as decode:
         engines = PatternEngine(prefill.pools), PatternEngine(decode.pools)
@@ -198,7 +198,7 @@ def test_many_at_once_in_any_order(split: Split) -> None:
     assert not split.receiver.busy()
 
 
-def test_a_killed_messager_is_replaced_and_goes_on(split: Split) -> None:
+def test_a_killed_pusher_is_replaced_and_goes_on(split: Split) -> None:
     table = split.prefill.admit("r", prompt(1), blocks=BLOCKS).block_table
     address = split.reserve()
     step = next(steps)
@@ -210,7 +210,7 @@ def test_a_killed_messager_is_replaced_and_goes_on(split: Split) -> None:
         before = split.sender.supervisor.pid(layer % 2)
         os.kill(before, signal.SIGKILL)
         wait_until(
-            f"the messager of rank {layer % 2} is replaced",
+            f"the pusher of rank {layer % 2} is replaced",
             lambda rank=layer % 2, pid=before: (
                 split.sender.supervisor.ready_pids().keys() - {pid}
                 and rank in split.sender.supervisor.ranks()
@@ -223,7 +223,7 @@ def test_a_killed_messager_is_replaced_and_goes_on(split: Split) -> None:
     split.reads.verify("r", received.block_table, seeds(), 0)
 
 
-def test_what_a_dead_messager_had_answered_counts_no_more(split: Split) -> None:
+def test_what_a_dead_pusher_had_answered_counts_no_more(split: Split) -> None:
     """Its successor sends once more, and must not be writing when the push counts as arrived."""
     table = split.prefill.admit("r", prompt(1), blocks=BLOCKS).block_table
     split.writes.write(table, seeds())
@@ -235,7 +235,7 @@ def test_what_a_dead_messager_had_answered_counts_no_more(split: Split) -> None:
     assert [*push.answers] == [0]
     os.kill(split.sender.supervisor.pid(0), signal.SIGKILL)
     wait_until(
-        "the death of rank 0's messager is noticed",
+        "the death of rank 0's pusher is noticed",
         lambda: 0 not in split.sender.supervisor.ranks(),
         meanwhile=split.sender.fold,
     )
@@ -246,7 +246,7 @@ def test_what_a_dead_messager_had_answered_counts_no_more(split: Split) -> None:
     split.reads.verify("r", received.block_table, seeds(), 0)
 
 
-def test_a_messager_forgets_what_is_over(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pusher_forgets_what_is_over(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = []
     listen = split.sender.supervisor.acknowledgements
     monkeypatch.setattr(
@@ -265,7 +265,7 @@ def test_a_messager_forgets_what_is_over(split: Split, monkeypatch: pytest.Monke
     split.settle()
     split.decode.release("r")
     split.compute()
-    split.sender.send("r", split.reserve(), step=step)  # a messager takes up pushes in their order
+    split.sender.send("r", split.reserve(), step=step)  # a pusher takes up pushes in their order
     for word in split.sender.progress:
         word.wrote(step, LAYERS)
     assert [received.outcome for received in split.settle()] == [Outcome.DONE]
@@ -285,7 +285,7 @@ def test_a_push_that_takes_too_long_times_out_and_its_room_is_quarantined(names:
 
 
 def test_a_claimed_room_stays_quarantined_until_its_writer_lets_go(split: Split) -> None:
-    """A real messager process stopped in the middle of a layer, played by its own claim word."""
+    """A real pusher process stopped in the middle of a layer, played by its own claim word."""
     split.compute()
     address = split.reserve()
     pid = split.sender.supervisor.pid(0)
@@ -303,7 +303,7 @@ def test_a_claimed_room_stays_quarantined_until_its_writer_lets_go(split: Split)
     wait_until("the room is free again", lambda: not split.receiver.busy(), meanwhile=split.receiver.fold)
     assert set(address.blocks) <= set(split.decode.state.device.free)
     split.prefill.release("r")
-    wait_until("rank 0 has a messager again", lambda: 0 in split.sender.supervisor.ranks(), meanwhile=split.sender.fold)
+    wait_until("rank 0 has a pusher again", lambda: 0 in split.sender.supervisor.ranks(), meanwhile=split.sender.fold)
 
 
 def test_a_successor_waits_for_who_still_writes_into_its_pool(
@@ -322,7 +322,7 @@ def test_a_successor_waits_for_who_still_writes_into_its_pool(
             CacheManager.open(names[1])
     os.kill(pid, signal.SIGKILL)
     wait_until(
-        "the messager's death is noticed",
+        "the pusher's death is noticed",
         lambda: pid not in split.sender.supervisor.ready_pids(),
         meanwhile=split.sender.fold,
     )
@@ -358,7 +358,7 @@ def test_a_board_that_cannot_be_looked_at_is_not_taken_for_none(
     CacheManager.open(names[1]).close()
 
 
-def test_a_messager_claims_before_it_looks_and_lets_go_after(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pusher_claims_before_it_looks_and_lets_go_after(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     split.compute()
     address = split.reserve()
     order = PushStarted(
@@ -386,7 +386,7 @@ def test_a_messager_claims_before_it_looks_and_lets_go_after(split: Split, monke
     signals.close(remove=True)
 
 
-def test_a_revoked_ticket_is_refused_whatever_the_messager_is_told(split: Split) -> None:
+def test_a_revoked_ticket_is_refused_whatever_the_pusher_is_told(split: Split) -> None:
     split.compute()
     address = split.reserve()
     split.decode.release("r")
@@ -441,7 +441,7 @@ def test_addresses_that_do_not_fit_are_refused(split: Split) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["pools", "board", "ledger", "blocks"])
-def test_another_pool_is_refused_by_the_messager(split: Split, wrong: str) -> None:
+def test_another_pool_is_refused_by_the_pusher(split: Split, wrong: str) -> None:
     """What the prefill instance cannot know: the pool behind the name is another one, or gone."""
     split.compute()
     address = split.reserve()
@@ -520,22 +520,22 @@ def test_a_receive_that_never_begins_times_out(split: Split) -> None:
     assert not any(pool.tensor(layer, "kv").any() for pool in split.decode.pools for layer in range(LAYERS))
 
 
-def test_a_messager_that_cannot_start_says_why(names: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pusher_that_cannot_start_says_why(names: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     with CacheManager.create(names[0], CONFIG) as prefill:
-        monkeypatch.setattr(messager, "PROGRAM", ("-c", "import sys; sys.exit('no such thing')"))
+        monkeypatch.setattr(pusher, "PROGRAM", ("-c", "import sys; sys.exit('no such thing')"))
         with pytest.raises(WorkerFailed, match="no such thing"):
             Sender(prefill)
         monkeypatch.undo()
         assert not [name for name in objects_of(names[0]) if "pushes" in name]
         Sender(prefill)  # nothing is in the way of another try
-    assert supervisor._PROGRAM != messager.PROGRAM
+    assert supervisor._PROGRAM != pusher.PROGRAM
 
 
-def test_messagers_are_workers_of_their_ledger(split: Split) -> None:
+def test_pushers_are_workers_of_their_ledger(split: Split) -> None:
     (entry,) = [ledger for ledger in ledgers() if ledger.name == split.prefill.name]
-    messagers = {split.sender.pid(rank) for rank in range(CONFIG.ranks)}
+    pushers = {split.sender.pid(rank) for rank in range(CONFIG.ranks)}
     transfers = {split.prefill.worker_pid(rank) for rank in range(CONFIG.ranks)}
-    assert entry.state == "alive" and set(entry.workers) == messagers | transfers and os.getpid() not in entry.workers
+    assert entry.state == "alive" and set(entry.workers) == pushers | transfers and os.getpid() not in entry.workers
 
 
 def test_progress_only_grows(names: tuple[str, str]) -> None:
@@ -584,7 +584,7 @@ class Instance:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.messagers: list[int] = json.loads(self._read())
+        self.pushers: list[int] = json.loads(self._read())
 
     def ask(self, *what: Any) -> Any:
         assert self.process.stdin is not None
@@ -628,15 +628,15 @@ def test_two_instances(names: tuple[str, str]) -> None:
 def test_the_prefill_instance_is_killed(names: tuple[str, str], when: str) -> None:
     prefill = Instance("prefill", names[0])
     decode = Instance("decode", names[1], names[0])
-    messagers = [(pid, start_time(pid)) for pid in prefill.messagers]
+    pushers = [(pid, start_time(pid)) for pid in prefill.pushers]
     address = decode.ask("reserve", "r", 1)
     if when == "while it sends":
         prefill.ask("compute half and send", "r", 1, address)
     prefill.kill()
     outcome, reason = decode.ask("wait and verify", "r", 1)
     assert outcome == "FAILED" and "is gone" in reason
-    assert decode.ask("free blocks when quiet") == CONFIG.device_blocks, "once no messager can write them any more"
-    wait_until("the orphaned messagers leave", lambda: not any(alive(*each) for each in messagers))
+    assert decode.ask("free blocks when quiet") == CONFIG.device_blocks, "once no pusher can write them any more"
+    wait_until("the orphaned pushers leave", lambda: not any(alive(*each) for each in pushers))
     successor = Instance("prefill again", names[0])  # the same ledger, with a new sender
     address = decode.ask("reserve", "r2", 2)
     assert successor.ask("compute and send", "r2", 2, address) == "DONE"

@@ -91,12 +91,10 @@ def test_pushes_are_counted_and_listed(pair: tuple[CacheManager, CacheManager]) 
     table = listed(prefill.name, "--most", "2")
     assert "1 older" in table and "under way" in table and "sent" not in table.replace("prefill-seen", "")
 
-    # a messager that dies is missed, and comes back
+    # a pusher that dies is missed, and comes back
     os.kill(sender.pid(1) or 0, signal.SIGKILL)
     until(exporter, lambda found: found["kvledger_messagers", ()] == 1)
-    wait_until(
-        "both messagers are there", lambda: levels(exporter)["kvledger_messagers", ()] == 2, meanwhile=sender.fold
-    )
+    wait_until("both pushers are there", lambda: levels(exporter)["kvledger_messagers", ()] == 2, meanwhile=sender.fold)
 
     sender.close()  # the push that is under way fails, which its log said before it went
     found = levels(exporter)

@@ -313,8 +313,8 @@ def test_a_fork_ends_no_sender_and_no_drop_in(name: str) -> None:
                 os._exit(worked)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert ours() == objects and any(it.ledger in each for each in objects)
-        messager = sender.pid(0)
-        assert messager is not None and os.path.exists(f"/proc/{messager}")
+        pusher = sender.pid(0)
+        assert pusher is not None and os.path.exists(f"/proc/{pusher}")
         assert serve(it, "a", [1, 2, 3, 4])
 
 

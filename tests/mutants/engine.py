@@ -257,7 +257,7 @@ MUTANTS: list[Mutant] = [
         f"{INTERRUPTED}::test_a_forked_child_neither_writes_nor_ends_what_is_its_parents",
     ),
     mutant(
-        "a fork ends the messagers of its parent",
+        "a fork ends the pushers of its parent",
         "kvledger/manager/execution.py",
         "            handoff.disown()\n",
         "            pass\n",

@@ -1,4 +1,4 @@
-"""Faults in handing requests over: sender, receiver, messagers, tickets."""
+"""Faults in handing requests over: sender, receiver, pushers, tickets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WRITTEN = "tests/handoff/test_handing_over.py::test_only_what_is_written_is_sent
 
 MUTANTS: list[Mutant] = [
     mutant(
-        "a messager looks before its claim is visible",
+        "a pusher looks before its claim is visible",
         "workers/handoff/tickets.py",
         "        self._fence()\n        return 0 < slot",
         "        return 0 < slot",
@@ -24,7 +24,7 @@ MUTANTS: list[Mutant] = [
         f"{TAKEN_BACK}[Order.WEAK]",
     ),
     mutant(
-        "the claim of a dead messager counts",
+        "the claim of a dead pusher counts",
         "workers/handoff/tickets.py",
         "        if claim in tickets and alive(pid, started):\n",
         "        if claim in tickets:\n",
@@ -56,21 +56,21 @@ MUTANTS: list[Mutant] = [
         "workers/handoff/tickets.py",
         "return 0 < slot < _WORDS and ticket & 1 == 1 and self._words[slot] == ticket",
         "return True",
-        f"{TESTS}::test_a_revoked_ticket_is_refused_whatever_the_messager_is_told",
+        f"{TESTS}::test_a_revoked_ticket_is_refused_whatever_the_pusher_is_told",
     ),
     mutant(
-        "a messager looks before it claims",
+        "a pusher looks before it claims",
         "workers/handoff/transport.py",
         "        self._claims[CLAIM] = push.ticket\n",
         "",
-        f"{TESTS}::test_a_messager_claims_before_it_looks_and_lets_go_after",
+        f"{TESTS}::test_a_pusher_claims_before_it_looks_and_lets_go_after",
     ),
     mutant(
-        "a messager never gives its claim up",
+        "a pusher never gives its claim up",
         "workers/handoff/transport.py",
         "            self._claims[CLAIM] = 0\n",
         "",
-        f"{TESTS}::test_a_messager_claims_before_it_looks_and_lets_go_after",
+        f"{TESTS}::test_a_pusher_claims_before_it_looks_and_lets_go_after",
     ),
     mutant(
         "nobody asks who still writes",
@@ -119,21 +119,21 @@ MUTANTS: list[Mutant] = [
         "kvledger/handoff/sender.py",
         "            elif len(push.answers) == self._config.ranks:\n",
         "            elif push.answers:\n",
-        f"{TESTS}::test_what_a_dead_messager_had_answered_counts_no_more",
+        f"{TESTS}::test_what_a_dead_pusher_had_answered_counts_no_more",
     ),
     mutant(
-        "what a dead messager had answered still counts",
+        "what a dead pusher had answered still counts",
         "kvledger/handoff/sender.py",
         "                push.answers.pop(rank, None)\n",
         "                pass\n",
-        f"{TESTS}::test_what_a_dead_messager_had_answered_counts_no_more",
+        f"{TESTS}::test_what_a_dead_pusher_had_answered_counts_no_more",
     ),
     mutant(
-        "a messager goes on with what is over",
+        "a pusher goes on with what is over",
         "workers/handoff/pusher.py",
         "                self._pushes.pop(fact.push, None)\n",
         "                pass\n",
-        f"{TESTS}::test_a_messager_forgets_what_is_over",
+        f"{TESTS}::test_a_pusher_forgets_what_is_over",
     ),
     mutant(
         "a pool of the same name is the same pool",
@@ -141,6 +141,6 @@ MUTANTS: list[Mutant] = [
         "key = order.peer, order.board, order.pools",
         'key = order.peer, order.board, ""',
         f"{TESTS}::test_a_request_is_handed_over_and_every_byte_is_there",
-        f"{TESTS}::test_another_pool_is_refused_by_the_messager",
+        f"{TESTS}::test_another_pool_is_refused_by_the_pusher",
     ),
 ]

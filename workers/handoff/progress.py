@@ -10,7 +10,7 @@ _LAYER_BITS = 16
 
 
 class LayerProgress:
-    """The progress of one rank. The rank's process writes it, its messager reads it.
+    """The progress of one rank. The rank's process writes it, its pusher reads it.
 
     Args:
         ledger: of the prefill instance; its :class:`kvledger.handoff.sender.Sender` has created the word.

@@ -1,4 +1,4 @@
-"""The messager: one process per rank of a prefill instance that pushes KV blocks to decode instances.
+"""The pusher: one process per rank of a prefill instance that pushes KV blocks to decode instances.
 
 It follows the log of pushes, sends each push layer by layer as the engine's rank gets them written, and answers in a
 log of its own when all layers have arrived or something is in the way. What it has sent counts only when the engine
@@ -36,8 +36,8 @@ class _Push:
         """So many have arrived."""
 
 
-class Messager:
-    """One incarnation of a rank's messager; :meth:`step` is the whole loop body. See :class:`TransferWorker`.
+class Pusher:
+    """One incarnation of a rank's pusher; :meth:`step` is the whole loop body. See :class:`TransferWorker`.
 
     Args:
         log: of the pushes, :func:`workers.handoff.pushes.log_name`.
@@ -70,7 +70,7 @@ class Messager:
             retain_bytes=4 * _ACK_SEGMENT_BYTES,
         )
         self.reader = LogReader(
-            log, from_sequence=from_sequence, name=f"messager {rank}", worker=True, kind_mask=1 << STARTED_KIND
+            log, from_sequence=from_sequence, name=f"pusher {rank}", worker=True, kind_mask=1 << STARTED_KIND
         )
         if self.reader.schema_hash != SCHEMA_HASH:
             raise ValueError("the engine runs another version of kvledger")
@@ -153,4 +153,4 @@ class Messager:
 
 if __name__ == "__main__":
     # it serves one engine: nobody can tell it anything once that is gone
-    sys.exit(transfer.main(sys.argv[1:], Messager, orphan_grace_s=0.0))
+    sys.exit(transfer.main(sys.argv[1:], Pusher, orphan_grace_s=0.0))

@@ -1,7 +1,7 @@
-"""Pushes: what a prefill instance orders its messagers to send to a decode instance, in a log of its own.
+"""Pushes: what a prefill instance orders its pushers to send to a decode instance, in a log of its own.
 
 The log of pushes belongs to the prefill instance's ledger (``<ledger>.pushes``) and has one writer, its engine. The
-messagers follow it to know what to send, the decode instances to know what has arrived. It is no part of the ledger's
+pushers follow it to know what to send, the decode instances to know what has arrived. It is no part of the ledger's
 own log because nothing in it changes who owns a block: the sources stay the request's, the targets are another
 ledger's.
 """
@@ -122,5 +122,5 @@ def fact_of(record: Record) -> PushStarted | PushFinished:
 
 
 def log_name(ledger: str) -> str:
-    """Name of the log of pushes of a prefill instance; its messagers are the workers of this log."""
+    """Name of the log of pushes of a prefill instance; its pushers are the workers of this log."""
     return f"{ledger}.pushes"

@@ -1,10 +1,10 @@
 """Tickets: the right to write into blocks of another instance's device pool, and taking it back for certain.
 
-A decode instance gives a ticket for the blocks it has reserved. A messager *claims* the ticket in its own signals,
+A decode instance gives a ticket for the blocks it has reserved. A pusher *claims* the ticket in its own signals,
 then looks whether the ticket still stands on the decode instance's board, and only then writes; after each layer it
-gives the claim up. The decode instance revokes a ticket on its board, and then looks at the claims of all messagers.
+gives the claim up. The decode instance revokes a ticket on its board, and then looks at the claims of all pushers.
 Each side stores, fences, and only then reads what the other has stored, so at least one of them sees the other:
-either the messager finds the ticket revoked and writes nothing, or the decode instance sees the claim and waits.
+either the pusher finds the ticket revoked and writes nothing, or the decode instance sees the claim and waits.
 Once no living process claims a revoked ticket, nobody will ever write those blocks.
 """
 
@@ -24,9 +24,9 @@ from workers import transfer
 SLOTS = 2047
 """Tickets that may be out at once."""
 CLAIM = 24
-"""Word of a messager's signals: the ticket with which it is writing; 0: none."""
+"""Word of a pusher's signals: the ticket with which it is writing; 0: none."""
 _WORDS = SLOTS + 1
-_MESSAGER = re.compile(r".+\.pushes\.rank\d+\.\d+\.signals")
+_PUSHER = re.compile(r".+\.pushes\.rank\d+\.\d+\.signals")
 
 
 class Tickets:
@@ -78,7 +78,7 @@ class Tickets:
         self._free.append(slot)
 
     def stands(self, slot: int, ticket: int) -> bool:
-        """Whether a ticket may be used. Asked by a messager that has claimed it."""
+        """Whether a ticket may be used. Asked by a pusher that has claimed it."""
         self._fence()
         return 0 < slot < _WORDS and ticket & 1 == 1 and self._words[slot] == ticket
 
@@ -107,10 +107,10 @@ def board_name(ledger: str) -> str:
 
 
 def claimed(tickets: Collection[int]) -> dict[int, int]:
-    """Those of these revoked tickets with which some messager on this machine still writes, and its process id."""
+    """Those of these revoked tickets with which some pusher on this machine still writes, and its process id."""
     found: dict[int, int] = {}
     for name in os.listdir(SHM) if tickets else ():
-        if not _MESSAGER.fullmatch(name):
+        if not _PUSHER.fullmatch(name):
             continue
         try:
             signals = Signals(f"/{name}", read_only=True)

@@ -1,4 +1,4 @@
-"""How a messager reaches the device pool of another instance. Today: shared memory on the same host."""
+"""How a pusher reaches the device pool of another instance. Today: shared memory on the same host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Refused(RuntimeError):
 
 
 class Destination(Protocol):
-    """One decode instance, as a messager sees it."""
+    """One decode instance, as a pusher sees it."""
 
     def send(self, push: PushStarted, layer: int) -> None:
         """Copy one layer of a push; it has arrived when this returns.

@@ -52,8 +52,8 @@ class WorkerHandle:
             os.kill(self.pid, signal.SIGTERM)
 
 
-class MessagerHandle:
-    """A rank's messager. It is replaced when it dies, so its process id may change."""
+class PusherHandle:
+    """A rank's pusher. It is replaced when it dies, so its process id may change."""
 
     def __init__(self, sender: Sender, rank: int) -> None:
         self._sender = sender

@@ -118,7 +118,7 @@ class DevicePool:
         self.executor_pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvledger-release")
         self.launched: Launched | None = None
         self._signals: Launched | None = None
-        """Those of the launch, also while it has only made the messagers."""
+        """Those of the launch, also while it has only made the pushers."""
         self.ledger = f"fastdeploy-{os.getpid()}-dp{local_data_parallel_id}-{next(_numbers)}"
         """Name of the ledger."""
         self._live: dict[str, Live] = {}

@@ -368,7 +368,7 @@ class PrefixCacheManager(SplitInstance):
         runners to make the KV tensors. Returns one handle per process.
 
         Raises:
-            RuntimeError: requests are being served already, or the messager of a split instance did not start.
+            RuntimeError: requests are being served already, or the pusher of a split instance did not start.
             workers.WorkerFailed: with the rank and the reason.
             TimeoutError: the KV tensors are not there in time.
         """
@@ -378,7 +378,7 @@ class PrefixCacheManager(SplitInstance):
             self._manager.adopt_thread()
             if self.enable_splitwise:
                 shapes = self._get_kv_cache_shape(cache_config.total_block_num)
-                messagers = self.launch_cache_messager(
+                pushers = self.launch_cache_messager(
                     cache_config,
                     tensor_parallel_size,
                     device_ids,
@@ -387,9 +387,9 @@ class PrefixCacheManager(SplitInstance):
                     engine_worker_queue_port,
                     ipc_suffix,
                 )
-                if messagers is None:
-                    raise RuntimeError(f"the cache messager did not start: {self.messager_failure or 'see its log'}")
-                processes += messagers
+                if pushers is None:
+                    raise RuntimeError(f"the pusher did not start: {self.pusher_failure or 'see its log'}")
+                processes += pushers
             launched = self._board(engine_worker_queue_port, tensor_parallel_size)
             try:
                 launched.wait_for_tensors(create_cache_tensor, self.ready_timeout_s)

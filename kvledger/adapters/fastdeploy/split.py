@@ -1,4 +1,4 @@
-"""Split prefill and decode in the drop-in: messagers, and handing a request from one instance to the other.
+"""Split prefill and decode in the drop-in: pushers, and handing a request from one instance to the other.
 
 FastDeploy's instances tell each other by queues which blocks go where (``cache_info``). Here that is one line of text,
 the address that the decode instance reserves; the engines carry it over whatever connects them.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ipc import LedgerError
-from kvledger.adapters.fastdeploy.launch import Launched, MessagerHandle
+from kvledger.adapters.fastdeploy.launch import Launched, PusherHandle
 from kvledger.adapters.fastdeploy.pool import DevicePool, own
 from kvledger.config import ConfigError
 from kvledger.errors import HandoffError
@@ -28,10 +28,10 @@ class SplitInstance(DevicePool):
     """What a prefill or a decode instance has beyond a device pool. See the subclass."""
 
     sender: Sender | None = None
-    """Of a prefill instance, once its messagers were launched."""
+    """Of a prefill instance, once its pushers were launched."""
     receiver: Receiver | None = None
-    """Of a decode instance, once its messagers were launched."""
-    messager_failure = ""
+    """Of a decode instance, once its pushers were launched."""
+    pusher_failure = ""
     """Why the last :meth:`launch_cache_messager` returned ``None``."""
 
     @own
@@ -46,17 +46,17 @@ class SplitInstance(DevicePool):
         engine_worker_queue_port: object,
         ipc_suffix: object,
     ) -> list[Any] | None:
-        """Make the pools, say so by ``cache_ready_signal``, and start one messager per rank.
+        """Make the pools, say so by ``cache_ready_signal``, and start one pusher per rank.
 
-        Returns one handle per process when all of them are ready. A decode instance has none: the messagers of the
+        Returns one handle per process when all of them are ready. A decode instance has none: the pushers of the
         prefill instances write into its pools, and what it needs for that is ready when this returns. ``None``: they
-        did not start; :attr:`messager_failure`, which is also logged, says why.
+        did not start; :attr:`pusher_failure`, which is also logged, says why.
 
         Raises:
             RuntimeError: requests are being served already.
         """
         self._expect_unused()
-        self.messager_failure = ""
+        self.pusher_failure = ""
         launched = self._board(engine_worker_queue_port, tensor_parallel_size)
         self.cache_ready_signal = launched.cache_ready_signal
         try:
@@ -71,10 +71,10 @@ class SplitInstance(DevicePool):
         except (WorkerFailed, LedgerError, ConfigError) as error:
             launched.cache_ready_signal.value[:] = 0
             self._reopen()
-            self.messager_failure = str(error)
-            _log.error("the cache messager did not start: %s", error)
+            self.pusher_failure = str(error)
+            _log.error("the pusher did not start: %s", error)
             return None
-        return [MessagerHandle(self.sender, rank) for rank in range(tensor_parallel_size)] if self.sender else []
+        return [PusherHandle(self.sender, rank) for rank in range(tensor_parallel_size)] if self.sender else []
 
     def _expect_unused(self) -> None:
         if self._live or len(self._raw) or self.launched is not None:
@@ -100,7 +100,7 @@ class SplitInstance(DevicePool):
 
     @own
     def poll(self) -> None:
-        """Fold the workers' and messagers' answers in."""
+        """Fold the workers' and pushers' answers in."""
         super().poll()
         for side in (self.sender, self.receiver):
             if side is not None:
@@ -122,7 +122,7 @@ class SplitInstance(DevicePool):
             ValueError: it is no address.
         """
         if self.sender is None:
-            raise HandoffError("only a prefill instance sends: launch its messagers first")
+            raise HandoffError("only a prefill instance sends: launch its pushers first")
         parsed = Address.parse(address)
         have = len(self._manager.block_table(task.request_id))
         more = list(map(int, task.block_tables[have:]))
@@ -144,7 +144,7 @@ class SplitInstance(DevicePool):
             OutOfBlocks
         """
         if self.receiver is None:
-            raise HandoffError("only a decode instance receives: launch its messagers first")
+            raise HandoffError("only a decode instance receives: launch its pushers first")
         return self.receiver.reserve(req_id, blocks, peer=peer).text()
 
     @own
