@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 
 from workers import KVTensor
-from workers.pools.backends import Pools
+from workers.pools.interface import Pools
 
 
 class Rows(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from examples.tiny_engine.attention import PagedAttention, Rows
 from examples.tiny_engine.blocks import BlockManager, Request
 from examples.tiny_engine.model import Model
-from workers.pools.backends import Pools
+from workers.pools.interface import Pools
 
 _NAP_S = 0.0002
 

@@ -25,7 +25,7 @@ from statemachine.events import Outcome
 from workers.handoff import pusher, pushes
 from workers.handoff.progress import LayerProgress
 from workers.handoff.pushes import Address, PushFinished, PushStarted
-from workers.handoff.transport import same_blocks
+from workers.handoff.shared_memory import same_blocks
 from workers.pools.layout import PoolLayout
 from workers.processes.acknowledgements import Acknowledgement, Status
 from workers.processes.supervisor import Supervisor, WorkerFailed

@@ -33,7 +33,8 @@ from statemachine.events import Event, HostPolicy, Outcome, Tier
 from statemachine.records.snapshot import state_digest
 from statemachine.state.nodes import Request
 from statemachine.state.state import State
-from workers.pools.backends import Pools, ids_of
+from workers.pools.backends import ids_of
+from workers.pools.interface import Pools
 
 _log = logging.getLogger(__name__)
 _EVICTED_BYTES = 16

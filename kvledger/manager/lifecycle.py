@@ -17,7 +17,8 @@ from statemachine.decide import decide
 from statemachine.events import Event
 from statemachine.records import codec
 from statemachine.state.state import State
-from workers.pools.backends import Pools, create_pools, ids_of, reopen_pools
+from workers.pools.backends import create_pools, ids_of, reopen_pools
+from workers.pools.interface import Pools
 
 
 class Beginning(NamedTuple):

@@ -28,7 +28,7 @@ from statemachine.decide import peek, request_named, victims_for
 from statemachine.errors import CommandRejected, InvalidCommand, UnknownRequest
 from statemachine.events import BlocksAllocated, Event, HostPolicy, ReleaseReason, RequestMatched
 from statemachine.state.nodes import Request
-from workers.pools.backends import Pools
+from workers.pools.interface import Pools
 
 
 class Admission(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from workers.pools.backends import Pools
+from workers.pools.interface import Pools
 
 Seeds = npt.NDArray[np.uint64]
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -35,7 +35,7 @@ from statemachine.records.snapshot import snapshot
 from workers import transfer
 from workers.followers.auditor import Auditor
 from workers.pools import numpy as numpy_pools
-from workers.pools.backends import pool_names
+from workers.pools.memory import pool_names
 from workers.pools.numpy import NumpyPools
 
 LEDGER = "simulated"

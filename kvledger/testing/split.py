@@ -30,7 +30,7 @@ from statemachine.content import words_of
 from statemachine.errors import OutOfBlocks
 from statemachine.events import IntArray, ReleaseReason
 from workers import WorkerFailed, transfer
-from workers.handoff import pusher, tickets, transport
+from workers.handoff import pusher, shared_memory, tickets
 from workers.handoff.pushes import Address
 from workers.pools.numpy import NumpyPools
 
@@ -150,7 +150,7 @@ class SplitSimulation(Simulation):
         }
         return self.play(
             operators,
-            (transport, "_copy", self._copy(transport._copy)),
+            (shared_memory, "_copy", self._copy(shared_memory._copy)),
             (pusher, "_ACK_SEGMENT_BYTES", SEGMENT_BYTES),
             (sending, "_SEGMENT_BYTES", SEGMENT_BYTES),
             (tickets, "SLOTS", _SLOTS),

@@ -47,7 +47,7 @@ from statemachine.events import (
 from statemachine.records.replay import Replay, event_of
 from statemachine.records.snapshot import snapshot, state_digest
 from tests.campaigns.dying import Moment, arm
-from workers.pools.backends import pool_names
+from workers.pools.memory import pool_names
 
 BLOCK = 4
 LIVES = 40

@@ -16,11 +16,12 @@ from kvledger.testing.schedule import Schedule
 from kvledger.testing.system import System, installed
 from kvledger.testing.weak_memory import Order
 from workers import transfer
-from workers.handoff import transport
+from workers.handoff import shared_memory
 from workers.handoff.progress import LayerProgress
 from workers.handoff.pushes import PushStarted, log_name
+from workers.handoff.shared_memory import MappedPool, SharedMemory
 from workers.handoff.tickets import Tickets, claimed
-from workers.handoff.transport import MappedPool, Refused, SharedMemory
+from workers.handoff.transport import Refused
 from workers.pools.backends import create_pools
 from workers.pools.layout import KVTensor, PoolLayout
 from workers.pools.memory import PoolMemory
@@ -120,7 +121,7 @@ def take_back(seed: int, order: Order) -> int:
         remove_objects(PREFILL)
         return 0
 
-    copy = transport._copy
+    copy = shared_memory._copy
 
     def slowly(*arguments: Any) -> None:
         schedule.sleep(1e-6 * rng.randrange(60))
@@ -130,7 +131,7 @@ def take_back(seed: int, order: Order) -> int:
     sender = schedule.spawn("pusher", pusher)
     if rng.random() < 0.3:
         sender.strike_at = rng.randrange(100, 600)
-    with installed(System(schedule, {}), (writer, "_LEAST_SEGMENT", 8 << 10), (transport, "_copy", slowly)):
+    with installed(System(schedule, {}), (writer, "_LEAST_SEGMENT", 8 << 10), (shared_memory, "_copy", slowly)):
         schedule.run()
     return arrived
 

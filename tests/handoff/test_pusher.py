@@ -36,8 +36,9 @@ from workers import WorkerFailed
 from workers.handoff import pusher
 from workers.handoff.progress import LayerProgress
 from workers.handoff.pushes import Address, PushStarted
+from workers.handoff.shared_memory import MappedPool
 from workers.handoff.tickets import CLAIM, Tickets, board_name, claimed
-from workers.handoff.transport import MappedPool, Refused
+from workers.handoff.transport import Refused
 from workers.processes import supervisor
 
 BLOCKS = 6

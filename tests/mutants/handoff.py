@@ -32,7 +32,7 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "a claim is given up before what was copied is visible",
-        "workers/handoff/transport.py",
+        "workers/handoff/shared_memory.py",
         "        finally:\n            self._release()\n            self._acquire()\n",
         "        finally:\n",
         f"{TAKEN_BACK}[Order.WEAK]",
@@ -60,14 +60,14 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "a pusher looks before it claims",
-        "workers/handoff/transport.py",
+        "workers/handoff/shared_memory.py",
         "        self._claims[CLAIM] = push.ticket\n",
         "",
         f"{TESTS}::test_a_pusher_claims_before_it_looks_and_lets_go_after",
     ),
     mutant(
         "a pusher never gives its claim up",
-        "workers/handoff/transport.py",
+        "workers/handoff/shared_memory.py",
         "            self._claims[CLAIM] = 0\n",
         "",
         f"{TESTS}::test_a_pusher_claims_before_it_looks_and_lets_go_after",

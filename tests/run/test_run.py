@@ -312,7 +312,8 @@ def test_copies_of_consecutive_and_scattered_blocks(tmp_path: Path) -> None:
 
     from statemachine.events import Direction
     from workers import PoolLayout
-    from workers.pools.backends import create_pools, pool_names
+    from workers.pools.backends import create_pools
+    from workers.pools.memory import pool_names
 
     layout = PoolLayout(1, 3, 64, 32, 32)
     ledger = f"copies-{os.getpid()}"

@@ -23,7 +23,8 @@ from statemachine.events import Direction, TransferStarted
 from tests.adapters.fastdeploy_engine import manager as drop_in
 from tests.waiting import wait_until
 from workers import PoolLayout
-from workers.pools.backends import Ended, create_pools, open_copies
+from workers.pools.backends import create_pools, open_copies
+from workers.pools.interface import Ended
 from workers.pools.memory import PoolMemory
 
 BLOCK = 4

@@ -19,8 +19,9 @@ from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy
 from statemachine.events import Direction, TransferStarted
 from workers import KVTensor, PoolLayout, PoolMismatch
 from workers.pools import memory as pool_memory
-from workers.pools.backends import create_pools, open_pools, pool_names, pool_sizes
+from workers.pools.backends import create_pools, open_pools
 from workers.pools.layout import key_value, key_value_8bit, latent
+from workers.pools.memory import pool_names, pool_sizes
 from workers.pools.numpy import NumpyCopies, NumpyPools
 
 LAYOUTS = {

@@ -15,7 +15,8 @@ from ipc.signals import Signals
 from workers import transfer
 from workers.handoff.progress import LayerProgress
 from workers.handoff.pushes import SCHEMA_HASH, STARTED_KIND, PushFinished, PushStarted, fact_of
-from workers.handoff.transport import Destination, Refused, SharedMemory, Transport
+from workers.handoff.shared_memory import SharedMemory
+from workers.handoff.transport import Destination, Refused, Transport
 from workers.pools.layout import PoolLayout
 from workers.pools.numpy import NumpyPools
 from workers.processes import acknowledgements

@@ -1,78 +1,21 @@
-"""The KV pools of a rank: what an engine and a transfer worker need of a backend, and which backends there are.
+"""Create and open the KV pools of a rank, with the backend that its layout names.
 
 ``numpy`` and ``paddle`` keep the device pool in shared memory (everything runs on a laptop), ``paddle-gpu`` and
-``cuda`` on a GPU. Each backend is a module of its own, imported when it is used. See ``docs/pools.md``.
+``cuda`` on a GPU. What each of them offers is said in :mod:`workers.pools.interface`; each is a module of its own,
+imported when it is used. See ``docs/pools.md``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
 
 from ipc import LedgerNotFound
 from ipc.names import unlink
-from statemachine.events import Tier, TransferStarted
+from statemachine.events import Tier
 from workers.pools import memory as pool_memory
+from workers.pools.interface import Bytes, Copies, Pools
 from workers.pools.layout import PoolLayout
-from workers.pools.memory import Bytes, PoolMismatch, pool_names, pool_sizes
-
-__all__ = [
-    "Copies",
-    "Ended",
-    "PoolMismatch",
-    "Pools",
-    "create_pools",
-    "ids_after",
-    "ids_of",
-    "open_copies",
-    "open_pools",
-    "pool_names",
-    "reopen_pools",
-]
-
-
-class Pools(Protocol):
-    """The pools of one rank as its engine sees them."""
-
-    rank: int
-    layout: PoolLayout
-    id: str
-    """Random name of their memory."""
-    host: Bytes
-    """``uint8[blocks, layers, block_bytes]``."""
-
-    def tensor(self, layer: int, name: str) -> Any:
-        """A device tensor, ``[blocks, *shape]``, as the backend's framework has it. Raises ``KeyError``."""
-
-
-class Ended(NamedTuple):
-    """A transfer's copies have ended on this rank: the first ``valid`` blocks are there."""
-
-    transfer: int
-    valid: int
-    error: str = ""
-    corrupt: bool = False
-    """It ended before a host block that is not what was written; ``error`` says which."""
-
-
-class Copies(Protocol):
-    """What a transfer worker does with the pools of its rank."""
-
-    def start(self, transfer: TransferStarted) -> None:
-        """Begin to copy block ``sources[i]`` to ``targets[i]``, not before the transfers in ``after`` have ended."""
-
-    def ended(self) -> list[Ended]:
-        """What has ended since the last call, in the order in which it did.
-
-        Raises:
-            Exception: nothing can be copied any more; the worker has to begin again as a new process.
-        """
-
-    def busy(self) -> bool:
-        """Whether some copy has not ended."""
-
-    def close(self) -> None:
-        """Give back what is not memory of this process."""
+from workers.pools.memory import pool_names, pool_sizes
 
 
 def open_pools(ledger: str, rank: int, layout: PoolLayout) -> Pools:

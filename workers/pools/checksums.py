@@ -11,12 +11,12 @@ from __future__ import annotations
 import xxhash
 
 from statemachine.events import Direction, IntArray, TransferStarted
-from workers.pools.backends import Copies, Ended
+from workers.pools.interface import Copies, Ended
 from workers.pools.memory import PoolMemory
 
 
 class CheckedCopies:
-    """The copies of a backend, with checksums around them. See :class:`workers.pools.backends.Copies`."""
+    """The copies of a backend, with checksums around them. See :class:`workers.pools.interface.Copies`."""
 
     def __init__(self, memory: PoolMemory, copies: Copies) -> None:
         self._memory = memory

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from statemachine.events import Direction, IntArray, TransferStarted
-from workers.pools.backends import Ended
 from workers.pools.cuda_driver import SOURCE_ANY_TIME, SOURCE_IN_STREAM_ORDER, CudaError, Driver, Words
 from workers.pools.cuda_pools import Published
+from workers.pools.interface import Ended
 from workers.pools.layout import PoolLayout
 from workers.pools.memory import PoolMemory
 
@@ -61,7 +61,7 @@ class _Flying(NamedTuple):
 
 
 class CudaCopies:
-    """See :class:`workers.pools.backends.Copies`.
+    """See :class:`workers.pools.interface.Copies`.
 
     Args:
         waiting: told the reason while nobody has published the rank's device tensors; may raise to end the wait.

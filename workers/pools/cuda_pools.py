@@ -17,8 +17,9 @@ import xxhash
 from ipc import LedgerNotFound
 from ipc.processes import alive, own_identity
 from workers.pools.cuda_driver import HANDLE_BYTES, CudaError, Driver
+from workers.pools.interface import Bytes
 from workers.pools.layout import PoolLayout
-from workers.pools.memory import HEADER_BYTES, Bytes, PoolMemory
+from workers.pools.memory import HEADER_BYTES, PoolMemory
 
 _ENTRY = struct.Struct(f"<{HANDLE_BYTES}sQQ")
 _OWNER = struct.Struct("<16sQQ")
@@ -69,7 +70,7 @@ def address_of(tensor: Any) -> int:
 
 
 class CudaPools:
-    """See :class:`workers.pools.backends.Pools`. Needs no driver before :meth:`publish`."""
+    """See :class:`workers.pools.interface.Pools`. Needs no driver before :meth:`publish`."""
 
     def __init__(self, ledger: str, rank: int, layout: PoolLayout) -> None:
         self.rank = rank

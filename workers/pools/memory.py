@@ -16,19 +16,15 @@ import numpy.typing as npt
 
 from ipc import LedgerError, LedgerNotFound, TooManyFiles, memory
 from ipc.fence import make_fence
+from workers.pools.interface import Bytes, PoolMismatch
 from workers.pools.layout import PoolLayout
 
-Bytes = npt.NDArray[np.uint8]
 HEADER_BYTES = 4096
 HANDLE_ENTRY_BYTES = 80
 """A published tensor: an IPC handle (64), the tensor's offset behind what the handle names (8), its bytes (8)."""
 CHECKSUM_BYTES = 8
 _HEADER = struct.Struct("<8sQ16s")
 MAGIC = b"kvlpool1"
-
-
-class PoolMismatch(LedgerError):
-    """A pool in shared memory does not have the layout that was expected."""
 
 
 def pool_names(ledger: str, rank: int) -> list[str]:

@@ -12,16 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from statemachine.events import Direction, IntArray, TransferStarted
-from workers.pools.backends import Ended
+from workers.pools.interface import Bytes, Ended
 from workers.pools.layout import PoolLayout
-from workers.pools.memory import Bytes, PoolMemory
+from workers.pools.memory import PoolMemory
 
 _BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 """NumPy's view of element types that it does not have."""
 
 
 class NumpyPools:
-    """See :class:`workers.pools.backends.Pools`. ``pieces[i]``: the blocks of piece ``i``, ``uint8[blocks, bytes]``."""
+    """See :class:`workers.pools.interface.Pools`.
+
+    ``pieces[i]``: the blocks of piece ``i``, ``uint8[blocks, bytes]``.
+    """
 
     def __init__(self, ledger: str, rank: int, layout: PoolLayout) -> None:
         self.rank = rank
@@ -100,7 +103,7 @@ def copy_blocks(pools: NumpyPools, direction: Direction, sources: IntArray, targ
 class NumpyCopies:
     """Copies that have ended when :meth:`start` returns, so ``after`` is kept by itself.
 
-    See :class:`workers.pools.backends.Copies`.
+    See :class:`workers.pools.interface.Copies`.
     """
 
     def __init__(self, ledger: str, rank: int, layout: PoolLayout) -> None:
