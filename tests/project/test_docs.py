@@ -155,16 +155,9 @@ def test_alerts_name_metrics_and_sections_that_exist() -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's package prometheus")
 def test_alerts_fire_when_they_should() -> None:
-<<<<<<< HEAD
-    for arguments in (["check", "rules", "docs/grafana/alerts.yml"], ["test", "rules", "tests/alerts_test.yml"]):
+    rules = ["check", "rules", "docs/grafana/alerts.yml"], ["test", "rules", "tests/telemetry/alerts_test.yml"]
+    for arguments in rules:
         done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
-=======
-    for arguments in (
-        ["check", "rules", "docs/grafana/alerts.yml"],
-        ["test", "rules", "tests/telemetry/alerts_test.yml"],
-    ):
-        done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
->>>>>>> 7fdc64b (A backend of pools imports what it has to offer, not the factory that makes it; the transport through shared memory has a file beside the protocol)
         assert done.returncode == 0, done.stdout + done.stderr
 
 

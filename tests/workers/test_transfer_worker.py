@@ -15,14 +15,9 @@ from ipc import LogReader, LogWriter
 from ipc.names import remove_objects
 from statemachine.events import Direction, EpochStarted, Event, Outcome, TransferFinished, TransferStarted, WorkerJoined
 from statemachine.records import codec
-<<<<<<< HEAD
 from tests.waiting import PATIENCE_S
 from workers.pools.backends import create_pools
 from workers.pools.interface import Ended
-=======
-from workers.pools.backends import create_pools
-from workers.pools.interface import Ended
->>>>>>> 7fdc64b (A backend of pools imports what it has to offer, not the factory that makes it; the transport through shared memory has a file beside the protocol)
 from workers.pools.layout import PoolLayout
 from workers.pools.numpy import NumpyPools
 from workers.processes.acknowledgements import Acknowledgement, EpochSeen, Status, answer_of, log_name
