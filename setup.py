@@ -15,10 +15,14 @@ from setuptools import setup
 
 NATIVE = {
     "statemachine": ["content"],
-    "statemachine/state": ["nodes", "order", "ownership", "state", "tree"],
-    "statemachine/decide": ["__init__", "backup", "chunks", "eviction", "ledger", "upkeep"],
-    "statemachine/apply": ["__init__", "cache", "chunks", "expect", "requests", "transfers"],
-    "statemachine/check": ["__init__", "incremental"],
+    "statemachine/state": ["nodes", "order", "ownership", "places", "state", "tree"],
+    "statemachine/decide": [
+        *("__init__", "cache", "capacity", "eviction", "hits", "ledger", "lookup", "pools", "requests", "transfers"),
+    ],
+    "statemachine/apply": [
+        *("__init__", "blocks", "cache", "expect", "ledger", "pools", "requests", "transfers", "tree"),
+    ],
+    "statemachine/check": ["__init__", "incremental", "statements"],
     "statemachine/records": ["replay", "snapshot"],
     "ipc": ["reader", "record", "writer"],
     "workers/processes": ["acknowledgements"],

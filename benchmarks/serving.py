@@ -190,7 +190,7 @@ def serve_all(scheduler: Scheduler, requests: Iterable[TraceRequest], every_step
         scheduler.step()
         every_step()
     assert not it.req_leaf_map and it.dropped_recycles == 0 and not check(it.manager.state)
-    in_flight = sum(len(transfer.held) for transfer in it.manager.state.transfers.values())
+    in_flight = sum(len(transfer.held_in(0)) for transfer in it.manager.state.transfers.values())
     assert it.manager.available_blocks() + in_flight == it.num_gpu_blocks
     reader = LogReader(it.ledger)
     replayed = replay(reader, check_every=5_000)

@@ -21,7 +21,6 @@ from statemachine.decide import decide
 from statemachine.errors import CommandRejected
 from statemachine.events import KINDS, Direction, HostPolicy, LedgerOpened, Outcome, ReleaseReason, Tier
 from statemachine.records.codec import SCHEMA_HASH
-from statemachine.state.ownership import transfer_blocks
 from statemachine.state.state import State
 
 FOLDER = Path(__file__).parent
@@ -84,13 +83,14 @@ def observe() -> Moves:
 def _owners(state: State, tier: Tier) -> dict[int, str]:
     found = dict.fromkeys(state.pool(tier).free, "free")
     for node in state.nodes.values():
-        ids, ready = (node.device, node.device_ready) if tier == Tier.DEVICE else (node.host, node.host_ready)
-        found.update(dict.fromkeys(ids or (), "cached" if ready else "arriving"))
+        copy = node.copies[tier]
+        if copy is not None:
+            found.update(dict.fromkeys(copy.ids, "cached" if copy.ready else "arriving"))
     if tier == Tier.DEVICE:
         for request in state.requests.values():
             found.update(dict.fromkeys(request.private(), "private"))
     for transfer in state.transfers.values():
-        found.update(dict.fromkeys(transfer_blocks(transfer, tier), "quarantined" if transfer.quarantined else "held"))
+        found.update(dict.fromkeys(transfer.own_blocks(tier), "quarantined" if transfer.quarantined else "held"))
     return found
 
 

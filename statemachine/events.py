@@ -89,6 +89,14 @@ class Direction(IntEnum):
     """Device to host; the run stays on the device (write-through)."""
 
 
+ROUTES: dict[Direction, tuple[Tier, Tier]] = {
+    Direction.SWAP_OUT: (Tier.DEVICE, Tier.HOST),
+    Direction.SWAP_IN: (Tier.HOST, Tier.DEVICE),
+    Direction.BACKUP: (Tier.DEVICE, Tier.HOST),
+}
+"""Direction → the tier that is read, the tier that is written."""
+
+
 class Outcome(IntEnum):
     """How a transfer ended."""
 

@@ -10,13 +10,10 @@ from typing import Any
 from examples.garbled.engine import Chat, Engine, serve
 from kvledger import is_compiled
 from statemachine import apply, decide
-from statemachine.apply import cache as apply_cache
-from statemachine.apply import chunks as apply_chunks
-from statemachine.apply import expect
-from statemachine.apply import requests as apply_requests
-from statemachine.apply import transfers as apply_transfers
+from statemachine.apply import blocks, cache, expect, ledger, pools, requests, transfers
 from statemachine.commands import Admit
-from statemachine.decide import eviction as room
+from statemachine.decide import eviction, hits
+from statemachine.decide import requests as decide_requests
 from statemachine.errors import OutOfBlocks
 from statemachine.events import (
     BlocksCached,
@@ -27,11 +24,11 @@ from statemachine.events import (
     RequestMatched,
     TransferStarted,
 )
-from statemachine.state import tree
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
+from statemachine.state.tree import Path as PromptPath
 
-_GUARDED = (apply, apply_cache, apply_chunks, apply_requests, apply_transfers, expect)
+_GUARDED = (apply, blocks, cache, expect, ledger, pools, requests, transfers)
 
 
 def guards_off() -> None:
@@ -52,7 +49,7 @@ def guards_off() -> None:
 
 def twice(engine: Engine) -> None:
     """A host block is given to two nodes: it is put back on the free list while a node still has it."""
-    real = apply_transfers._copy_out
+    real = transfers._copy_out
     returned: list[int] = []
 
     def copy_out(state: State, event: TransferStarted, *rest: Any) -> None:
@@ -61,42 +58,42 @@ def twice(engine: Engine) -> None:
         real(state, event, *rest)
         if event.transfer == 4:
             returned.append(event.targets[0])
-            state.host.free.append(event.targets[0])
+            state.host.pool.free.append(event.targets[0])
 
-    apply_transfers._copy_out = copy_out
+    transfers._copy_out = copy_out
 
 
 def head(engine: Engine) -> None:
     """A chain is evicted from its head: the eviction order is read from the wrong end."""
-    real = room._victims
+    real = eviction._victims
 
-    def victims(state: State, need: int, kept: Mapping[Node, int]) -> list[room.Victim]:
-        heads = [node for node in state.device_order if node.children and node not in kept and node.size >= need]
+    def victims(state: State, need: int, kept: Mapping[Node, int]) -> list[eviction.Victim]:
+        heads = [node for node in state.device.lru if node.children and node not in kept and node.size >= need]
         if engine.step > 30 and heads and not engine.guilty:
             engine.watch = lambda written: isinstance(written, BlocksEvicted)
-            return [room.Victim(heads[-1], heads[-1].size, True)]
+            return [eviction.Victim(heads[-1], heads[-1].size, True)]
         return real(state, need, kept)
 
-    room._victims = victims
+    eviction._victims = victims
 
 
 def permuted(engine: Engine) -> None:
     """After a hit on both tiers, the host part is read in another order than it is put into the block table."""
-    real = decide._swapped_in
+    real = hits.swapped_in
 
-    def swapped_in(state: State, path: tree.Path, supply: room.Supply, events: list[Event]) -> TransferStarted:
+    def swapped_in(state: State, path: PromptPath, supply: eviction.Supply, events: list[Event]) -> TransferStarted:
         event = real(state, path, supply, events)
         if path.device and len(event.sources) > 1 and engine.step > 20 and not engine.guilty:
             event = event._replace(sources=event.sources[::-1])
             engine.watch = lambda written: written is event
         return event
 
-    decide._swapped_in = swapped_in
+    decide_requests.swapped_in = swapped_in
 
 
 def early(engine: Engine) -> None:
     """A swap-in counts as done when it is ordered, not when its bytes have arrived."""
-    real = apply_transfers._swap_in
+    real = transfers._swap_in
 
     def swap_in(state: State, event: TransferStarted, nodes: list[Node]) -> None:
         real(state, event, nodes)
@@ -105,26 +102,28 @@ def early(engine: Engine) -> None:
             state.requests[event.request].waits.clear()
             state.transfers[event.transfer].waiters.clear()
             for node in nodes:
-                node.device_ready = True
+                copy = node.device
+                assert copy is not None
+                copy.ready = True
 
-    apply_transfers._swap_in = swap_in
+    transfers._swap_in = swap_in
 
 
 def leaked(engine: Engine) -> None:
     """An admission pins its path before it knows whether there is room, and forgets it when there is none."""
-    real = decide._admit
+    real = decide_requests._admit
 
     def admit(state: State, command: Admit) -> list[Event]:
         try:
             return real(state, command)
         except OutOfBlocks as refused:
-            path = decide._path(state, command)
+            path = hits.path_of(state, command)
             if path.device and not engine.guilty:
                 engine.watch = lambda written: isinstance(written, RequestMatched)
-                return [decide._matched(state, command, path), refused.event]
+                return [hits.matched(state, command, path), refused.event]
             raise
 
-    decide._DECIDERS[Admit] = admit
+    decide.DECIDERS[Admit] = admit
 
 
 INCIDENTS: dict[str, tuple[Callable[[Engine], None], int, int]] = {

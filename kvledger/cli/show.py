@@ -98,9 +98,9 @@ def _overview(state: State, rows: int | None) -> None:
         _branches(tree, root, left)
         console.print(tree)
     for title, order, tier in (
-        ("evicted first from the device (final)", state.final, Tier.DEVICE),
-        ("then least recently used on the device", state.device_order, Tier.DEVICE),
-        ("least recently used on the host", state.host_order, Tier.HOST),
+        ("evicted first from the device (final)", state.device.final, Tier.DEVICE),
+        ("then least recently used on the device", state.device.lru, Tier.DEVICE),
+        ("least recently used on the host", state.host.lru, Tier.HOST),
     ):
         if len(order):
             console.print(_order(title, order, tier, rows))
@@ -113,11 +113,10 @@ def _pools(state: State) -> Table:
         cached[Tier.DEVICE] += node.size * (node.device is not None)
         cached[Tier.HOST] += node.size * (node.host is not None)
     private = {Tier.DEVICE: sum(len(request.private()) for request in state.requests.values()), Tier.HOST: 0}
-    evictable = {Tier.DEVICE: state.evictable, Tier.HOST: sum(node.size for node in state.host_order)}
     for tier in Tier:
         pool = state.pool(tier)
         moving = pool.capacity - len(pool.free) - cached[tier] - private[tier]
-        numbers = (pool.capacity, len(pool.free), cached[tier], evictable[tier], private[tier], moving)
+        numbers = (pool.capacity, len(pool.free), cached[tier], state.place(tier).evictable, private[tier], moving)
         if pool.capacity or state.policy != HostPolicy.OFF:
             table.add_row(tier.name.lower(), *(f"{number:,}" for number in numbers))
     return table
@@ -158,9 +157,9 @@ def _branches(tree: Tree, node: Node, left: list[int]) -> None:
 
 def _run(run: Node) -> str:
     copies = []
-    for name, blocks, ready in (("device", run.device, run.device_ready), ("host", run.host, run.host_ready)):
-        if blocks is not None:
-            copies.append(f"{name} {ids(blocks, 4)}" + ("" if ready else " (arriving)"))
+    for tier, copy in zip(Tier, run.copies):
+        if copy is not None:
+            copies.append(f"{tier.name.lower()} {ids(copy.ids, 4)}" + ("" if copy.ready else " (arriving)"))
     pins = f", {count(run.pins, 'pin')}" if run.pins else ""
     ahead = ", not computed yet" if run.ahead else ""
     return f"run {run.id}: {count(run.size, 'block')}{pins}{ahead}, {'; '.join(copies)}"

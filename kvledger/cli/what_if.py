@@ -107,8 +107,8 @@ def _combinations(
     from kvledger.debugger.whatif.whatif import Hints, Scenario
 
     recorded = log.source.at(log.source.first)
-    devices = _numbers("--device-blocks", device_blocks, 1) if device_blocks else [recorded.device.capacity]
-    hosts = _numbers("--host-blocks", host_blocks, 0) if host_blocks else [recorded.host_blocks]
+    devices = _numbers("--device-blocks", device_blocks, 1) if device_blocks else [recorded.device.pool.capacity]
+    hosts = _numbers("--host-blocks", host_blocks, 0) if host_blocks else [recorded.host.limit]
     policies: list[HostPolicy] = [recorded.policy if recorded.policy != HostPolicy.OFF else HostPolicy.EXCLUSIVE]
     if host_policy:
         policies = _choices("--host-policy", host_policy, HostPolicy)

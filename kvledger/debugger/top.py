@@ -270,7 +270,7 @@ class Top:
             epoch=state.epoch,
             events_per_s=self._events.sums(now, 10)[0] / 10,
             device=occupancy(state, Tier.DEVICE),
-            device_evictable=state.evictable,
+            device_evictable=state.device.evictable,
             host=occupancy(state, Tier.HOST),
             total=HitRate(counters.queried_blocks, counters.device_hit_blocks, counters.host_hit_blocks),
             minute=HitRate(*self._hits.sums(now)),

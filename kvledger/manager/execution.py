@@ -258,11 +258,11 @@ class Ledger:
         state = self._state
         return {
             **state.counters.as_dict(),
-            "device_free_blocks": len(state.device.free),
-            "device_evictable_blocks": state.evictable,
-            "device_total_blocks": state.device.capacity,
-            "host_resident_blocks": state.host_resident,
-            "host_total_blocks": state.host_blocks,
+            "device_free_blocks": len(state.device.pool.free),
+            "device_evictable_blocks": state.device.evictable,
+            "device_total_blocks": state.device.pool.capacity,
+            "host_resident_blocks": state.host.resident,
+            "host_total_blocks": state.host.limit,
             "live_requests": len(state.requests),
             "live_transfers": len(state.transfers),
             "runs": len(state.nodes),

@@ -126,9 +126,9 @@ class Mentioned:
         while node.parent is not None:
             nodes.append(node.id)
             if node.device is not None:
-                device.append(node.device.tobytes())
+                device.append(node.device.ids.tobytes())
             if node.host is not None:
-                host.append(node.host.tobytes())
+                host.append(node.host.ids.tobytes())
             node = node.parent
 
     def _fly(self, transfer: int, direction: int, sources: bytes, targets: bytes) -> None:

@@ -65,11 +65,11 @@ class Timeline:
         self._data.extend([counts[kind] for kind in range(_KINDS)])
         self._data.extend(
             (
-                device.capacity,
-                len(device.free),
-                state.evictable,
-                host.capacity,
-                len(host.free),
+                device.pool.capacity,
+                len(device.pool.free),
+                device.evictable,
+                host.pool.capacity,
+                len(host.pool.free),
                 len(state.requests),
                 len(state.transfers),
             )

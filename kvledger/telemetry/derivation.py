@@ -38,7 +38,6 @@ from statemachine.events import (
 )
 from statemachine.records.replay import Record, event_of
 from statemachine.state.nodes import Node, Transfer
-from statemachine.state.ownership import transfer_blocks
 from statemachine.state.state import State
 from workers.pools.layout import PoolLayout
 
@@ -197,8 +196,8 @@ class Derivation:
 
     def _tier_lost(self, state: State, event: TierLost, now: int) -> Iterator[None]:
         tier = Tier(event.tier)
-        copies = (node.device if tier == Tier.DEVICE else node.host for node in state.nodes.values())
-        lost = [ids[:] for ids in copies if ids is not None]
+        copies = (node.copies[tier] for node in state.nodes.values())
+        lost = [copy.ids[:] for copy in copies if copy is not None]
         yield
         for ids in lost:
             self._leave(tier, ids, now)
@@ -374,10 +373,10 @@ def _owners(state: State, tier: Tier) -> dict[str, int]:
             len(request.table) - request.leaf.end + sum(stop - start for start, stop in request.duplicates)
             for request in state.requests.values()
         )
-        found["evictable"] = state.evictable
+        found["evictable"] = state.device.evictable
     found["in_transfer"] = found["quarantined"] = 0
     for transfer in state.transfers.values():
-        found["quarantined" if transfer.quarantined else "in_transfer"] += len(transfer_blocks(transfer, tier))
+        found["quarantined" if transfer.quarantined else "in_transfer"] += len(transfer.own_blocks(tier))
     found["pinned" if tier == Tier.DEVICE else "cached"] = pool.capacity - sum(found.values())
     return found
 

@@ -220,7 +220,7 @@ class Memory:
         for node in state.path(state.requests[state.keys[key]].leaf):
             if node.ahead and node.device is not None:
                 for position in range(node.start, min(node.end, blocks)):
-                    self.write(node.device[position - node.start], (root, *content[: position + 1]))
+                    self.write(node.device.ids[position - node.start], (root, *content[: position + 1]))
 
     def wrong(self, state: State, key: str, root: Any, content: list[Any]) -> str:
         """The first block of a request's cached path that holds something else; empty if all is well."""

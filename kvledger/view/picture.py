@@ -17,8 +17,7 @@ import xxhash
 from kvledger.view.touched import Touched, touched
 from statemachine.apply import apply
 from statemachine.events import Direction, Event, IntArray, LedgerOpened, Tier
-from statemachine.state.nodes import Node, Request, Transfer
-from statemachine.state.ownership import transfer_blocks
+from statemachine.state.nodes import Copy, Node, Request, Transfer
 from statemachine.state.state import State
 
 
@@ -165,18 +164,18 @@ class Picture:
         above: int | str = parent.id
         if parent.parent is None:
             above = _root_name(parent) + (" (cleared)" if parent in self.state.retired else "")
-        copies = _copy(node.device, node.device_ready) + 3 * _copy(node.host, node.host_ready)
+        copies = _copy(node.device) + 3 * _copy(node.host)
         transfer = node.transfer.id if node.transfer is not None else 0
-        return [above, node.start, node.size, copies, node.pins, transfer, int(node in self.state.final)]
+        return [above, node.start, node.size, copies, node.pins, transfer, int(node in self.state.device.final)]
 
 
 def _everything(state: State) -> Touched:
     return Touched(set(state.nodes), set(state.requests), set(state.transfers))
 
 
-def _copy(ids: IntArray | None, ready: bool) -> int:
+def _copy(copy: Copy | None) -> int:
     """0: no copy, 1: arriving, 2: there."""
-    return 0 if ids is None else 1 + ready
+    return 0 if copy is None else 1 + copy.ready
 
 
 def _root_name(root: Node) -> str:
@@ -187,10 +186,9 @@ def _root_name(root: Node) -> str:
 def _run_blocks(node: Node) -> Iterator[Paint]:
     """Arrays in the state may be changed in place later: copies."""
     at_rest = Kind.PINNED if node.pins else Kind.EVICTABLE
-    if node.device is not None:
-        yield Tier.DEVICE, node.device[:], at_rest if node.device_ready else Kind.ARRIVING
-    if node.host is not None:
-        yield Tier.HOST, node.host[:], at_rest if node.host_ready else Kind.ARRIVING
+    for tier, copy in zip(Tier, node.copies):
+        if copy is not None:
+            yield tier, copy.ids[:], at_rest if copy.ready else Kind.ARRIVING
 
 
 def _request(request: Request) -> tuple[Row, list[Paint]]:
@@ -206,7 +204,7 @@ def _transfer(transfer: Transfer) -> tuple[Row, list[Paint]]:
     name = Direction(transfer.direction).name.lower().replace("_", "-")
     row: Row = [name, len(transfer.targets), int(transfer.quarantined), runs, list(transfer.waiters)]
     kind = Kind.QUARANTINED if transfer.quarantined else Kind.HELD
-    blocks = [(tier, transfer_blocks(transfer, tier), kind) for tier in Tier]
+    blocks = [(tier, transfer.own_blocks(tier), kind) for tier in Tier]
     return row, [part for part in blocks if part[1]]
 
 

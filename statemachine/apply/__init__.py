@@ -9,12 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from statemachine.apply import cache as apply_cache
-from statemachine.apply import chunks as apply_chunks
-from statemachine.apply import requests as apply_requests
-from statemachine.apply import transfers as apply_transfers
-from statemachine.apply.expect import violated
-from statemachine.errors import InvariantViolation
+from statemachine.apply import blocks, cache, ledger, pools, requests, transfers
+from statemachine.apply.ledger import genesis
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
@@ -27,7 +23,6 @@ from statemachine.events import (
     DigestTaken,
     EpochStarted,
     Event,
-    HostPolicy,
     LedgerOpened,
     PoolResized,
     QuarantineEnded,
@@ -40,27 +35,7 @@ from statemachine.events import (
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.state.state import MOST_BLOCKS, State
-
-
-def genesis(event: Event) -> State:
-    """The state after the first event of a ledger.
-
-    Raises:
-        InvariantViolation: it is not a :class:`LedgerOpened`.
-    """
-    if not isinstance(event, LedgerOpened):
-        raise InvariantViolation(f"a ledger begins with LedgerOpened, not with {type(event).__name__}")
-    expect_possible(event)
-    return State(event)
-
-
-def expect_possible(event: LedgerOpened) -> None:
-    """Refuse sizes and policies that no ledger can have. Raises :class:`InvariantViolation`."""
-    if not 0 < event.block_size <= MOST_BLOCKS or event.host_policy > HostPolicy.WRITE_THROUGH:
-        violated(event, "the block size or the host policy is impossible")
-    if max(event.device_blocks, event.host_blocks + event.host_staging_blocks) > MOST_BLOCKS:
-        violated(event, f"a pool has {MOST_BLOCKS} blocks at most")
+from statemachine.state.state import State
 
 
 def apply(state: State, event: Event) -> None:
@@ -72,52 +47,29 @@ def apply(state: State, event: Event) -> None:
     HANDLERS[type(event)](state, event)
 
 
-def _ledger_opened(state: State, event: LedgerOpened) -> None:
-    violated(event, "a ledger is opened once")
-
-
-def _worker_joined(state: State, event: WorkerJoined) -> None:
-    if event.rank >= state.opened.ranks or event.incarnation <= state.workers.get(event.rank, 0):
-        violated(event, f"rank {event.rank} cannot join as incarnation {event.incarnation}")
-    state.workers[event.rank] = event.incarnation
-
-
-def _worker_lost(state: State, event: WorkerLost) -> None:
-    if state.workers.get(event.rank) != event.incarnation:
-        violated(event, f"rank {event.rank} has no living incarnation {event.incarnation}")
-
-
-def _epoch_started(state: State, event: EpochStarted) -> None:
-    if event.epoch <= state.epoch:
-        violated(event, f"epoch {state.epoch} is not followed by {event.epoch}")
-    state.epoch = event.epoch
-
-
-def _digest_taken(state: State, event: DigestTaken) -> None:
-    """Changes nothing; a replay compares it."""
-
-
 HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
-    LedgerOpened: _ledger_opened,
-    RequestMatched: apply_requests.request_matched,
-    BlocksAllocated: apply_requests.blocks_allocated,
-    AllocationRefused: apply_requests.allocation_refused,
-    BlocksCached: apply_cache.blocks_cached,
-    BlocksReassigned: apply_requests.blocks_reassigned,
-    BlocksTrimmed: apply_requests.blocks_trimmed,
-    RequestReleased: apply_requests.request_released,
-    BlocksEvicted: apply_cache.blocks_evicted,
-    TransferStarted: apply_transfers.transfer_started,
-    TransferFinished: apply_transfers.transfer_finished,
-    QuarantineEnded: apply_transfers.quarantine_ended,
-    CacheCleared: apply_cache.cache_cleared,
-    PoolResized: apply_cache.pool_resized,
-    TierLost: apply_cache.tier_lost,
-    WorkerJoined: _worker_joined,
-    WorkerLost: _worker_lost,
-    EpochStarted: _epoch_started,
-    DigestTaken: _digest_taken,
-    RequestExtended: apply_chunks.request_extended,
-    BlocksComputed: apply_chunks.blocks_computed,
+    LedgerOpened: ledger.ledger_opened,
+    RequestMatched: requests.request_matched,
+    BlocksAllocated: blocks.blocks_allocated,
+    AllocationRefused: blocks.allocation_refused,
+    BlocksCached: cache.blocks_cached,
+    BlocksReassigned: blocks.blocks_reassigned,
+    BlocksTrimmed: blocks.blocks_trimmed,
+    RequestReleased: requests.request_released,
+    BlocksEvicted: cache.blocks_evicted,
+    TransferStarted: transfers.transfer_started,
+    TransferFinished: transfers.transfer_finished,
+    QuarantineEnded: transfers.quarantine_ended,
+    CacheCleared: cache.cache_cleared,
+    PoolResized: pools.pool_resized,
+    TierLost: pools.tier_lost,
+    WorkerJoined: ledger.worker_joined,
+    WorkerLost: ledger.worker_lost,
+    EpochStarted: ledger.epoch_started,
+    DigestTaken: ledger.digest_taken,
+    RequestExtended: requests.request_extended,
+    BlocksComputed: requests.blocks_computed,
 }
 """Event → how it changes the state; what :func:`apply` looks up, for loops where a call counts."""
+
+__all__ = ["HANDLERS", "apply", "genesis"]

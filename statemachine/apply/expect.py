@@ -6,9 +6,10 @@ from enum import IntEnum
 from typing import NoReturn, TypeVar
 
 from statemachine.errors import InvariantViolation
-from statemachine.events import DEVICE, Event, IntArray, Tier
+from statemachine.events import Event, IntArray
 from statemachine.state.nodes import Node, Request, from_end
 from statemachine.state.ownership import owner
+from statemachine.state.places import Place
 from statemachine.state.state import State
 
 Member = TypeVar("Member", bound=IntEnum)
@@ -19,13 +20,13 @@ def violated(event: Event, message: str) -> NoReturn:
     raise InvariantViolation(f"{type(event).__name__}: {message}\n  event: {event!r:.500}")
 
 
-def expect_blocks(state: State, event: Event, tier: Tier, given: IntArray, expected: IntArray, what: str) -> None:
+def expect_blocks(state: State, event: Event, place: Place, given: IntArray, expected: IntArray, what: str) -> None:
     """Compare block ids as whole slices; only a mismatch looks for the block and its owner."""
     if given == expected:
         return
     for position, block in enumerate(given):
         if position >= len(expected) or expected[position] != block:
-            violated(event, f"{tier.name} block {block} is not {what}; it belongs to {owner(state, tier, block)}")
+            violated(event, f"{place} block {block} is not {what}; it belongs to {owner(state, place, block)}")
     violated(event, f"{len(expected)} blocks are {what}, the event names {len(given)}")
 
 
@@ -60,9 +61,9 @@ def expect_cut(state: State, event: Event, node: Node, cut: int, upper: int) -> 
 
 def expect_free(state: State, event: Event, given: IntArray) -> None:
     """The ids come from the top of the device's free list."""
-    top = from_end(state.device.free, len(given))
+    top = from_end(state.device.pool.free, len(given))
     if given != top:
-        expect_blocks(state, event, DEVICE, given, top, "next on the free list")
+        expect_blocks(state, event, state.device, given, top, "next on the free list")
 
 
 def expect_granted(state: State, event: Event, given: IntArray, after: IntArray, held: IntArray) -> int:
@@ -74,9 +75,9 @@ def expect_granted(state: State, event: Event, given: IntArray, after: IntArray,
     position = plain
     for id, count in zip(after, held, strict=True):
         transfer = state.transfers.get(id)
-        if transfer is None or transfer.quarantined or not 0 < count <= len(transfer.held):
+        if transfer is None or transfer.quarantined or not 0 < count <= len(transfer.held_sources):
             violated(event, f"transfer {id} does not hold {count} device blocks")
-        expected = transfer.held[len(transfer.held) - count :][::-1]
-        expect_blocks(state, event, DEVICE, given[position : position + count], expected, f"held by {id}")
+        expected = transfer.held_sources[len(transfer.held_sources) - count :][::-1]
+        expect_blocks(state, event, state.device, given[position : position + count], expected, f"held by {id}")
         position += count
     return plain

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from array import array
 
-from statemachine.apply.expect import expect_blocks, expect_cut, expect_granted, node_of, one_of, request_of, violated
-from statemachine.apply.requests import take_granted
+from statemachine.apply.blocks import take_granted
+from statemachine.apply.expect import (
+    expect_blocks,
+    expect_cut,
+    expect_granted,
+    node_of,
+    one_of,
+    request_of,
+    violated,
+)
+from statemachine.apply.tree import delete, drop_copy, pin, put_copy, split, unpin
 from statemachine.events import (
-    DEVICE,
     DONE,
     EXCLUSIVE,
-    HOST,
     SWAP_IN,
     SWAP_OUT,
     Direction,
@@ -23,9 +30,10 @@ from statemachine.events import (
     TransferFinished,
     TransferStarted,
 )
-from statemachine.state import tree
 from statemachine.state.nodes import Node, Part, Request, Transfer
+from statemachine.state.places import Place
 from statemachine.state.state import State
+from statemachine.state.tree import content_of
 
 _DIRECTIONS = tuple(Direction)
 _OUTCOMES = tuple(Outcome)
@@ -41,47 +49,52 @@ def transfer_started(state: State, event: TransferStarted) -> None:
     if not sum(event.counts) == len(event.sources) == len(event.targets):
         violated(event, "counts, sources and targets do not fit")
     nodes = [node_of(state, event, id) for id in event.nodes]
-    members = set(nodes)
-    if len(members) != len(nodes):
+    if len(set(nodes)) != len(nodes):
         violated(event, "a run is named twice")
     if direction == SWAP_IN:
         _swap_in(state, event, nodes)
     else:
-        _copy_out(state, event, direction, nodes, members)
+        _copy_out(state, event, direction, nodes)
     state.next_transfer += 1
 
 
+def _new_transfer(state: State, event: TransferStarted, direction: Direction, nodes: list[Node]) -> Transfer:
+    source, target = state.route(direction)
+    parts = [Part(node, node.size) for node in nodes]
+    route = source.number, target.number
+    return Transfer(event.transfer, direction, route, parts, event.sources, event.targets, event.after)
+
+
 def _swap_in(state: State, event: TransferStarted, nodes: list[Node]) -> None:
+    source, target = state.route(SWAP_IN)
     request = request_of(state, event, event.request)
     above = nodes[0].parent
     assert above is not None
     if request.leaf is not nodes[-1] or len(request.table) != nodes[0].start or event.upper:
         violated(event, f"these runs are not the host part of the path of {request.key!r}")
-    if above.parent is not None and above.device is None:
+    if above.parent is not None and above.copies[target.number] is None:
         violated(event, f"run {above.id} above has no place on the device")
     expected = array("i")
     for node, count in zip(nodes, event.counts, strict=True):
         if node.parent is not above or count != node.size:
             violated(event, f"run {node.id} does not continue the path")
-        if node.device is not None or not node.host_ready or node.transfer is not None:
+        copy = node.copies[source.number]
+        if node.copies[target.number] is not None or copy is None or not copy.ready or node.transfer is not None:
             violated(event, f"run {node.id} is not at rest on the host")
-        assert node.host is not None
-        expected.extend(node.host)
+        expected.extend(copy.ids)
         above = node
-    expect_blocks(state, event, HOST, event.sources, expected, "the host copy of these runs")
+    expect_blocks(state, event, source, event.sources, expected, "the host copy of these runs")
     plain = expect_granted(state, event, event.targets, event.after, event.held)
 
     take_granted(state, plain, event.after, event.held)
-    parts = [Part(node, node.size) for node in nodes]
-    transfer = Transfer(event.transfer, SWAP_IN, parts, event.sources, event.targets, event.after)
-    tree.pin(state, nodes[-1])
+    transfer = _new_transfer(state, event, SWAP_IN, nodes)
+    pin(state, nodes[-1])
     position = 0
     for node in nodes:
-        node.device = event.targets[position : position + node.size]
-        node.device_ready = False
+        put_copy(target, node, event.targets[position : position + node.size], False)
         node.transfer = transfer
         position += node.size
-    state.host_resident -= position
+    source.resident -= position
     transfer.leaf = nodes[-1]
     transfer.waiters[request.id] = None
     request.waits[transfer.id] = len(request.table)
@@ -90,63 +103,56 @@ def _swap_in(state: State, event: TransferStarted, nodes: list[Node]) -> None:
     state.counters.swapped_in_blocks += position
 
 
-def _copy_out(
-    state: State, event: TransferStarted, direction: Direction, nodes: list[Node], members: set[Node]
-) -> None:
+def _copy_out(state: State, event: TransferStarted, direction: Direction, nodes: list[Node]) -> None:
+    source, target = state.route(direction)
     leaves = direction == SWAP_OUT
-    first = nodes[0]
     if event.request or event.after or event.held:
         violated(event, "a copy to the host waits for nothing")
-    partial = first if leaves else nodes[-1]
+    partial = nodes[0 if leaves else -1]
     taken = event.counts[0 if leaves else -1]
+    cut = partial.size - taken if leaves else taken
     if bool(event.upper) != (taken != partial.size):
         violated(event, f"run {partial.id} has to be cut exactly if it is taken in part")
-    expect_cut(state, event, partial, partial.size - taken if leaves else taken, event.upper)
+    expect_cut(state, event, partial, cut, event.upper)
     expected = array("i")
+    members = set(nodes)
     for node, count in zip(nodes, event.counts):
-        ids = node.device
-        if ids is None or not node.device_ready or node.host is not None or node.transfer is not None or node.ahead:
+        if count != node.size and node is not partial:
+            violated(event, f"run {node.id} is taken in part")
+        copy = node.copies[source.number]
+        if copy is None or not copy.ready or node.elsewhere(source.number) or node.transfer is not None or node.ahead:
             violated(event, f"run {node.id} is not at rest on the device alone")
-        if count != node.size:
-            if node is not partial:
-                violated(event, f"run {node.id} is taken in part")
-            ids = ids[node.size - count :] if leaves else ids[:count]
+        expected.extend(copy.ids[node.size - count :] if leaves else copy.ids[:count])
+        if leaves and node.pins:
+            violated(event, f"run {node.id} is in use ({node.pins} pins)")
         if leaves:
-            if node.pins:
-                violated(event, f"run {node.id} is in use ({node.pins} pins)")
             for child in node.children.values():
-                if child.device is not None and child not in members:
+                if child.copies[source.number] is not None and child not in members:
                     violated(event, f"run {node.id} has the child {child.id} on the device")
-        expected.extend(ids)
-    expect_blocks(state, event, DEVICE, event.sources, expected, "the device copy of these runs")
-    free = state.host.free
+    expect_blocks(state, event, source, event.sources, expected, "the device copy of these runs")
+    free = target.pool.free
     count = len(event.targets)
-    expect_blocks(state, event, HOST, event.targets, free[: -count - 1 : -1], "next on the free list")
+    expect_blocks(state, event, target, event.targets, free[: -count - 1 : -1], "next on the free list")
 
     if event.upper:
-        upper = tree.split(state, partial, partial.size - taken if leaves else taken, event.upper)
+        upper = split(state, partial, cut, event.upper)
         if not leaves:
             nodes[-1] = upper
     del free[len(free) - count :]
-    parts = [Part(node, node.size) for node in nodes]
-    transfer = Transfer(event.transfer, direction, parts, event.sources, event.targets, event.after)
+    transfer = _new_transfer(state, event, direction, nodes)
     position = count
     for node in reversed(nodes):
         stop, position = position, position - node.size
-        node.host = event.targets[position:stop]
-        node.host_ready = False
-        node.transfer = transfer
         if leaves:
-            tree.leave_device(state, node)
-        if not node.pins:
-            state.host_order.append(node)
+            drop_copy(source, node)
+        put_copy(target, node, event.targets[position:stop], False)
+        node.transfer = transfer
     if leaves:
-        transfer.held.extend(event.sources[::-1])
+        transfer.held_sources.extend(event.sources[::-1])
         state.counters.swapped_out_blocks += count
-        state.counters.device_evicted_blocks += count
+        state.counters.evicted(source.number, count)
     else:
         state.counters.backed_up_blocks += count
-    state.host_resident += count
     state.transfers[transfer.id] = transfer
 
 
@@ -159,14 +165,14 @@ def transfer_finished(state: State, event: TransferFinished) -> None:
     total = len(transfer.targets)
     if event.valid > total or (outcome == DONE) != (event.valid == total):
         violated(event, f"{event.valid} of {total} valid blocks do not go with {outcome.name}")
-    boundary = _boundary(transfer, event.valid) if event.valid < total else None
+    boundary = transfer.boundary(event.valid) if event.valid < total else None
     if boundary is None:
         if event.upper:
             violated(event, "nothing has to be cut")
     elif event.upper != state.next_node:
         violated(event, f"run {boundary[0].id} has to be cut at {boundary[1]} with the next new id")
     else:
-        tree.split(state, *boundary, event.upper)
+        split(state, *boundary, event.upper)
     del state.transfers[transfer.id]
     if outcome == Outcome.TIMED_OUT:
         transfer.quarantined = True
@@ -183,22 +189,8 @@ def transfer_finished(state: State, event: TransferFinished) -> None:
     _settle(state, transfer)
 
 
-def needs_cut(transfer: Transfer, valid: int) -> bool:
-    """Whether a run has to be cut when exactly the first ``valid`` blocks arrived."""
-    return _boundary(transfer, valid) is not None
-
-
-def _boundary(transfer: Transfer, valid: int) -> tuple[Node, int] | None:
-    position = 0
-    for part in transfer.parts:
-        if position < valid < position + part.size and part.node is not None:
-            return part.node, valid - position
-        position += part.size
-    return None
-
-
 def _finish_swap_in(state: State, transfer: Transfer, valid: int, outcome: Outcome) -> None:
-    exclusive = state.policy == EXCLUSIVE
+    source = state.places[transfer.source]
     undone: list[Node] = []
     position = 0
     for part in transfer.parts:
@@ -207,36 +199,33 @@ def _finish_swap_in(state: State, transfer: Transfer, valid: int, outcome: Outco
         good = position + part.size <= valid
         position += part.size
         node = part.node
+        if part.discard or not good:
+            transfer.held_targets.extend(targets[::-1])
         if node is None:
-            transfer.held_host.extend(sources[::-1])
-        else:
-            node.transfer = None
-            if part.discard or not good:
-                transfer.held.extend(targets[::-1])
-            if good and not part.discard:
-                node.device_ready = True
-            if not node.device_ready:
-                if node.device is not None:
-                    undone.append(node)
-                state.host_resident += node.size
-            elif exclusive:
-                transfer.held_host.extend(sources[::-1])
-                node.host = None
-                node.host_ready = False
-            else:
-                state.host_resident += node.size
-        if node is None and (part.discard or not good):
-            transfer.held.extend(targets[::-1])
+            transfer.held_sources.extend(sources[::-1])
+            continue
+        node.transfer = None
+        source.resident += node.size
+        copy = node.copies[transfer.target]
+        if copy is not None and good and not part.discard:
+            copy.ready = True
+        if copy is None or not copy.ready:
+            if copy is not None:
+                undone.append(node)
+        elif state.policy == EXCLUSIVE:
+            transfer.held_sources.extend(sources[::-1])
+            drop_copy(source, node)
     if undone:
         for id in [*transfer.waiters]:
             _shorten(state, state.requests[id], undone[0])
+        target = state.places[transfer.target]
         for node in undone:
-            node.device = None
-        _abandon_below(state, undone[-1])
+            drop_copy(target, node)
+        _abandon_below(target, undone[-1])
     if transfer.leaf is not None:
         leaf = transfer.leaf
         transfer.leaf = None
-        tree.unpin(state, leaf)
+        unpin(state, leaf)
     if undone and outcome == Outcome.CORRUPT:
         delete(state, undone[0])
 
@@ -256,7 +245,7 @@ def _shorten(state: State, request: Request, first: Node) -> None:
     assert above is not None
     lost.reverse()
     start, stop = first.start, request.leaf.end
-    request.words = tree.content_of(lost) + request.words
+    request.words = content_of(lost) + request.words
     request.table = request.table[:start] + request.table[stop:]
     for id in list(request.waits):
         other = state.transfers.get(id)
@@ -266,24 +255,23 @@ def _shorten(state: State, request: Request, first: Node) -> None:
             del request.waits[id]
             if other is not None:
                 other.waiters.pop(request.id, None)
-    tree.unpin(state, request.leaf, above=above)
+    unpin(state, request.leaf, above=above)
     request.leaf = above
     request.matched = min(request.matched, start)
 
 
-def _abandon_below(state: State, node: Node) -> None:
+def _abandon_below(place: Place, node: Node) -> None:
     """Swap-ins of runs below one that did not arrive go on for nothing: nobody waits for them, the host copy stays."""
     for child in node.children.values():
-        if child.device is not None:
-            transfer = child.transfer
-            assert transfer is not None
-            part = next(part for part in transfer.parts if part.node is child)
-            part.discard = True
-            child.device = None
-            _abandon_below(state, child)
+        if child.copies[place.number] is not None:
+            assert child.transfer is not None
+            child.transfer.part_of(child).discard = True
+            drop_copy(place, child)
+            _abandon_below(place, child)
 
 
 def _finish_copy_out(state: State, transfer: Transfer, valid: int) -> None:
+    target = state.places[transfer.target]
     doomed: list[Node] = []
     position = 0
     for part in transfer.parts:
@@ -292,72 +280,31 @@ def _finish_copy_out(state: State, transfer: Transfer, valid: int) -> None:
         position += part.size
         node = part.node
         if node is None:
-            transfer.held_host.extend(targets[::-1])
+            transfer.held_targets.extend(targets[::-1])
             continue
         node.transfer = None
+        copy = node.copies[target.number]
+        assert copy is not None
         if good:
-            node.host_ready = True
+            copy.ready = True
             continue
-        transfer.held_host.extend(targets[::-1])
-        state.host_resident -= node.size
-        if not node.pins:
-            state.host_order.remove(node)
-        node.host = None
-        if node.device is None:
+        transfer.held_targets.extend(targets[::-1])
+        drop_copy(target, node)
+        if not node.elsewhere(target.number):
             doomed.append(node)
     for node in doomed:
         if node.id in state.nodes:
             delete(state, node)
 
 
-def delete(state: State, top: Node) -> None:
-    """Delete a run and all below it. None of them has a place on the device; what copies use stays with the copies."""
-    subtree = [top]
-    for node in subtree:
-        # by number: a restored state knows no order in which children appeared, and their blocks go on the free list
-        subtree.extend(sorted(node.children.values(), key=lambda child: child.id))
-    for node in reversed(subtree):
-        transfer = node.transfer
-        if transfer is not None:
-            part = next(part for part in transfer.parts if part.node is node)
-            part.node = None
-            node.transfer = None
-            if transfer.direction != SWAP_IN:
-                state.host_resident -= node.size
-            elif transfer.leaf is not None:
-                part.discard = True
-                _unhold(transfer, top)
-        elif node.host is not None:
-            state.host.free.extend(node.host[::-1])
-            state.host_resident -= node.size
-        if node.host is not None and node in state.host_order:
-            state.host_order.remove(node)
-        tree.detach(state, node)
-
-
-def _unhold(transfer: Transfer, top: Node) -> None:
-    """A swap-in below a deleted run holds only what is above it from now on."""
-    node = transfer.leaf
-    while node is not None and node.parent is not None:
-        if node is top:
-            transfer.leaf = top.parent
-            return
-        node = node.parent
-
-
 def _settle(state: State, transfer: Transfer) -> None:
     """Free what belongs to an ended transfer; after a time-out only what no late copy can write any more."""
-    if not transfer.quarantined:
-        state.device.free.extend(transfer.held)
-        state.host.free.extend(transfer.held_host)
-    elif transfer.direction == SWAP_IN:
-        state.host.free.extend(transfer.held_host)
-        transfer.held_host = array("i")
-    else:
-        state.device.free.extend(transfer.held)
-        transfer.held = array("i")
+    state.places[transfer.source].pool.free.extend(transfer.held_sources)
     if transfer.quarantined:
+        transfer.held_sources = array("i")
         transfer.parts = []
+    else:
+        state.places[transfer.target].pool.free.extend(transfer.held_targets)
 
 
 def quarantine_ended(state: State, event: QuarantineEnded) -> None:
@@ -366,5 +313,5 @@ def quarantine_ended(state: State, event: QuarantineEnded) -> None:
     if transfer is None or not transfer.quarantined:
         violated(event, f"transfer {event.transfer} is not quarantined")
     del state.transfers[transfer.id]
-    state.device.free.extend(transfer.held)
-    state.host.free.extend(transfer.held_host)
+    state.places[transfer.source].pool.free.extend(transfer.held_sources)
+    state.places[transfer.target].pool.free.extend(transfer.held_targets)

@@ -1,11 +1,11 @@
 """All invariants after every event, at the price of what the event touched.
 
 :func:`statemachine.check.check` looks at the whole state; of a cache of 65,536 blocks that takes tens of milliseconds.
-This class remembers what it has seen of every run, request and transfer, and after an event looks again at those the
-event can have touched. Statements about the whole become statements about neighbours: a run's pins are those of its
-children and of whoever ends there; a descendant stands before its ancestors if it does so when it enters an order; the
-free list is what was granted from its top and given back to it. Events that sweep over everything, or fail, are
-followed by a full check.
+This class remembers what it has seen of every run, request and transfer, and after an event puts the same statements
+again to those the event can have touched. What is said of the whole becomes a sum that is remembered: a run's pins are
+those of its children and of whoever ends there; a descendant stands before its ancestors if it does so when it enters
+an order; the free list is what was granted from its top and given back to it. Events that sweep over everything, or
+fail, are followed by a full check.
 
 What an event must not touch, it does not look at: run the full check now and then (``kvledger check`` does).
 """
@@ -14,82 +14,99 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import assert_never
 
-from statemachine.check import check
+from statemachine.check import check, statements
+from statemachine.check.statements import Position
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
-    BlocksCached,
-    BlocksComputed,
-    BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
-    CacheCleared,
     DigestTaken,
-    Direction,
     EpochStarted,
     Event,
-    HostPolicy,
     IntArray,
-    LedgerOpened,
     Outcome,
-    PoolResized,
-    QuarantineEnded,
-    RequestExtended,
-    RequestMatched,
-    RequestReleased,
-    Tier,
-    TierLost,
     TransferFinished,
-    TransferStarted,
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.state.nodes import ALL, Node, Request, Transfer
+from statemachine.records.mentions import mentions
+from statemachine.state.nodes import Node, Transfer
 from statemachine.state.order import Order
-from statemachine.state.ownership import transfer_blocks
+from statemachine.state.places import Place
 from statemachine.state.state import State
 
-_SWEEPING = (CacheCleared, PoolResized, TierLost)
+_NOT_THE_CACHE = (AllocationRefused, WorkerJoined, WorkerLost, EpochStarted, DigestTaken)
+"""They change nothing that an invariant speaks of."""
+_OWN_BLOCKS = (BlocksAllocated, BlocksReassigned, BlocksTrimmed)
+"""They leave the runs on the paths of the requests that they name as they are."""
 _GAP = 1 << 64
 """Between the marks of neighbours in an order: room for every cut that can come between."""
+_NO_BLOCKS: IntArray = array("i")
 
 
 class _Run:
-    """What was seen of a run."""
+    """What was seen of a run; the lists are by place."""
 
-    __slots__ = ("device", "device_place", "evictable", "host", "host_place", "parent", "pins", "ready", "resident")
+    __slots__ = ("evictable", "ids", "marks", "parent", "pins", "resident", "transfer", "valid")
 
-    def __init__(self) -> None:
+    def __init__(self, places: int) -> None:
         self.parent: Node | None = None
         self.pins = 0
-        self.device: IntArray | None = None
-        self.ready = False
-        self.host: IntArray | None = None
-        self.evictable = 0
-        self.resident = 0
-        self.device_place: tuple[int, int] | None = None
-        """Which of the two device orders, and its mark there."""
-        self.host_place: tuple[int, int] | None = None
+        self.valid = False
+        self.transfer: Transfer | None = None
+        self.ids: list[IntArray | None] = [None] * places
+        self.evictable = [0] * places
+        self.resident = [0] * places
+        self.marks: list[Position | None] = [None] * places
 
 
 class _Below:
     """What the children of a run come to."""
 
-    __slots__ = ("device", "host", "pins", "ready")
+    __slots__ = ("copies", "pins", "valid")
 
-    def __init__(self) -> None:
-        self.pins = self.device = self.host = self.ready = 0
+    def __init__(self, places: int) -> None:
+        self.pins = self.valid = 0
+        self.copies = [0] * places
+
+
+class _Request:
+    """What was seen of a request."""
+
+    __slots__ = ("leaf", "private", "waits")
+
+    def __init__(self, leaf: Node, private: IntArray, waits: tuple[int, ...]) -> None:
+        self.leaf = leaf
+        self.private = private
+        self.waits = waits
+
+
+class _Transfer:
+    """What was seen of a transfer; its own blocks by place."""
+
+    __slots__ = ("blocks", "leaf", "transfer", "waiters")
+
+    def __init__(self, transfer: Transfer, places: int) -> None:
+        self.transfer = transfer
+        self.leaf = transfer.leaf
+        self.waiters = tuple(transfer.waiters)
+        self.blocks = [transfer.own_blocks(number) for number in range(places)]
 
 
 class _Owned:
-    """Blocks of a tier that somebody has, and a copy of the free list."""
+    """Blocks of a place that somebody has, a copy of the free list, and what has changed hands since."""
 
-    def __init__(self, capacity: int, free: IntArray) -> None:
-        self.capacity = capacity
+    __slots__ = ("blocks", "capacity", "entered", "evictable", "free", "left", "resident")
+
+    def __init__(self, place: Place) -> None:
+        self.capacity = place.pool.capacity
         self.blocks: set[int] = set()
-        self.free = free[:]
+        self.free = place.pool.free[:]
+        self.left: list[int] = []
+        self.entered: list[int] = []
+        self.evictable = self.resident = 0
 
 
 class IncrementalCheck:
@@ -107,23 +124,22 @@ class IncrementalCheck:
 
     def _begin(self) -> None:
         state = self._state
+        self._places = len(state.places)
         self._runs: dict[Node, _Run] = {}
         self._by_id: dict[int, Node] = {}
         self._below: dict[Node, _Below] = {}
         self._ends: dict[Node, int] = {}
-        self._requests: dict[int, tuple[Node, IntArray, tuple[int, ...], str]] = {}
-        self._transfers: dict[int, tuple[Node | None, tuple[IntArray, IntArray], tuple[int, ...], Transfer]] = {}
-        self._evictable = self._resident = self._mark = 0
+        self._requests: dict[int, _Request] = {}
+        self._transfers: dict[int, _Transfer] = {}
+        self._mark = 0
         self._shared_changed = False
-        self._expecting: set[Node] | None = None
+        self._expected: set[Node] | None = None
         """The runs that a live request may have cached ahead, once an event has made that a question."""
-        self._owned = {tier: _Owned(state.pool(tier).capacity, state.pool(tier).free) for tier in Tier}
-        self._left: dict[Tier, list[int]] = {tier: [] for tier in Tier}
-        self._entered: dict[Tier, list[int]] = {tier: [] for tier in Tier}
+        self._owned = [_Owned(place) for place in state.places]
         self._update(list(state.nodes.values()), [], set(state.requests), set(state.transfers))
-        for tier in Tier:
-            self._owned[tier].blocks.update(self._entered[tier])
-            self._entered[tier], self._left[tier] = [], []
+        for owned in self._owned:
+            owned.blocks.update(owned.entered)
+            owned.entered, owned.left = [], []
 
     def full(self) -> list[str]:
         """Check everything, and begin anew from what is there."""
@@ -135,144 +151,106 @@ class IncrementalCheck:
 
     def after(self, event: Event) -> list[str]:
         """What is broken after the event, just applied, in the words of the full check; empty if nothing is."""
-        if isinstance(event, _SWEEPING) or (isinstance(event, TransferFinished) and event.outcome != Outcome.DONE):
+        if isinstance(event, _NOT_THE_CACHE):
+            return []
+        if isinstance(event, TransferFinished) and event.outcome != Outcome.DONE:
             return self.full()
         try:
             told = self._look_again(event)
         except (LookupError, AssertionError, TypeError) as error:  # something is not where it was seen
             told = [f"links: {type(error).__name__} {error}"]
+        if told is None:
+            return self.full()
         return (self.full() or told) if told else told
 
-    def _look_again(self, event: Event) -> list[str]:
+    def _look_again(self, event: Event) -> list[str] | None:
+        """What is broken in what the event touched; ``None``: it names nothing, so it may have touched everything."""
+        state = self._state
         nodes, gone, requests, transfers = self._touched(event)
         if not (nodes or gone or requests or transfers):
-            return []
-        above = [self._runs[node].parent for node in gone]
-        nodes += [node for node in above if node is not None and node not in nodes and node not in gone]
+            return None
+        for node in gone:
+            above = self._runs[node].parent
+            if above is not None and above not in gone:
+                nodes[above] = None
         live = [node for node in nodes if node.parent is not None]
         self._shared_changed = False
         self._update(live, gone, requests, transfers)
         if self._shared_changed:
             requests, transfers = set(self._requests), set(self._transfers)
         told = [*self._conservation(), *self._totals()]
-        self._expecting = None
-        seen = set(nodes)
+        self._expected = None
         for node in live:
             assert node.parent is not None
-            if node.parent not in seen:
-                seen.add(node.parent)
-                nodes.append(node.parent)
+            nodes[node.parent] = None
         for node in nodes:
-            told += self._node(node)
+            told += self._run(node)
         for id in requests:
-            told += self._request(id)
+            request = state.requests.get(id)
+            if request is not None:
+                told += statements.of_request(state, request)
+                for node in state.path(request.leaf):
+                    told += self._computing(node)
         for id in transfers:
-            told += self._transfer(id)
+            if id in state.transfers:
+                told += statements.of_transfer(state, state.transfers[id])
         return told
 
     # What an event can have touched
 
-    def _touched(self, event: Event) -> tuple[list[Node], list[Node], set[int], set[int]]:
-        state = self._state
+    def _touched(self, event: Event) -> tuple[dict[Node, None], list[Node], set[int], set[int]]:
+        """Runs that are there, runs that are gone; requests and transfers, before or now.
+
+        All that the event mentions, and whatever shared it: the paths of requests and transfers, who waits for whom.
+        """
+        state, found = self._state, mentions(event)
         nodes: dict[Node, None] = {}
-        gone: list[Node] = []
-        requests: set[int] = set()
-        transfers: set[int] = set()
-        match event:
-            case RequestMatched():
-                requests.add(event.request)
-                self._path(nodes, state.requests[event.request].leaf)
-                transfers.update(state.requests[event.request].waits)
-                if event.upper:
-                    self._named(nodes, gone, event.leaf)
-                    transfers.update(self._in_transfer(event.leaf))
-            case BlocksAllocated():
-                requests.update(event.requests)
-                transfers.update(event.after)
-            case RequestExtended():
-                requests.add(event.request)
-                self._path(nodes, state.requests[event.request].leaf)
-                if event.upper:
-                    self._named(nodes, gone, event.leaf)
-                    transfers.update(self._in_transfer(event.leaf))
-            case BlocksComputed():
-                requests.add(event.request)
-                self._path(nodes, state.requests[event.request].leaf)
-            case BlocksCached():
-                requests.add(event.request)
-                self._path(nodes, state.requests[event.request].leaf)
-                if event.upper:
-                    self._named(nodes, gone, event.leaf)
-                    transfers.update(self._in_transfer(event.leaf))
-                if event.taken:  # rare: whoever shares the runs that were taken over
-                    requests.update(state.requests)
-                    transfers.update(self._transfers)
-            case BlocksReassigned():
-                requests.update((event.request, event.target))
-            case BlocksTrimmed():
-                requests.add(event.request)
-                transfers.update(self._requests[event.request][2])
-            case RequestReleased():
-                requests.add(event.request)
-                leaf, _, waits, _ = self._requests[event.request]
-                self._path(nodes, leaf)
-                transfers.update(waits)
-                for id, absorbed in zip(event.merged, event.absorbed):
-                    node = self._by_id[id]
-                    for _ in range(absorbed):
-                        above = self._runs[node].parent
-                        assert above is not None
-                        gone.append(above)
-                        node = above
-            case BlocksEvicted():
-                for id in (*event.nodes, event.upper) if event.upper else event.nodes:
-                    transfers.update(self._in_transfer(id))
-                    self._named(nodes, gone, id)
-            case TransferStarted():
-                transfers.update((event.transfer, *event.after))
-                for id in (*event.nodes, event.upper) if event.upper else event.nodes:
-                    self._named(nodes, gone, id)
-                if event.request:
-                    requests.add(event.request)
-                    self._path(nodes, state.requests[event.request].leaf)
-            case TransferFinished():
-                leaf_or_none, _, waiters, transfer = self._transfers[event.transfer]
-                transfers.add(event.transfer)
-                requests.update(waiters)
-                if leaf_or_none is not None:
-                    self._path(nodes, leaf_or_none)
-                nodes.update(dict.fromkeys(part.node for part in transfer.parts if part.node is not None))
-            case QuarantineEnded():
-                transfers.add(event.transfer)
-            case AllocationRefused() | WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken():
-                pass
-            case LedgerOpened() | CacheCleared() | PoolResized() | TierLost():
-                raise LookupError(f"{type(event).__name__} touches everything")
-            case _:
-                assert_never(event)
-        for node in gone:
-            nodes.pop(node, None)
-        return list(nodes), gone, requests, transfers
+        gone: dict[Node, None] = {}
+        requests = {id for id in found.requests if id}
+        transfers = set(found.transfers)
+        for id in found.nodes:
+            named = state.nodes.get(id) or self._by_id.get(id)
+            if named is not None:
+                self._see(nodes, gone, named)
+                if named.transfer is not None:
+                    transfers.add(named.transfer.id)
+        for id in list(transfers):
+            seen = self._transfers.get(id)
+            if seen is not None:
+                requests.update(seen.waiters)
+                self._path(nodes, gone, seen.leaf)
+                for part in seen.transfer.parts:
+                    if part.node is not None:
+                        self._see(nodes, gone, part.node)
+        for id in requests:
+            before, request = self._requests.get(id), state.requests.get(id)
+            if before is not None:
+                transfers.update(before.waits)
+            if request is not None:
+                transfers.update(request.waits)
+            if not isinstance(event, _OWN_BLOCKS):
+                self._path(nodes, gone, before.leaf if before is not None else None)
+                self._path(nodes, gone, request.leaf if request is not None else None)
+        return nodes, list(gone), requests, transfers
 
-    @staticmethod
-    def _path(nodes: dict[Node, None], leaf: Node) -> None:
-        node: Node | None = leaf
+    def _see(self, nodes: dict[Node, None], gone: dict[Node, None], node: Node) -> None:
+        if node.parent is None or self._state.nodes.get(node.id) is node:
+            nodes[node] = None
+        elif node in self._runs:
+            gone[node] = None
+
+    def _path(self, nodes: dict[Node, None], gone: dict[Node, None], leaf: Node | None) -> None:
+        """A path as it was seen, with what has come between since."""
+        node = leaf
         while node is not None:
-            nodes[node] = None
-            node = node.parent
-
-    def _named(self, nodes: dict[Node, None], gone: list[Node], id: int) -> None:
-        node = self._state.nodes.get(id)
-        if node is not None:
-            nodes[node] = None
-        elif id in self._by_id:
-            gone.append(self._by_id[id])
-
-    def _in_transfer(self, id: int) -> Iterator[int]:
-        """The transfer that a run is in."""
-        node = self._state.nodes.get(id) or self._by_id.get(id)
-        if node is not None and node.transfer is not None:
-            yield node.transfer.id
+            self._see(nodes, gone, node)
+            run = self._runs.get(node)
+            above = run.parent if run is not None else node.parent
+            between = node.parent
+            while between is not None and between is not above and between not in self._runs:
+                self._see(nodes, gone, between)
+                between = between.parent
+            node = above
 
     # Looking again
 
@@ -283,105 +261,101 @@ class IncrementalCheck:
             self._by_id.pop(node.id, None)
             self._children(run, -1)
             self._below.pop(node, None)
-            self._evictable -= run.evictable
-            self._resident -= run.resident
-            self._swap(Tier.DEVICE, run.device, None)
-            self._swap(Tier.HOST, run.host, None)
-        entering: list[list[Node]] = [[], [], []]
+            for owned, ids, evictable, resident in zip(self._owned, run.ids, run.evictable, run.resident):
+                owned.evictable -= evictable
+                owned.resident -= resident
+                _swap(owned, ids, None)
+        entering: dict[Order, list[Node]] = {}
         for node in nodes:
-            self._look(node, entering)
-        for order, number in ((state.final, 0), (state.device_order, 1), (state.host_order, 2)):
-            if entering[number]:
-                self._place(order, number, entering[number])
+            self._look(node, entering, transfers)
+        for place in state.places:
+            for number, order in enumerate(place.orders):
+                if order in entering:
+                    self._set_marks(place, number, order, entering[order])
         for id in requests:
             old = self._requests.pop(id, None)
             request = state.requests.get(id)
-            self._end(old[0] if old is not None else None, request.leaf if request is not None else None)
-            private = request.private() if request is not None else array("i")
-            self._swap(Tier.DEVICE, old[1] if old is not None else None, private)
+            self._end(old.leaf if old is not None else None, request.leaf if request is not None else None)
+            private = request.private() if request is not None else _NO_BLOCKS
+            _swap(self._owned[0], old.private if old is not None else None, private)
             if request is not None:
-                self._requests[id] = request.leaf, private, tuple(request.waits), request.key
+                self._requests[id] = _Request(request.leaf, private, tuple(request.waits))
         for id in transfers:
-            seen = self._transfers.pop(id, None)
+            before = self._transfers.pop(id, None)
             transfer = state.transfers.get(id)
-            self._end(seen[0] if seen is not None else None, transfer.leaf if transfer is not None else None)
-            blocks = array("i"), array("i")
-            if transfer is not None:
-                blocks = transfer_blocks(transfer, Tier.DEVICE), transfer_blocks(transfer, Tier.HOST)
-            for tier in Tier:
-                self._swap(tier, seen[1][tier] if seen is not None else None, blocks[tier])
-            if transfer is not None:
-                self._transfers[id] = transfer.leaf, blocks, tuple(transfer.waiters), transfer
+            now = _Transfer(transfer, self._places) if transfer is not None else None
+            self._end(before.leaf if before is not None else None, now.leaf if now is not None else None)
+            for number, owned in enumerate(self._owned):
+                had = before.blocks[number] if before is not None else None
+                _swap(owned, had, now.blocks[number] if now is not None else None)
+            if now is not None:
+                self._transfers[id] = now
 
-    def _look(self, node: Node, entering: list[list[Node]]) -> None:
+    def _look(self, node: Node, entering: dict[Order, list[Node]], transfers: set[int]) -> None:
         state = self._state
         run = self._runs.get(node)
         if run is None:
-            run = self._runs[node] = _Run()
+            run = self._runs[node] = _Run(self._places)
             self._by_id[node.id] = node
         else:
             self._children(run, -1)
-            same_size = run.device is not None and node.device is not None and len(run.device) == len(node.device)
-            if (run.ready and not node.device_ready) or (same_size and run.device != node.device):
+            seen, copy = run.ids[0], node.device
+            moved = seen is not None and copy is not None and len(seen) == len(copy.ids) and seen != copy.ids
+            if moved or (run.valid and not node.valid()):
                 self._shared_changed = True  # whoever uses the run has to be looked at
-        self._swap(Tier.DEVICE, run.device, node.device)
-        self._swap(Tier.HOST, run.host, node.host)
-        run.parent, run.pins, run.ready = node.parent, node.pins, node.device_ready
-        run.device, run.host = node.device, node.host
+        for transfer in (run.transfer, node.transfer):
+            if run.transfer is not node.transfer and transfer is not None:
+                transfers.add(transfer.id)
+        run.parent, run.pins, run.valid, run.transfer = node.parent, node.pins, node.valid(), node.transfer
+        for place, owned in zip(state.places, self._owned):
+            number = place.number
+            copy = node.copies[number]
+            ids = copy.ids if copy is not None else None
+            _swap(owned, run.ids[number], ids)
+            evictable, resident = statements.evictable(place, node), statements.resident(place, node)
+            owned.evictable += evictable - run.evictable[number]
+            owned.resident += resident - run.resident[number]
+            run.ids[number], run.evictable[number], run.resident[number] = ids, evictable, resident
+            mark, stands = run.marks[number], [at for at, order in enumerate(place.orders) if node in order]
+            if not stands:
+                run.marks[number] = None
+            elif mark is None or mark[0] != stands[0]:
+                entering.setdefault(place.orders[stands[0]], []).append(node)
         self._children(run, 1)
-        evictable = node.size if node.device is not None and not node.pins else 0
-        inward = node.transfer is not None and node.transfer.direction == Direction.SWAP_IN
-        resident = node.size if node.host is not None and not inward else 0
-        self._evictable += evictable - run.evictable
-        self._resident += resident - run.resident
-        run.evictable, run.resident = evictable, resident
-        place = 0 if node in state.final else 1 if node in state.device_order else None
-        if place is None:
-            run.device_place = None
-        elif run.device_place is None or run.device_place[0] != place:
-            entering[place].append(node)
-        if node not in state.host_order:
-            run.host_place = None
-        elif run.host_place is None:
-            entering[2].append(node)
 
     def _children(self, run: _Run, sign: int) -> None:
         """Add a run to what its parent's children come to, or take it away."""
         assert run.parent is not None
         below = self._below.get(run.parent)
         if below is None:
-            below = self._below[run.parent] = _Below()
+            below = self._below[run.parent] = _Below(self._places)
         below.pins += sign * run.pins
-        below.device += sign * (run.device is not None)
-        below.host += sign * (run.host is not None)
-        below.ready += sign * run.ready
+        below.valid += sign * run.valid
+        for number, ids in enumerate(run.ids):
+            below.copies[number] += sign * (ids is not None)
 
-    def _place(self, order: Order, number: int, nodes: list[Node]) -> None:
+    def _set_marks(self, place: Place, number: int, order: Order, nodes: list[Node]) -> None:
         """Give the runs that entered an order their marks: at the back increasing ones, a cut-off part one between."""
         entering = set(nodes)
         tail: list[Node] = []
-        node = order._prev[None]
+        node, _ = order.neighbours(None)
         while node is not None and node in entering:
             tail.append(node)
             entering.discard(node)
-            node = order._prev[node]
+            node, _ = order.neighbours(node)
         for node in reversed(tail):
             self._mark += _GAP
-            self._set_place(node, number, self._mark)
+            self._runs[node].marks[place.number] = number, self._mark
         for node in sorted(entering, key=lambda node: node.id) if entering else ():
-            marks = []
-            for neighbour in (order._prev[node], order._next[node]):
-                run = self._runs.get(neighbour) if neighbour is not None else None
-                place = None if run is None else run.host_place if number == 2 else run.device_place
-                marks.append(None if place is None else place[1])
-            before, behind = marks
-            self._set_place(node, number, ((before or 0) + (behind if behind is not None else self._mark + _GAP)) // 2)
+            ahead, behind = order.neighbours(node)
+            low, high = self._mark_of(place, ahead), self._mark_of(place, behind)
+            mark = ((low or 0) + (high if high is not None else self._mark + _GAP)) // 2
+            self._runs[node].marks[place.number] = number, mark
 
-    def _set_place(self, node: Node, number: int, mark: int) -> None:
-        if number == 2:
-            self._runs[node].host_place = 2, mark
-        else:
-            self._runs[node].device_place = number, mark
+    def _mark_of(self, place: Place, node: Node | None) -> int | None:
+        run = self._runs.get(node) if node is not None else None
+        mark = run.marks[place.number] if run is not None else None
+        return mark[1] if mark is not None else None
 
     def _end(self, old: Node | None, new: Node | None) -> None:
         """A path that ended in one run ends in another."""
@@ -392,54 +366,17 @@ class IncrementalCheck:
         if new is not None:
             self._ends[new] = self._ends.get(new, 0) + 1
 
-    def _swap(self, tier: Tier, old: IntArray | None, new: IntArray | None) -> None:
-        """Somebody has other blocks than before."""
-        if old is not new and old != new:
-            if old:
-                self._left[tier].extend(old)
-            if new:
-                self._entered[tier].extend(new)
-
     # What must hold
 
     def _conservation(self) -> Iterator[str]:
-        for tier in Tier:
-            left, entered = self._left[tier], self._entered[tier]
-            if not left and not entered and len(self._owned[tier].free) == len(self._state.pool(tier).free):
-                continue
-            self._left[tier], self._entered[tier] = [], []
-            yield from self._moved(tier, left, entered)
-
-    def _moved(self, tier: Tier, left_list: list[int], entered_list: list[int]) -> Iterator[str]:
-        seen, free = self._owned[tier], self._state.pool(tier).free
-        left, entered = set(left_list), set(entered_list)
-        blocks = seen.blocks
-        blocks.difference_update(left)
-        if len(entered) != len(entered_list) or not blocks.isdisjoint(entered):
-            yield f"conservation: a {tier.name} block has two owners"
-        if entered and not 0 <= min(entered) <= max(entered) < seen.capacity:
-            yield f"conservation: a {tier.name} block is outside the pool"
-        blocks.update(entered)
-        granted, freed = entered - left, left - entered
-        if granted:
-            start = len(seen.free) - len(granted)
-            if granted != set(seen.free[start:]):
-                yield f"conservation: what was granted was not next on the {tier.name} free list"
-            del seen.free[start:]
-        if len(free) != len(seen.free) + len(freed):
-            yield f"conservation: {len(free)} {tier.name} blocks are free, {len(seen.free) + len(freed)} should be"
-        elif freed:
-            back = free[len(free) - len(freed) :]
-            if freed != set(back):
-                yield f"conservation: what was given back is not on the {tier.name} free list"
-            seen.free.extend(back)
+        for place, owned in zip(self._state.places, self._owned):
+            if owned.left or owned.entered or len(owned.free) != len(place.pool.free):
+                yield from _moved(place, owned)
 
     def _totals(self) -> Iterator[str]:
         state = self._state
-        if state.evictable != self._evictable:
-            yield f"orders: {state.evictable} blocks are counted as evictable, {self._evictable} are"
-        if state.host_resident != self._resident:
-            yield f"in flight: {state.host_resident} blocks are counted as resident on the host, {self._resident} are"
+        for place, owned in zip(state.places, self._owned):
+            yield from statements.of_place(place, owned.evictable, owned.resident)
         if len(state.nodes) != len(self._runs):
             yield f"links: there are {len(state.nodes)} runs, {len(self._runs)} are known"
         if len(state.requests) != len(self._requests) or len(state.keys) != len(state.requests):
@@ -447,160 +384,65 @@ class IncrementalCheck:
         if len(state.transfers) != len(self._transfers):
             yield "transfers end: there are transfers that no event has started"
 
-    def _node(self, node: Node) -> Iterator[str]:
+    def _run(self, node: Node) -> Iterator[str]:
         state, below = self._state, self._below.get(node)
-        pins = self._ends.get(node, 0) + (below.pins if below is not None else 0)
-        if node.pins != pins:
-            yield f"pin counts: {node!r} is on the path of {pins} requests and swap-ins"
-        parent = node.parent
-        if parent is None:
-            if not node.children and not node.pins and any(root is node for root in state.all_roots()):
-                yield f"links: the root of namespace {node.words!r} leads nowhere"
+        yield from statements.of_pins(node, self._ends.get(node, 0) + (below.pins if below is not None else 0))
+        if node.parent is None:
+            if any(root is node for root in state.all_roots()):
+                yield from statements.of_root(node)
             return
-        yield from self._links(node, parent)
-        yield from self._residency(node, parent, below)
-        yield from self._orders(node)
-        yield from self._flight(node)
-        yield from self._ahead(node)
-
-    def _links(self, node: Node, parent: Node) -> Iterator[str]:
-        state = self._state
-        if state.nodes.get(node.id) is not node or parent.children.get(node.words[: state.block_bytes]) is not node:
-            yield f"links: {node!r} is not linked to its parent {parent!r}"
-        if node.start != parent.end or (parent.parent is not None and state.nodes.get(parent.id) is not parent):
-            yield f"links: {node!r} does not begin where {parent!r} ends"
-        lengths = [len(ids) for ids in (node.device, node.host) if ids is not None]
-        if node.size < 1 or len(node.words) != node.size * state.block_bytes or any(n != node.size for n in lengths):
-            yield f"links: {node!r} has words and block ids of different lengths"
-
-    def _residency(self, node: Node, parent: Node, below: _Below | None) -> Iterator[str]:
-        if node.device is None and node.host is None:
-            yield f"residency: {node!r} has no copy"
-        if parent.parent is not None:
-            if node.device is not None and parent.device is None:
-                yield f"residency: {node!r} is on the device, {parent!r} above it is not"
-            if node.host is not None and parent.device is None and parent.host is None:
-                yield f"residency: {node!r} is on the host, {parent!r} above it is nowhere"
-            if node.device_ready and parent.device is not None and not parent.device_ready:
-                yield f"residency: {node!r} is valid on the device, {parent!r} above it is still arriving"
+        yield from statements.of_run(state, node)
+        yield from statements.of_orders(state, node, self._position)
+        yield from self._computing(node)
         if below is not None:
-            if below.device and node.device is None:
-                yield f"residency: runs below {node!r} are on the device, it is not"
-            if below.host and node.device is None and node.host is None:
-                yield f"residency: runs below {node!r} are on the host, it is nowhere"
-            if below.ready and node.device is not None and not node.device_ready:
+            for place in state.places:
+                if below.copies[place.number] and not node.as_near(place.number):
+                    yield f"residency: runs below {node!r} are on {place}, it is neither there nor nearer"
+            if below.valid and node.arriving():
                 yield f"residency: runs below {node!r} are valid on the device, it is still arriving"
 
-    def _orders(self, node: Node) -> Iterator[str]:
-        state, run = self._state, self._runs[node]
-        in_device = (node in state.final) + (node in state.device_order)
-        if in_device != (node.device is not None and not node.pins):
-            yield f"orders: {node!r} is in {in_device} device orders"
-        if (node in state.host_order) != (node.host is not None and not node.pins):
-            yield f"orders: the host order is wrong about {node!r}"
-        above = node.parent
-        while above is not None and above.parent is not None:
-            other = self._runs.get(above)
-            if other is not None:
-                for mine, its in ((run.device_place, other.device_place), (run.host_place, other.host_place)):
-                    if mine is not None and its is not None and its < mine:
-                        yield f"orders: {above!r} stands before its descendant {node!r}"
-            above = above.parent
+    def _computing(self, node: Node) -> Iterator[str]:
+        if node.ahead:
+            if self._expected is None:
+                self._expected = statements.about_to_be_computed(self._state)
+            yield from statements.of_computing(node, self._expected)
 
-    def _flight(self, node: Node) -> Iterator[str]:
-        state, transfer = self._state, node.transfer
-        if transfer is None:
-            if (node.device is not None and not node.device_ready) or (node.host is not None and not node.host_ready):
-                yield f"in flight: {node!r} waits for a transfer that does not exist"
-            if node.device is not None and node.host is not None and state.policy != HostPolicy.WRITE_THROUGH:
-                yield f"in flight: {node!r} has two copies with policy {state.policy.name}"
-        elif state.transfers.get(transfer.id) is not transfer or not any(p.node is node for p in transfer.parts):
-            yield f"in flight: {node!r} does not belong to transfer {transfer.id}"
-
-    def _ahead(self, node: Node) -> Iterator[str]:
-        if not node.ahead:
-            return
-        if self._expecting is None:
-            state = self._state
-            requests = [request for request in state.requests.values() if request.computed != ALL]
-            self._expecting = {run for request in requests for run in state.path(request.leaf)}
-        if node not in self._expecting:
-            yield f"ahead: {node!r} is not computed yet, and no live request is about to"
-        if not node.device_ready:
-            yield f"ahead: {node!r} is about to be computed, but has no place on the device"
-
-    def _request(self, id: int) -> Iterator[str]:
-        state = self._state
-        request = state.requests.get(id)
-        if request is None:
-            return
-        if state.keys.get(request.key) != id:
-            yield "block tables: the names of the requests are not those of the live ones"
-        for transfer in request.waits:
-            waited = state.transfers.get(transfer)
-            if waited is None or id not in waited.waiters:
-                yield f"transfers end: request {request.key!r} waits for transfer {transfer}, which does not know"
-        yield from self._table(state, request)
-
-    def _table(self, state: State, request: Request) -> Iterator[str]:
-        end = request.leaf.end
-        reach = len(request.table) if _is_newest(state, request) else end
-        if len(request.table) < end and reach == end:
-            yield f"block tables: the block table of {request.key!r} is shorter than its path"
-            return
-        path = state.path(request.leaf)
-        if request.matched > end or not any(request.matched in (n.start, n.end) for n in [request.leaf, *path]):
-            yield f"block tables: {request.matched} blocks are said to have matched {request.key!r}, no run ends there"
-        if any(stop > end for _, stop in request.duplicates):
-            yield f"block tables: {request.key!r} has duplicates outside its path"
-        for node in path:
-            mine = request.table[node.start : min(node.end, reach)]
-            if node.device is None or mine != node.device[: len(mine)]:
-                ids = node.device if node.device is not None else array("i", [-1] * node.size)
-                for position, (block, wanted) in enumerate(zip(mine, ids), node.start):
-                    own = any(start <= position < stop for start, stop in request.duplicates)
-                    if block != wanted and not own:
-                        yield f"block tables: position {position} of {request.key!r} is block {block}, not {wanted}"
-            if node.end > reach and node.device is not None:
-                yield f"block tables: {request.key!r} has no place for the blocks of {node!r}"
-            yield from self._ahead(node)
-            waits = any(start <= node.start for start in request.waits.values())
-            if node.start < reach and not node.device_ready and not waits:
-                yield f"block tables: {request.key!r} uses {node!r}, whose copy is not valid, without waiting"
-
-    def _transfer(self, id: int) -> Iterator[str]:
-        state = self._state
-        transfer = state.transfers.get(id)
-        if transfer is None:
-            return
-        if transfer.quarantined:
-            if transfer.waiters or transfer.parts:
-                yield f"transfers end: somebody waits for transfer {id}, which is given up"
-            return
-        for waiter in transfer.waiters:
-            request = state.requests.get(waiter)
-            if request is None or id not in request.waits:
-                yield f"transfers end: transfer {id} has the waiter {waiter}, which does not wait"
-        inward = transfer.direction == Direction.SWAP_IN
-        position = 0
-        for part in transfer.parts:
-            node, start = part.node, position
-            position += part.size
-            if node is None:
-                continue
-            arriving, ready = (node.device, node.device_ready) if inward else (node.host, node.host_ready)
-            if node.transfer is not transfer or node.size != part.size:
-                yield f"in flight: {node!r} does not belong to transfer {id}"
-            if not part.discard and (arriving != transfer.targets[start:position] or ready):
-                yield f"in flight: transfer {id} does not write the arriving copy of {node!r}"
-            if inward and node.host != transfer.sources[start:position]:
-                yield f"in flight: transfer {id} does not read the host copy of {node!r}"
-            if inward and not node.pins and not part.discard:
-                yield f"in flight: {node!r} is being swapped in and could be evicted"
-        if position != len(transfer.targets) or position != len(transfer.sources):
-            yield f"in flight: the parts of transfer {id} are not its blocks"
+    def _position(self, place: Place, node: Node) -> Position | None:
+        run = self._runs.get(node)
+        return run.marks[place.number] if run is not None else None
 
 
-def _is_newest(state: State, request: Request) -> bool:
-    """Between its match and the order of its swap-in, the newest request has no blocks yet for the host part."""
-    return request.id == state.next_request - 1
+def _swap(owned: _Owned, old: IntArray | None, new: IntArray | None) -> None:
+    """Somebody has other blocks than before."""
+    if old is not new and old != new:
+        if old:
+            owned.left.extend(old)
+        if new:
+            owned.entered.extend(new)
+
+
+def _moved(place: Place, owned: _Owned) -> Iterator[str]:
+    """Blocks change hands: what is granted comes from the top of the free list, what is given back goes there."""
+    free, blocks = place.pool.free, owned.blocks
+    left, entered = set(owned.left), set(owned.entered)
+    single = len(entered) == len(owned.entered)
+    owned.left, owned.entered = [], []
+    blocks.difference_update(left)
+    if not single or not blocks.isdisjoint(entered):
+        yield f"conservation: a {place} block has two owners"
+    if entered and not 0 <= min(entered) <= max(entered) < owned.capacity:
+        yield f"conservation: a {place} block is outside the pool"
+    blocks.update(entered)
+    granted, freed = entered - left, left - entered
+    if granted:
+        start = len(owned.free) - len(granted)
+        if granted != set(owned.free[start:]):
+            yield f"conservation: what was granted was not next on the {place} free list"
+        del owned.free[start:]
+    if len(free) != len(owned.free) + len(freed):
+        yield f"conservation: {len(free)} {place} blocks are free, {len(owned.free) + len(freed)} should be"
+    elif freed:
+        back = free[len(free) - len(freed) :]
+        if freed != set(back):
+            yield f"conservation: what was given back is not on the {place} free list"
+        owned.free.extend(back)

@@ -38,7 +38,7 @@ from statemachine.commands import (
     Trim,
 )
 from statemachine.decide import available_blocks, decide
-from statemachine.decide.upkeep import droppable
+from statemachine.decide.eviction import droppable
 from statemachine.errors import CommandRejected, OutOfBlocks
 from statemachine.events import (
     AllocationRefused,
@@ -69,9 +69,9 @@ from statemachine.events import (
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.state import tree
 from statemachine.state.nodes import ALL, Node
 from statemachine.state.state import State
+from statemachine.state.tree import content_of, root_of
 
 
 class NoCommand(ValueError):
@@ -141,7 +141,7 @@ def path_words(leaf: Node | None, cut: int, block_bytes: int) -> bytes:
     runs.reverse()
     assert leaf is not None
     length = (leaf.start + cut if cut else leaf.end) * block_bytes
-    return tree.content_of(runs)[:length]
+    return content_of(runs)[:length]
 
 
 def _matched(state: State, event: RequestMatched, events: Sequence[Event]) -> Command:
@@ -162,11 +162,11 @@ def _refused(state: State, event: AllocationRefused, events: Sequence[Event]) ->
         return Allocate([event.key, event.key], [event.wanted, 0])
     leaf = state.nodes[event.leaf] if event.leaf else None
     words = path_words(leaf, event.cut, state.block_bytes)
-    namespace = tree.root_of(leaf).words if leaf is not None else b""
+    namespace = root_of(leaf).words if leaf is not None else b""
     device, node = 0, leaf
     available = available_blocks(state)
     while node is not None and node.parent is not None:
-        if node.device is not None:
+        if node.copies[0] is not None:
             count = event.cut if event.cut and node is leaf else node.size
             device += count
             available -= 0 if node.pins else count
@@ -223,7 +223,7 @@ def _evicted(state: State, event: BlocksEvicted, events: Sequence[Event]) -> Com
     if event.reason != EvictReason.CLEARED:
         raise NoCommand(f"{tier.name} blocks are evicted for {EvictReason(event.reason).name}, and nothing follows")
     if len(events) == 1:
-        victims = droppable(state, tier, len(event.blocks))
+        victims = droppable(state.place(tier), len(event.blocks))
         if [victim.node.id for victim in victims] == list(event.nodes):
             return Evict(tier, len(event.blocks))
     nodes = [state.nodes[id] for each in events if isinstance(each, BlocksEvicted) for id in each.nodes]

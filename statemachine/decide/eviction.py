@@ -11,19 +11,17 @@ from collections.abc import Iterable, Mapping
 
 from statemachine.events import (
     CAPACITY,
-    DEVICE,
     EXCLUSIVE,
-    HOST,
     SWAP_OUT,
     WRITE_THROUGH,
     BlocksEvicted,
     Event,
     EvictReason,
     IntArray,
-    Tier,
     TransferStarted,
 )
 from statemachine.state.nodes import Node, from_end
+from statemachine.state.places import Place
 from statemachine.state.state import State
 
 _NONE: IntArray = array("Q")
@@ -87,7 +85,7 @@ def device_supply(
         leaving: host blocks that the same transaction swaps in.
         next_node: the next unused run id at that point of the transaction (default: the state's).
     """
-    free = state.device.free
+    free = state.device.pool.free
     next_node = next_node or state.next_node
     need = wanted - len(free)
     if need <= 0:
@@ -113,7 +111,8 @@ def _victims(state: State, need: int, kept: Mapping[Node, int]) -> list[Victim]:
     victims: list[Victim] = []
     skipped: set[Node] = set()
     through = state.policy == WRITE_THROUGH
-    for order in (state.final, state.device_order):
+    final = state.device.final
+    for order in state.device.orders:
         for node in order:
             have = node.size
             if node in kept:
@@ -124,52 +123,85 @@ def _victims(state: State, need: int, kept: Mapping[Node, int]) -> list[Victim]:
                 skipped.add(node)
                 continue
             if have >= need:
-                victims.append(Victim(node, need, need == have, order is state.final))
+                victims.append(Victim(node, need, need == have, order is final))
                 return victims
-            victims.append(Victim(node, have, True, order is state.final))
+            victims.append(Victim(node, have, True, order is final))
             need -= have
     return []
 
 
 def _stuck(node: Node, skipped: set[Node]) -> bool:
     """Write-through only: dropping the run would strand a copy on the host, or a run that could not be dropped."""
-    stays = node.host is not None
-    return any(
-        child in skipped or not (stays or (child.device is not None and child.host is None))
-        for child in node.children.values()
-    )
+    stays = node.elsewhere(0)
+    for child in node.children.values():
+        if child in skipped or not (stays or (child.copies[0] is not None and not child.elsewhere(0))):
+            return True
+    return False
 
 
-def evicted(tier: Tier, victims: Iterable[Victim], reason: EvictReason, upper: int = 0) -> BlocksEvicted:
-    """The event that gives up these victims on a tier."""
+def droppable(place: Place, limit: int) -> list[Victim]:
+    """Runs that nobody uses, in eviction order, until ``limit`` blocks are found (the last one in part).
+
+    Runs in flight, and runs below which something would be stranded, are passed over.
+    """
+    gone: set[Node] = set()
+    victims: list[Victim] = []
+    for order in place.orders:
+        for node in order:
+            if limit <= 0:
+                return victims
+            if node.transfer is not None or node.strands(place.number, gone):
+                continue
+            # A run with two copies would have to be cut: it goes as a whole, and stays where its other copy is.
+            other = node.elsewhere(place.number)
+            take = node.size if other else min(node.size, limit)
+            victims.append(Victim(node, take, take == node.size))
+            if not other:
+                gone.add(node)
+            limit -= take
+    return victims
+
+
+def evicted(place: Place, victims: Iterable[Victim], reason: EvictReason, upper: int = 0) -> BlocksEvicted:
+    """The event that gives up these victims in a place."""
     nodes, counts, blocks = array("Q"), array("I"), array("i")
-    device = tier == DEVICE
     for victim in victims:
         node, take = victim.node, victim.take
-        ids = node.device if device else node.host
-        assert ids is not None
+        copy = node.copies[place.number]
+        assert copy is not None
         nodes.append(node.id)
         counts.append(take)
-        blocks.extend(from_end(ids, take))
-    return BlocksEvicted(tier, reason, upper, nodes, counts, blocks)
+        blocks.extend(from_end(copy.ids, take))
+    return BlocksEvicted(place.tier, reason, upper, nodes, counts, blocks)
+
+
+def evicted_everywhere(state: State, doomed: set[Node], reason: EvictReason, nearest: int = 0) -> list[Event]:
+    """The events that give up whole runs, from the farthest place to the ``nearest`` one; nobody uses the runs."""
+    events: list[Event] = []
+    for place in reversed(state.places[nearest:]):
+        victims = [Victim(node, node.size, True) for order in place.orders for node in order if node in doomed]
+        if victims:
+            events.append(evicted(place, victims, reason))
+    return events
 
 
 def _drop(state: State, victims: list[Victim], next_node: int) -> _Plan:
     """Without a host tier blocks are dropped; with write-through the host has a copy already."""
     last = victims[-1]
     upper = 0
-    if not last.whole and last.node.host is not None:
+    if not last.whole and last.node.elsewhere(0):
         upper = next_node
         next_node += 1
-    event = evicted(DEVICE, victims, CAPACITY, upper)
+    event = evicted(state.device, victims, CAPACITY, upper)
     if not state.transfers:
         return [event], event.blocks, _NOTHING_HELD, next_node
     freed = array("i")
     held: dict[int, IntArray] = {}
     for victim in victims:
         node, take = victim.node, victim.take
-        assert node.device is not None
-        ids = from_end(node.device, take)
+        copy = node.copies[0]
+        assert copy is not None
+        ids = from_end(copy.ids, take)
         if node.transfer is None:
             freed.extend(ids)
         else:
@@ -205,10 +237,10 @@ def _swap_out(
     if excess:
         return None
     if evictions:
-        events.append(evicted(HOST, evictions, CAPACITY))
+        events.append(evicted(state.host, evictions, CAPACITY))
     freed = array("i")
     if dropped:
-        event = evicted(DEVICE, dropped, CAPACITY)
+        event = evicted(state.device, dropped, CAPACITY)
         freed = event.blocks
         events.append(event)
     if not moved:
@@ -221,11 +253,12 @@ def _swap_out(
     cut_off = dropped[-1] if dropped and dropped[-1].node is moved[-1].node else None
     sources = array("i")
     for victim in moved:
-        ids = victim.node.device
-        assert ids is not None
+        copy = victim.node.copies[0]
+        assert copy is not None
+        ids = copy.ids
         stop = len(ids) - (cut_off.take if cut_off is not None and victim is moved[-1] else 0)
         sources.extend(ids[stop - victim.take : stop])
-    host_free = state.host.free
+    host_free = state.host.pool.free
     available = host_free + events[0].blocks if evictions and isinstance(events[0], BlocksEvicted) else host_free
     targets = available[len(available) - len(sources) :][::-1]
     nodes = array("Q", [victim.node.id for victim in moved])
@@ -242,20 +275,21 @@ def host_room(
 
     Copies in flight, runs that the same transaction pins and runs with a child that stays are passed over.
     """
-    room = min(state.host_blocks - state.host_resident + leaving, len(state.host.free))
+    host = state.host
+    room = min(host.limit - host.resident + leaving, len(host.pool.free))
     victims: list[Victim] = []
     if room >= wanted:
         return wanted, victims
     room = min(room, wanted)
     gone: set[Node] = set()
-    for node in state.host_order:
+    for node in host.lru:
         if node.transfer is not None:
             continue
         have = node.size - kept.get(node, 0)
         if have <= 0 or any(child not in gone for child in node.children.values()):
             continue
         # A run with a device copy as well would have to be cut: it goes as a whole.
-        take = have if node.device is not None else min(have, wanted - room)
+        take = have if node.elsewhere(host.number) else min(have, wanted - room)
         victims.append(Victim(node, take, take == have))
         gone.add(node)
         room += take

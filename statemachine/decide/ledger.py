@@ -1,4 +1,6 @@
-"""What a new engine does with the state of a dead one: its requests end, and what only they vouched for goes.
+"""Deciding the life of the ledger itself: workers, digests, and what a new engine does with the state of a dead one.
+
+Its requests end, and what only they vouched for goes.
 
 A block is *untrusted* if a request that was still running had cached it: the engine may have died before its keys and
 values were written. It is evicted from every tier, unless something hangs below it that a released request cached.
@@ -10,22 +12,27 @@ each have cached runs that the other holds, so they could not be released one af
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from typing import Any
 
 from statemachine.apply import apply
-from statemachine.commands import StartEpoch
-from statemachine.decide.eviction import Victim, evicted
+from statemachine.commands import JoinWorker, LoseWorker, StartEpoch, TakeDigest
+from statemachine.decide.eviction import evicted_everywhere
 from statemachine.errors import InvalidCommand
 from statemachine.events import (
+    DigestScope,
+    DigestTaken,
     EpochStarted,
     Event,
     EvictReason,
     Outcome,
     ReleaseReason,
     RequestReleased,
-    Tier,
     TransferFinished,
+    WorkerJoined,
+    WorkerLost,
 )
-from statemachine.records.snapshot import restore, snapshot
+from statemachine.records.snapshot import counters_digest, restore, snapshot, state_digest
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
 
@@ -50,11 +57,8 @@ def start_epoch(state: State, command: StartEpoch) -> list[Event]:
         private = trial.requests[id].private()
         do(RequestReleased(id, ReleaseReason.ENGINE_RESTARTED, 0, array("Q"), array("I"), private[::-1]))
     doomed = _doomed(trial, suspects)
-    host = [node for node in trial.host_order if node in doomed]
-    device = [node for order in (trial.final, trial.device_order) for node in order if node in doomed]
-    for tier, nodes in ((Tier.HOST, host), (Tier.DEVICE, device)):
-        if nodes:
-            do(evicted(tier, [Victim(node, node.size, True) for node in nodes], EvictReason.UNTRUSTED))
+    for event in evicted_everywhere(trial, doomed, EvictReason.UNTRUSTED):
+        do(event)
     return events
 
 
@@ -78,3 +82,31 @@ def _doomed(state: State, suspects: set[Node]) -> set[Node]:
         if at_rest and all(child in doomed for child in node.children.values()):
             doomed.add(node)
     return doomed
+
+
+def _join_worker(state: State, command: JoinWorker) -> list[Event]:
+    if not 0 <= command.rank < state.opened.ranks:
+        raise InvalidCommand(f"there are ranks 0 to {state.opened.ranks - 1}, not {command.rank}")
+    if command.incarnation <= state.workers.get(command.rank, 0):
+        raise InvalidCommand(f"incarnation {command.incarnation} of rank {command.rank} is not a new one")
+    return [WorkerJoined(command.rank, command.incarnation, command.pid)]
+
+
+def _lose_worker(state: State, command: LoseWorker) -> list[Event]:
+    if command.rank not in state.workers:
+        raise InvalidCommand(f"no worker of rank {command.rank} has joined")
+    return [WorkerLost(command.rank, state.workers[command.rank], command.reason)]
+
+
+def _take_digest(state: State, command: TakeDigest) -> list[Event]:
+    digest = state_digest(state) if command.whole else counters_digest(state)
+    scope = DigestScope.STATE if command.whole else DigestScope.COUNTERS
+    return [DigestTaken(command.sequence, scope, digest)]
+
+
+LEDGER: dict[type[Any], Callable[[State, Any], list[Event]]] = {
+    JoinWorker: _join_worker,
+    LoseWorker: _lose_worker,
+    StartEpoch: start_epoch,
+    TakeDigest: _take_digest,
+}

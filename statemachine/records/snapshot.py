@@ -12,13 +12,12 @@ from collections.abc import Iterable
 
 import xxhash
 
-from statemachine.apply import expect_possible
 from statemachine.check import check
 from statemachine.events import Direction, HostPolicy, IntArray, LedgerOpened
 from statemachine.records import codec
-from statemachine.state.nodes import NO_CHILDREN, Node, Part, Request, Transfer
+from statemachine.state.nodes import NO_CHILDREN, Copy, Node, Part, Request, Transfer
 from statemachine.state.order import Order
-from statemachine.state.state import COUNTERS, State
+from statemachine.state.state import COUNTERS, State, impossible
 
 MAGIC = b"kvlstate3"
 """Names the encoding: a change of it changes every digest, and takes the next number."""
@@ -40,7 +39,7 @@ def state_digest(state: State) -> bytes:
 
 def counters_digest(state: State) -> bytes:
     """xxh3-128 of totals, pool levels and id counters, 16 bytes: cheap enough for the engine itself."""
-    values = [*state.counters.as_dict().values(), *_scalars(state), len(state.device.free), len(state.host.free)]
+    values = [*state.counters.as_dict().values(), *_scalars(state), *(len(place.pool.free) for place in state.places)]
     return xxhash.xxh3_128_digest(struct.pack(f"<{len(values)}Q", *values))
 
 
@@ -75,11 +74,11 @@ def restore(data: bytes, *, expect_sound: bool = True) -> State:
 
 def _scalars(state: State) -> tuple[int, ...]:
     return (
-        state.device.capacity,
-        state.host.capacity,
-        state.host_blocks,
-        state.evictable,
-        state.host_resident,
+        state.device.pool.capacity,
+        state.host.pool.capacity,
+        state.host.limit,
+        state.device.evictable,
+        state.host.resident,
         state.next_node,
         state.next_request,
         state.next_transfer,
@@ -109,8 +108,8 @@ def encode_state(state: State) -> bytes:
         put(struct.pack("<II", rank, incarnation))
     totals = state.counters.as_dict()
     put(struct.pack(f"<{len(totals)}Q", *totals.values()))
-    blob(state.device.free.tobytes())
-    blob(state.host.free.tobytes())
+    for place in state.places:
+        blob(place.pool.free.tobytes())
 
     roots = [state.roots[namespace] for namespace in sorted(state.roots)] + state.retired
     root_index = {id(root): index for index, root in enumerate(roots)}
@@ -131,18 +130,17 @@ def encode_state(state: State) -> bytes:
                 node.start,
                 node.size,
                 node.pins,
-                _AHEAD if node.ahead else _copy_state(node.device, node.device_ready),
-                _copy_state(node.host, node.host_ready),
+                _AHEAD if node.ahead else _copy_state(node.device),
+                _copy_state(node.host),
                 node.transfer.id if node.transfer is not None else 0,
                 node.hits,
             )
         )
         blob(node.words)
-        if node.device is not None:
-            put(node.device.tobytes())
-        if node.host is not None:
-            put(node.host.tobytes())
-    for order in (state.final, state.device_order, state.host_order):
+        for copy in node.copies:
+            if copy is not None:
+                put(copy.ids.tobytes())
+    for order in _orders(state):
         blob(array("Q", [node.id for node in order]).tobytes())
 
     put(_U32.pack(len(state.requests)))
@@ -175,14 +173,20 @@ def encode_state(state: State) -> bytes:
         for part in transfer.parts:
             put(struct.pack("<BQIB", 1, part.node.id if part.node is not None else 0, part.size, part.discard))
         put(b"\0")
-        for ids in (transfer.sources, transfer.targets, transfer.after, transfer.held, transfer.held_host):
+        for ids in (transfer.sources, transfer.targets, transfer.after):
             blob(ids.tobytes())
+        for place in state.places:
+            blob(transfer.held_in(place.number).tobytes())
         blob(array("Q", transfer.waiters).tobytes())
     return b"".join(out)
 
 
-def _copy_state(ids: IntArray | None, ready: bool) -> int:
-    return _NO_COPY if ids is None else _READY if ready else _ARRIVING
+def _copy_state(copy: Copy | None) -> int:
+    return _NO_COPY if copy is None else _READY if copy.ready else _ARRIVING
+
+
+def _orders(state: State) -> list[Order]:
+    return [order for place in state.places for order in place.orders]
 
 
 class _Reader:
@@ -217,16 +221,20 @@ class _Reader:
             raise ValueError("wrong magic")
         opened = codec.decode(codec.KIND_OF[LedgerOpened], 0, self._blob(), self._blob())
         assert isinstance(opened, LedgerOpened)
-        expect_possible(opened)
+        wrong = impossible(opened)
+        if wrong:
+            raise ValueError(wrong)
         state = State(opened._replace(device_blocks=0, host_blocks=0, host_staging_blocks=0))
         state.opened = opened
+        device, host = state.device, state.host
+        host.staging = opened.host_staging_blocks
         scalars = _SCALARS.unpack(self._take(_SCALARS.size))
         (
-            state.device.capacity,
-            state.host.capacity,
-            state.host_blocks,
-            state.evictable,
-            state.host_resident,
+            device.pool.capacity,
+            host.pool.capacity,
+            host.limit,
+            device.evictable,
+            host.resident,
             state.next_node,
             state.next_request,
             state.next_transfer,
@@ -236,10 +244,11 @@ class _Reader:
             workers,
             retired,
         ) = scalars
+        device.limit = device.pool.capacity
         state.policy = HostPolicy(policy)
         state.pools = self._blob().decode()
         # Every block of a pool stands somewhere in the encoding, so nobody can claim pools larger than it.
-        if 4 * max(state.device.capacity, state.host.capacity) > len(self._data):
+        if 4 * max(device.pool.capacity, host.pool.capacity) > len(self._data):
             raise ValueError("there are fewer block ids than blocks")
         for _ in range(workers):
             rank, incarnation = self._unpack("<II")
@@ -247,12 +256,15 @@ class _Reader:
         names = COUNTERS
         for name, value in zip(names, self._unpack(f"<{len(names)}Q"), strict=True):
             setattr(state.counters, name, value)
-        state.device.free = self._array("i")
-        state.host.free = self._array("i")
+        for place in state.places:
+            place.pool.free = self._array("i")
         roots = self._roots(state, retired)
         self._nodes(state, roots)
-        for order in (state.final, state.device_order, state.host_order):
+        for order in _orders(state):
             self._order(state, order)
+        # told by what lives there; the encoding has them of the one tier where they are worth comparing
+        device.resident = sum(node.size for node in state.nodes.values() if node.device is not None)
+        host.evictable = sum(node.size for node in host.lru)
         self._requests(state, roots)
         self._transfers(state, roots)
         if self._at != len(self._data):
@@ -281,13 +293,10 @@ class _Reader:
             number, parent, root, start, size, pins, device, host, transfer, hits = _NODE.unpack(self._take(_NODE.size))
             node = Node(number, None, start, self._blob(), size)
             node.pins, node.hits = pins, hits
-            if device:
-                node.device = array("i", self._take(4 * size))
-                node.device_ready = device >= _READY
-                node.ahead = device == _AHEAD
-            if host:
-                node.host = array("i", self._take(4 * size))
-                node.host_ready = host == _READY
+            node.ahead = device == _AHEAD
+            for place, copy in enumerate((device, host)):
+                if copy:
+                    node.copies[place] = Copy(array("i", self._take(4 * size)), copy >= _READY)
             if transfer:
                 self._in_transfer.setdefault(transfer, []).append(node)
             state.nodes[number] = node
@@ -329,8 +338,11 @@ class _Reader:
                 node, size, discard = self._unpack("<QIB")
                 parts.append(Part(state.nodes[node] if node else None, size, bool(discard)))
             sources, targets, after = self._array("i"), self._array("i"), self._array("Q")
-            transfer = Transfer(number, Direction(direction), parts, sources, targets, after)
-            transfer.held, transfer.held_host = self._array("i"), self._array("i")
+            source, target = state.route(Direction(direction))
+            route = source.number, target.number
+            transfer = Transfer(number, Direction(direction), route, parts, sources, targets, after)
+            for place in state.places:
+                transfer.held_in(place.number).extend(self._array("i"))
             transfer.waiters = dict.fromkeys(self._array("Q"))
             transfer.quarantined = bool(flags & 1)
             if flags & 2:

@@ -1,19 +1,20 @@
-"""What one object of the state is: a run, a request, a transfer, and the questions one can ask of it."""
+"""What lives in a ledger: runs and their copies, requests, transfers; and the questions about one of them."""
 
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
-from statemachine.events import Direction
-
-if TYPE_CHECKING:
-    from statemachine.events import IntArray
+from statemachine.events import SWAP_IN, Direction, IntArray, Tier
 
 ALL: Final = 2**32 - 1
 """More blocks than any request has."""
+
+PLACES: Final = len(Tier)
+"""How many places a run may have a copy in: one per tier. The device's number is 0, farther tiers follow."""
+
 _FEW: Final = 400
 """So many ids an array turns round as fast as NumPy."""
 
@@ -21,25 +22,20 @@ NO_CHILDREN: dict[bytes, Node] = {}
 """Shared by all leaves (a dictionary of its own would cost each 64 bytes); never written."""
 
 
+class Copy:
+    """The copy of a run in one place: its blocks there. ``ready`` is false while their content is arriving."""
+
+    __slots__ = ("ids", "ready")
+
+    def __init__(self, ids: IntArray, ready: bool) -> None:
+        self.ids = ids
+        self.ready = ready
+
+
 class Node:
     """A run: consecutive cached blocks with one parent, one pin count and one residency."""
 
-    __slots__ = (
-        "ahead",
-        "children",
-        "device",
-        "device_ready",
-        "hits",
-        "host",
-        "host_ready",
-        "id",
-        "parent",
-        "pins",
-        "size",
-        "start",
-        "transfer",
-        "words",
-    )
+    __slots__ = ("ahead", "children", "copies", "hits", "id", "parent", "pins", "size", "start", "transfer", "words")
 
     def __init__(self, id: int, parent: Node | None, start: int, words: bytes, size: int) -> None:
         self.id = id
@@ -52,12 +48,8 @@ class Node:
         self.children: dict[bytes, Node] = NO_CHILDREN
         """By the content words of the child's first block."""
         self.pins = 0
-        self.device: IntArray | None = None
-        self.device_ready = False
-        """False while the device copy is arriving."""
-        self.host: IntArray | None = None
-        self.host_ready = False
-        """False while the host copy is arriving."""
+        self.copies: list[Copy | None] = [None, None]
+        """By the number of the place (:attr:`Place.number`), the nearest first (``[None] * PLACES`` takes longer)."""
         self.transfer: Transfer | None = None
         self.ahead = False
         """Cached before the step that computes it has run: matchable, but neither copied out nor trusted."""
@@ -69,12 +61,70 @@ class Node:
         """Number of blocks of the path that ends with this run."""
         return self.start + self.size
 
+    @property
+    def device(self) -> Copy | None:
+        """The copy on the device."""
+        return self.copies[0]
+
+    @property
+    def host(self) -> Copy | None:
+        """The copy on the host."""
+        return self.copies[1]
+
+    def valid(self) -> bool:
+        """Whether the run can be used where it is: it has a copy on the device that has arrived."""
+        copy = self.copies[0]
+        return copy is not None and copy.ready
+
+    def arriving(self) -> bool:
+        """Whether the device copy of the run is still being swapped in."""
+        copy = self.copies[0]
+        return copy is not None and not copy.ready
+
+    def elsewhere(self, place: int) -> bool:
+        """Whether the run has a copy in another place than that one."""
+        copies = self.copies
+        return len(copies) - copies.count(None) > (copies[place] is not None)
+
+    def as_near(self, place: int) -> bool:
+        """Whether the run has a copy in that place or in a nearer one."""
+        return any(copy is not None for copy in self.copies[: place + 1])
+
     def matchable(self) -> bool:
         """Whether a match may go through.
 
         Not where the only copy is still arriving on the host, or is being read by a swap-in that was abandoned.
         """
-        return self.device is not None or (self.host_ready and self.transfer is None)
+        if self.copies[0] is not None:
+            return True
+        return self.transfer is None and any(copy is not None and copy.ready for copy in self.copies)
+
+    def strands(self, place: int, gone: set[Node]) -> bool:
+        """Whether a child would stay behind in mid-air if the run lost its copy in that place.
+
+        A child stays unless it is one of those that are ``gone``. With another copy of the run it may stay where the
+        run stays, so that only a child in that very place is in the way.
+        """
+        other = self.elsewhere(place)
+        for child in self.children.values():
+            if child not in gone and (not other or child.copies[place] is not None):
+                return True
+        return False
+
+    def can_absorb(self, parent: Node) -> bool:
+        """Whether the run may absorb its parent: only child, same places and uses, nothing in flight."""
+        if (
+            parent.parent is None
+            or len(parent.children) != 1
+            or self.transfer is not None
+            or parent.transfer is not None
+            or self.hits != parent.hits
+        ):
+            return False
+        for mine, its in zip(self.copies, parent.copies):  # noqa: SIM110 (a generator takes three times as long)
+            if (mine is None) != (its is None):
+                return False
+        return True
 
     def __repr__(self) -> str:
         return f"<run {self.id}: blocks {self.start}..{self.end}, {self.pins} pins>"
@@ -135,6 +185,14 @@ class Request:
             own = table[start:stop] + own
         return own
 
+    def own_copies(self, end: int) -> IntArray:
+        """The request's own blocks among the first ``end`` positions of its block table, in token order."""
+        own = array("i")
+        for start, stop in self.duplicates:
+            own.extend(self.table[start:stop])
+        own.extend(self.table[self.leaf.end : end])
+        return own
+
 
 class Part:
     """What a transfer moves for one run. ``node is None``: the run is gone; ``discard``: its target is not wanted."""
@@ -153,31 +211,76 @@ class Transfer:
     __slots__ = (
         "after",
         "direction",
-        "held",
-        "held_host",
+        "held_sources",
+        "held_targets",
         "id",
         "leaf",
         "parts",
         "quarantined",
+        "source",
         "sources",
+        "target",
         "targets",
         "waiters",
     )
 
     def __init__(
-        self, id: int, direction: Direction, parts: list[Part], sources: IntArray, targets: IntArray, after: IntArray
+        self,
+        id: int,
+        direction: Direction,
+        route: tuple[int, int],
+        parts: list[Part],
+        sources: IntArray,
+        targets: IntArray,
+        after: IntArray,
     ) -> None:
         self.id = id
         self.direction = direction
+        self.source, self.target = route
+        """Numbers of the places that it reads and writes."""
         self.parts = parts
         self.sources = sources
         self.targets = targets
         self.after = after
         self.leaf: Node | None = None
         """End of the path that a swap-in pins."""
-        self.held: IntArray = array("i")
-        """Device blocks that become free when it ends, last id first."""
-        self.held_host: IntArray = array("i")
+        self.held_sources: IntArray = array("i")
+        """Blocks it reads that become free when it ends, last id first."""
+        self.held_targets: IntArray = array("i")
+        """Blocks it writes that become free when it ends, last id first."""
         self.waiters: dict[int, None] = {}
         """Requests that wait for it, in order."""
         self.quarantined = False
+
+    def part_of(self, node: Node) -> Part:
+        """What it moves for a run of its own. Raises :class:`StopIteration` for another one."""
+        return next(part for part in self.parts if part.node is node)
+
+    def boundary(self, valid: int) -> tuple[Node, int] | None:
+        """The run, and after how many of its blocks, that has to be cut if exactly ``valid`` blocks arrived."""
+        position = 0
+        for part in self.parts:
+            if position < valid < position + part.size and part.node is not None:
+                return part.node, valid - position
+            position += part.size
+        return None
+
+    def held_in(self, place: int) -> IntArray:
+        """Blocks of a place that become free when it ends, last id first."""
+        return self.held_sources if place == self.source else self.held_targets
+
+    def own_blocks(self, place: int) -> IntArray:
+        """Blocks of a place that belong to the transfer itself: held for it, or targets that nobody wants any more."""
+        blocks = self.held_in(place)[:]
+        if self.quarantined:
+            return blocks
+        position = 0
+        for part in self.parts:
+            stop = position + part.size
+            if place == self.target:
+                if part.discard or part.node is None:
+                    blocks.extend(self.targets[position:stop])
+            elif self.direction == SWAP_IN and part.node is None:  # a copy outwards holds its sources from the start
+                blocks.extend(self.sources[position:stop])
+            position = stop
+        return blocks

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from statemachine.state.nodes import Node
+from statemachine.state.nodes import Node
 
 
 class Order:
@@ -40,6 +38,10 @@ class Order:
         self._next[node] = self._prev[behind] = new
         self._prev[new] = node
         self._next[new] = behind
+
+    def neighbours(self, node: Node | None) -> tuple[Node | None, Node | None]:
+        """The run before ``node`` and the one behind it; those of ``None`` are the last one and the first."""
+        return self._prev[node], self._next[node]
 
     def __contains__(self, node: Node) -> bool:
         return node in self._next

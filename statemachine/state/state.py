@@ -1,33 +1,27 @@
-"""What the state machine knows: pools, the prefix tree of runs, requests, transfers.
+"""What the state machine knows: places, the prefix tree of runs, requests, transfers.
 
 Only data and the questions one can ask of it; :mod:`statemachine.apply` is the only place that changes it.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from statemachine.events import HostPolicy, LedgerOpened, Tier
-from statemachine.state.nodes import Node, Request, Transfer
-from statemachine.state.order import Order
-
-if TYPE_CHECKING:
-    from statemachine.events import IntArray
+from statemachine.events import ROUTES, Direction, HostPolicy, LedgerOpened, Tier
+from statemachine.state.nodes import PLACES, Node, Request, Transfer
+from statemachine.state.places import Place, Pool
 
 MOST_BLOCKS = 1 << 26
 """Blocks that a pool may have: a damaged or hostile log cannot make anybody build a larger free list."""
 
 
-class Pool:
-    """The blocks of one tier. ``free`` is a stack: the last id is granted first."""
-
-    __slots__ = ("capacity", "free")
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.free: IntArray = array("i", range(capacity - 1, -1, -1))
+def impossible(opened: LedgerOpened) -> str:
+    """What is wrong with sizes and policies that no ledger can have; empty if nothing is."""
+    if not 0 < opened.block_size <= MOST_BLOCKS or opened.host_policy > HostPolicy.WRITE_THROUGH:
+        return "the block size or the host policy is impossible"
+    if max(opened.device_blocks, opened.host_blocks + opened.host_staging_blocks) > MOST_BLOCKS:
+        return f"a pool has {MOST_BLOCKS} blocks at most"
+    return ""
 
 
 class State:
@@ -37,21 +31,16 @@ class State:
         "block_bytes",
         "counters",
         "device",
-        "device_order",
         "epoch",
-        "evictable",
-        "final",
         "generation",
         "host",
-        "host_blocks",
-        "host_order",
-        "host_resident",
         "keys",
         "next_node",
         "next_request",
         "next_transfer",
         "nodes",
         "opened",
+        "places",
         "policy",
         "pools",
         "requests",
@@ -68,10 +57,10 @@ class State:
         self.pools = opened.pools
         """Random ids of the pools."""
         self.block_bytes = 4 * opened.block_size
-        self.device = Pool(opened.device_blocks)
-        self.host = Pool(opened.host_blocks + opened.host_staging_blocks)
-        self.host_blocks = opened.host_blocks
-        """How many blocks may reside on the host; the staging blocks come on top."""
+        self.device = Place(0, Tier.DEVICE, 0, opened.device_blocks, 0, orders=2)
+        self.host = Place(1, Tier.HOST, 0, opened.host_blocks, opened.host_staging_blocks, orders=1)
+        self.places = (self.device, self.host)
+        """By number: all tiers of group 0, the nearest first; those of another group would follow."""
         self.roots: dict[bytes, Node] = {}
         """By namespace."""
         self.retired: list[Node] = []
@@ -80,16 +69,6 @@ class State:
         self.requests: dict[int, Request] = {}
         self.keys: dict[str, int] = {}
         self.transfers: dict[int, Transfer] = {}
-        self.final = Order()
-        """Runs on the device that nobody holds and that are not expected to come back: evicted first."""
-        self.device_order = Order()
-        """All the other runs on the device that nobody holds, least recently released first."""
-        self.host_order = Order()
-        """Runs with a host copy that nobody holds."""
-        self.evictable = 0
-        """Blocks in the two device orders."""
-        self.host_resident = 0
-        """Blocks with a host copy there or arriving, without those that a swap-in takes away."""
         self.next_node = 1
         self.next_request = 1
         self.next_transfer = 1
@@ -99,9 +78,18 @@ class State:
         """Rank → incarnation of its worker."""
         self.counters = Counters()
 
+    def place(self, tier: Tier, group: int = 0) -> Place:
+        """The place of that name. Raises :class:`IndexError`: there is none."""
+        return self.places[group * PLACES + tier]
+
+    def route(self, direction: Direction) -> tuple[Place, Place]:
+        """The places that a copy in that direction reads and writes."""
+        source, target = ROUTES[direction]
+        return self.place(source), self.place(target)
+
     def pool(self, tier: Tier) -> Pool:
         """The pool of a tier."""
-        return self.device if tier == Tier.DEVICE else self.host
+        return self.place(tier).pool
 
     def path(self, leaf: Node) -> list[Node]:
         """The runs from the root (not included) to ``leaf``."""
@@ -158,6 +146,13 @@ class Counters:
     def __init__(self) -> None:
         for name in COUNTERS:
             setattr(self, name, 0)
+
+    def evicted(self, place: int, blocks: int) -> None:
+        """Count blocks that the place of that number has given up."""
+        if not place:
+            self.device_evicted_blocks += blocks
+        else:
+            self.host_evicted_blocks += blocks
 
     def as_dict(self) -> dict[str, int]:
         """All totals by name."""

@@ -184,9 +184,9 @@ def test_show(chat: Path) -> None:
     with open_source(str(chat)) as source:
         state = source.at(150)
     assert shown["digest"] == state_digest(state).hex()
-    assert shown["pools"]["device"]["free"] == list(state.device.free)[::-1]
+    assert shown["pools"]["device"]["free"] == list(state.device.pool.free)[::-1]
     assert {run["id"] for run in shown["runs"]} == set(state.nodes)
-    assert shown["eviction_order"]["host"] == [node.id for node in state.host_order]
+    assert shown["eviction_order"]["host"] == [node.id for node in state.host.lru]
     told = ok("show", chat, "--at", 150)
     assert "prefix tree" in told and all(request.key in told for request in state.requests.values())
     key = next(iter(state.keys))

@@ -196,8 +196,8 @@ class Read:
 def count_of(state: State, tier: Tier) -> int:
     found = 0
     for node in state.nodes.values():
-        ids = node.device if tier == Tier.DEVICE else node.host
-        found += len(ids or ())
+        copy = node.copies[tier]
+        found += node.size if copy is not None else 0
     return found
 
 

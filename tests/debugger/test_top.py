@@ -59,7 +59,7 @@ def watched(manager: CacheManager) -> Iterator[Top]:
 def by_owner(state: State, tier: Tier) -> dict[str, int]:
     sums = dict.fromkeys(("free", "cached", "private", "in_flight"), 0)
     kinds = {"free": "free", "run": "cached", "request": "private"}
-    for owner, ids in owners(state, tier):
+    for owner, ids in owners(state, state.place(tier)):
         sums[kinds.get(owner.split()[0], "in_flight")] += len(ids)
     return sums
 

@@ -89,7 +89,7 @@ class Decode:
             while self.receiver.busy():
                 self.receiver.fold()
             assert not check(self.manager.state)
-            return len(self.manager.state.device.free)
+            return len(self.manager.state.device.pool.free)
         key, number = more
         if what == "reserve":
             self.manager.match(key, prompt(number))

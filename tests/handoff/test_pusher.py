@@ -95,7 +95,7 @@ class Split(NamedTuple):
         for manager in (self.prefill, self.decode):
             assert not check(manager.state)
             manager.clear()
-            assert len(manager.state.device.free) == CONFIG.device_blocks
+            assert len(manager.state.device.pool.free) == CONFIG.device_blocks
             for pool in manager.pools:
                 for layer in range(LAYERS):
                     pool.tensor(layer, "kv")[:] = 0
@@ -299,10 +299,10 @@ def test_a_claimed_room_stays_quarantined_until_its_writer_lets_go(split: Split)
         time.sleep(0.002)
         split.receiver.fold()
         assert split.receiver.busy() and split.receiver.quarantined_blocks == BLOCKS
-        assert not set(address.blocks) & set(split.decode.state.device.free)
+        assert not set(address.blocks) & set(split.decode.state.device.pool.free)
     os.kill(pid, signal.SIGKILL)  # it is proven dead: nobody writes any more
     wait_until("the room is free again", lambda: not split.receiver.busy(), meanwhile=split.receiver.fold)
-    assert set(address.blocks) <= set(split.decode.state.device.free)
+    assert set(address.blocks) <= set(split.decode.state.device.pool.free)
     split.prefill.release("r")
     wait_until("rank 0 has a pusher again", lambda: 0 in split.sender.supervisor.ranks(), meanwhile=split.sender.fold)
 
@@ -328,7 +328,7 @@ def test_a_successor_waits_for_who_still_writes_into_its_pool(
         meanwhile=split.sender.fold,
     )
     with CacheManager.open(names[1]) as successor:
-        assert len(successor.state.device.free) == CONFIG.device_blocks
+        assert len(successor.state.device.pool.free) == CONFIG.device_blocks
         Receiver(successor)
 
 

@@ -189,7 +189,7 @@ def test_a_tier_is_lost_without_room_for_more_log() -> None:
         manager.cache("a")
         with no_room_for(manager, *KINDS.values()):
             manager._execute(LoseTier(Tier.HOST, "rank 0 failed", ""))
-        assert manager.state.policy == HostPolicy.OFF and not manager.state.host_resident
+        assert manager.state.policy == HostPolicy.OFF and not manager.state.host.resident
         manager.release("a")
 
 

@@ -113,7 +113,7 @@ def test_what_was_seen_before_an_error_is_reported_after_it(name: str, monkeypat
         swapped(manager, "ab")
         for node in manager.state.nodes.values():
             assert node.host is not None
-            manager.pools[0].host[node.host[1]] ^= 1
+            manager.pools[0].host[node.host.ids[1]] ^= 1
         pid = manager.worker_pid(0)
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)

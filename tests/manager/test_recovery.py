@@ -355,7 +355,7 @@ def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy
     assert f"pool.{tier}.1 is {'not the memory that it was' if found == 'another' else 'gone'}" in lost[0].reason
     state = manager.state
     for node in state.nodes.values():
-        assert (node.device if tier == "device" else node.host) is None
+        assert node.copies[tier != "device"] is None
     hits = sum(serve(manager, PatternEngine(manager.pools), f"again {i}", prompt(i)) for i in range(3))
     assert hits > 0 or (tier, policy) == ("device", HostPolicy.EXCLUSIVE)
     settled(manager)

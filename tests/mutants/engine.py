@@ -337,7 +337,7 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "the watermark is forgotten",
-        "statemachine/decide/__init__.py",
+        "statemachine/decide/requests.py",
         "    reserved = command.watermark if state.requests else 0\n",
         "    reserved = 0\n",
         "tests/manager/test_engine_api.py::test_the_watermark_keeps_blocks_for_those_that_run",

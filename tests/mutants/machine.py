@@ -13,21 +13,21 @@ MUTANTS = [
     # pins and orders
     mutant(
         "a match does not pin its runs",
-        "statemachine/state/tree.py",
+        "statemachine/apply/tree.py",
         "        node.pins += 1\n        node = node.parent\n    node.pins += 1",
         "        node = node.parent\n    node.pins += 1",
         ONE_TIER,
     ),
     mutant(
         "a match does not pin its root",
-        "statemachine/state/tree.py",
+        "statemachine/apply/tree.py",
         "        node.pins += 1\n        node = node.parent\n    node.pins += 1\n",
         "        node.pins += 1\n        node = node.parent\n",
         ONE_TIER,
     ),
     mutant(
         "a release does not unpin the root",
-        "statemachine/state/tree.py",
+        "statemachine/apply/tree.py",
         "    if node is not above:\n        node.pins -= 1\n",
         "    if node is not above:\n",
         ONE_TIER,
@@ -35,37 +35,37 @@ MUTANTS = [
     mutant(
         "caching does not pin what others had cached",
         "statemachine/apply/cache.py",
-        "        run.pins += 1\n    position = 0\n",
+        "    pin_below(state, chain)\n    position = 0\n",
         "    position = 0\n",
         "tests/statemachine/test_golden.py::test_story[duplicate]",
         ONE_TIER,
     ),
     mutant(
         "extending a path does not pin it",
-        "statemachine/apply/chunks.py",
-        "        run.pins += 1\n",
+        "statemachine/apply/requests.py",
+        "    pin_below(state, chain)\n",
         "",
         ONE_TIER,
     ),
     mutant(
         "a swap-in does not pin its path",
         "statemachine/apply/transfers.py",
-        "    tree.pin(state, nodes[-1])\n",
+        "    pin(state, nodes[-1])\n",
         "",
         EXCLUSIVE,
     ),
     mutant(
         "the evictable blocks are counted one off",
-        "statemachine/state/tree.py",
-        "        state.evictable -= node.size\n    if node.host is not None:",
-        "        state.evictable -= node.size - 1\n    if node.host is not None:",
+        "statemachine/apply/tree.py",
+        "            place.evictable -= node.size\n",
+        "            place.evictable -= node.size - 1\n",
         ONE_TIER,
     ),
     mutant(
         "ancestors are evicted before their descendants",
-        "statemachine/state/tree.py",
-        "                (state.final if final > 0 else state.device_order).append(node)\n",
-        "                (state.final if final > 0 else state.device_order).insert_after(None, node)\n",
+        "statemachine/apply/tree.py",
+        "                    place.orders[0 if final > 0 else -1].append(node)\n",
+        "                    place.orders[0 if final > 0 else -1].insert_after(None, node)\n",
         ONE_TIER,
     ),
     mutant(
@@ -84,7 +84,7 @@ MUTANTS = [
     ),
     mutant(
         "the final hint is ignored",
-        "statemachine/decide/__init__.py",
+        "statemachine/decide/requests.py",
         "    if command.final:\n",
         "    if False:\n",
         ONE_TIER,
@@ -93,7 +93,7 @@ MUTANTS = [
         "the final hint reaches runs that others continue",
         (
             Edit(
-                "statemachine/decide/__init__.py",
+                "statemachine/decide/requests.py",
                 "            if len(run.children) > (1 if index else 0):\n                break\n",
                 "",
             ),
@@ -109,9 +109,8 @@ MUTANTS = [
     mutant(
         "what a transfer held is freed twice",
         "statemachine/apply/transfers.py",
-        "    del state.transfers[transfer.id]\n    state.device.free.extend(transfer.held)\n",
-        "    del state.transfers[transfer.id]\n    state.device.free.extend(transfer.held)\n"
-        "    state.device.free.extend(transfer.held)\n",
+        "held_sources)\n    state.places[transfer.target].pool.free.extend(transfer.held_targets)\n",
+        "held_sources)\n    state.places[transfer.target].pool.free.extend(transfer.held_targets * 2)\n",
         "tests/statemachine/test_golden.py::test_story[timed-out swap-in]",
         EXCLUSIVE,
     ),
@@ -125,7 +124,7 @@ MUTANTS = [
     ),
     mutant(
         "a block is free while a copy reads it",
-        "statemachine/apply/requests.py",
+        "statemachine/apply/blocks.py",
         "        if transfer.direction != SWAP_IN:\n",
         "        if False:\n",
         "tests/statemachine/test_golden.py::test_story[released while its blocks are copied out]",
@@ -134,15 +133,15 @@ MUTANTS = [
     mutant(
         "an evicted block is free while its back-up reads it",
         "statemachine/apply/cache.py",
-        "    (state.device.free if node.transfer is None else node.transfer.held).extend(blocks)\n",
-        "    state.device.free.extend(blocks)\n",
+        "    (place.pool.free if node.transfer is None else node.transfer.held_sources).extend(blocks)\n",
+        "    place.pool.free.extend(blocks)\n",
         THROUGH,
     ),
     Mutant(
         "a release frees its blocks in the wrong order",
         (
             Edit(
-                "statemachine/decide/__init__.py",
+                "statemachine/decide/requests.py",
                 "    blocks = request.private()[::-1]\n",
                 "    blocks = request.private()\n",
             ),
@@ -156,7 +155,7 @@ MUTANTS = [
     ),
     mutant(
         "a trimmed request still waits for what it gave back",
-        "statemachine/apply/requests.py",
+        "statemachine/apply/blocks.py",
         "        del request.waits[id]\n        del state.transfers[id].waiters[request.id]\n",
         "        pass\n",
         "tests/statemachine/test_golden.py::test_story[trimmed while its blocks are copied out]",
@@ -164,7 +163,7 @@ MUTANTS = [
     ),
     mutant(
         "the pool shrinks below blocks in use",
-        "statemachine/decide/upkeep.py",
+        "statemachine/decide/pools.py",
         "    for block in sorted(blocks - cached):\n        raise Busy",
         "    for block in ():\n        raise Busy",
         EXCLUSIVE,
@@ -172,7 +171,7 @@ MUTANTS = [
     # runs
     mutant(
         "a split gives the lower part the new id",
-        "statemachine/state/tree.py",
+        "statemachine/apply/tree.py",
         "    state.nodes[upper_id] = upper\n    state.next_node = upper_id + 1\n",
         "    upper.id, node.id = node.id, upper_id\n    state.nodes[upper.id] = upper\n"
         "    state.nodes[node.id] = node\n    state.next_node = upper_id + 1\n",
@@ -181,37 +180,37 @@ MUTANTS = [
     ),
     mutant(
         "the upper part of a split is not pinned",
-        "statemachine/state/tree.py",
+        "statemachine/apply/tree.py",
         "    upper.pins, upper.hits, upper.ahead = node.pins, node.hits, node.ahead\n",
         "    upper.hits, upper.ahead = node.hits, node.ahead\n",
         ONE_TIER,
     ),
     mutant(
         "runs with different copies merge",
-        "statemachine/state/tree.py",
-        "        and (node.host is None) == (parent.host is None)\n",
-        "",
+        "statemachine/state/nodes.py",
+        "            if (mine is None) != (its is None):\n                return False\n",
+        "            pass\n",
         "tests/statemachine/test_golden.py::test_story[no merge across copies]",
         THROUGH,
     ),
     mutant(
         "runs merge while one is in flight",
-        "statemachine/state/tree.py",
-        "        and parent.transfer is None\n",
+        "statemachine/state/nodes.py",
+        "            or parent.transfer is not None\n",
         "",
         "tests/statemachine/test_golden.py::test_story[no merge with what is in flight]",
         THROUGH,
     ),
     mutant(
         "what is deleted below a run is freed in the order in which it got there",
-        "statemachine/apply/transfers.py",
+        "statemachine/apply/tree.py",
         "        subtree.extend(sorted(node.children.values(), key=lambda child: child.id))\n",
         "        subtree.extend(node.children.values())\n",
         "tests/statemachine/test_machine.py::test_a_restored_state_deletes_like_the_original",
     ),
     mutant(
         "every turn of a long conversation copies all that was said",
-        "statemachine/decide/__init__.py",
+        "statemachine/decide/requests.py",
         "_LONG_BYTES: Final = 1 << 16\n",
         "_LONG_BYTES: Final = 1 << 40\n",
         "tests/manager/test_manager.py::test_a_turn_of_a_long_conversation_is_not_paid_with_a_copy_of_all_that_was_said",
@@ -227,7 +226,7 @@ MUTANTS = [
         "a match looks into another namespace",
         (
             Edit(
-                "statemachine/decide/__init__.py",
+                "statemachine/decide/hits.py",
                 "state.roots.get(command.namespace), command.words",
                 'state.roots.get(b""), command.words',
             ),
@@ -252,8 +251,8 @@ MUTANTS = [
         (
             Edit(
                 "statemachine/decide/eviction.py",
-                "    room = min(state.host_blocks - state.host_resident + leaving, len(state.host.free))\n",
-                "    room = len(state.host.free)\n",
+                "    room = min(host.limit - host.resident + leaving, len(host.pool.free))\n",
+                "    room = len(host.pool.free)\n",
             ),
         ),
         (EXCLUSIVE,),
@@ -268,7 +267,7 @@ MUTANTS = [
     mutant(
         "a match goes through a block that is still arriving on the host",
         "statemachine/state/nodes.py",
-        "        return self.device is not None or (self.host_ready and self.transfer is None)\n",
+        "        return self.transfer is None and any(copy is not None and copy.ready for copy in self.copies)\n",
         "        return True\n",
         EXCLUSIVE,
     ),
@@ -282,7 +281,7 @@ MUTANTS = [
     ),
     mutant(
         "a grant does not say for which copies to wait",
-        "statemachine/apply/requests.py",
+        "statemachine/apply/blocks.py",
         "        if stop > plain:\n",
         "        if False:\n",
         "tests/statemachine/test_golden.py::test_story[swap out and in]",
@@ -299,8 +298,9 @@ MUTANTS = [
     mutant(
         "a quarantine frees what a late copy may still write",
         "statemachine/apply/transfers.py",
-        "    elif transfer.direction == SWAP_IN:\n        state.host.free.extend(transfer.held_host)\n",
-        "    elif transfer.direction != SWAP_IN:\n        state.host.free.extend(transfer.held_host)\n",
+        '        transfer.held_sources = array("i")\n        transfer.parts = []\n',
+        "        state.places[transfer.target].pool.free.extend(transfer.held_targets)\n"
+        '        transfer.held_sources = transfer.held_targets = array("i")\n        transfer.parts = []\n',
         "tests/statemachine/test_machine.py::test_what_a_late_copy_may_still_write_stays_quarantined",
         EXCLUSIVE,
     ),
@@ -308,15 +308,15 @@ MUTANTS = [
         "the invalid end of a swap-in counts",
         "statemachine/apply/transfers.py",
         "        good = position + part.size <= valid\n        position += part.size\n        node = part.node\n"
-        "        if node is None:\n            transfer.held_host.extend(sources",
+        "        if part.discard",
         "        good = position <= valid\n        position += part.size\n        node = part.node\n"
-        "        if node is None:\n            transfer.held_host.extend(sources",
+        "        if part.discard",
         EXCLUSIVE,
         "tests/statemachine/test_golden.py",
     ),
     mutant(
         "a failed swap-out leaves what was below it",
-        "statemachine/apply/transfers.py",
+        "statemachine/apply/tree.py",
         "        subtree.extend(sorted(node.children.values(), key=lambda child: child.id))\n",
         "        break\n",
         EXCLUSIVE,
@@ -331,9 +331,7 @@ MUTANTS = [
     Mutant(
         "what is not computed yet is copied out",
         (
-            Edit(
-                "statemachine/decide/backup.py", "if not run.device_ready or run.ahead or", "if not run.device_ready or"
-            ),
+            Edit("statemachine/decide/transfers.py", "if not run.valid() or run.ahead or", "if not run.valid() or"),
             Edit(
                 "statemachine/apply/transfers.py",
                 " or node.transfer is not None or node.ahead:",
@@ -372,21 +370,21 @@ MUTANTS = [
     # purity
     mutant(
         "a refusal changes the state",
-        "statemachine/decide/__init__.py",
+        "statemachine/decide/requests.py",
         "    if supply is None:\n        leaf = path.leaf.id",
         "    if supply is None:\n        state.counters.queried_blocks += wanted\n        leaf = path.leaf.id",
         ONE_TIER,
     ),
     mutant(
         "decide changes the state",
-        "statemachine/decide/__init__.py",
+        "statemachine/decide/requests.py",
         "    blocks = request.table[command.blocks :][::-1]\n    return",
         "    blocks = request.table[command.blocks :][::-1]\n    request.words = request.words[:4]\n    return",
         ONE_TIER,
     ),
     mutant(
         "an event is half applied before it is refused",
-        "statemachine/apply/requests.py",
+        "statemachine/apply/blocks.py",
         "    requests = [live[id] if id in live else request_of(state, event, id) for id in ids]\n"
         "    if held or after:\n",
         "    state.counters.allocated_blocks += total\n"
@@ -405,8 +403,8 @@ MUTANTS = [
     mutant(
         "the digest leaves out the order of the free list",
         "statemachine/records/snapshot.py",
-        "    blob(state.device.free.tobytes())\n",
-        '    blob(array("i", sorted(state.device.free)).tobytes())\n',
+        "        blob(place.pool.free.tobytes())\n",
+        '        blob(array("i", sorted(place.pool.free)).tobytes())\n',
         ANY,
     ),
     mutant(

@@ -330,7 +330,7 @@ def test_more_blocks_than_one_transaction_holds_can_be_released_and_cleared(name
             manager.cache(str(number))
             manager.release(str(number))
         manager.clear()
-        assert not manager.state.nodes and len(manager.state.device.free) == 20_000
+        assert not manager.state.nodes and len(manager.state.device.pool.free) == 20_000
 
 
 @given(

@@ -182,8 +182,8 @@ def test_planted_stale_block(model: Model, expected: list[Completion], monkeypat
 
         def poll(self: CacheManager) -> object:
             for node in self.state.nodes.values():
-                if node.host is not None and node.host_ready:
-                    self.pools[1].host[node.host[0]] = self.pools[1].host[0].copy()
+                if node.host is not None and node.host.ready:
+                    self.pools[1].host[node.host.ids[0]] = self.pools[1].host[0].copy()
             return real(self)
 
         monkeypatch.setattr(CacheManager, "poll", poll)

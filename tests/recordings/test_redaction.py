@@ -81,17 +81,21 @@ def shape(state: State) -> Any:
 
     def of(node: Node | None) -> Any:
         return node and (
-            *(node.id, node.start, node.size, node.pins, len(node.words), node.device_ready, node.host_ready),
-            *(node.device and list(node.device), node.host and list(node.host), node.parent and node.parent.id),
+            *(node.id, node.start, node.size, node.pins, len(node.words), node.parent and node.parent.id),
             *(sorted(child.id for child in node.children.values()), node.transfer and node.transfer.id),
+            *((list(copy.ids), copy.ready) if copy is not None else None for copy in node.copies),
+            *((list(copy.ids), copy.ready) if copy is not None else None for copy in node.copies),
+            *((list(copy.ids), copy.ready) if copy is not None else None for copy in node.copies),
+            *((list(copy.ids), copy.ready) if copy is not None else None for copy in node.copies),
+            *((list(copy.ids), copy.ready) if copy is not None else None for copy in node.copies),
         )
 
     requests = [
         (r.id, r.leaf.id, list(r.table), len(r.words), r.duplicates, r.waits, bool(r.namespace), bool(r.key))
         for r in state.requests.values()
     ]
-    orders = [[node.id for node in order] for order in (state.final, state.device_order, state.host_order)]
-    pools = [list(state.device.free), list(state.host.free), state.device.capacity]
+    orders = [[node.id for node in order] for order in (state.device.final, state.device.lru, state.host.lru)]
+    pools = [list(state.device.pool.free), list(state.host.pool.free), state.device.pool.capacity]
     transfers = [(t.id, list(t.sources), list(t.targets), list(t.waiters)) for t in state.transfers.values()]
     nodes = [of(state.nodes[id]) for id in sorted(state.nodes)]
     return nodes, requests, orders, pools, transfers, state.counters.as_dict(), len(state.roots), len(state.retired)

@@ -94,8 +94,8 @@ def test_planted_wrong_swap() -> None:
 
     def poll(self: CacheManager) -> object:
         for node in self.state.nodes.values():
-            if node.host is not None and node.host_ready:
-                self.pools[0].host[node.host[0]] ^= 1
+            if node.host is not None and node.host.ready:
+                self.pools[0].host[node.host.ids[0]] ^= 1
         return real(self)
 
     CacheManager.poll = poll  # type: ignore[method-assign,assignment]
@@ -243,7 +243,7 @@ def test_one_option_alone_decides_about_the_host_tier(tmp_path: Path) -> None:
         reader = KvlogReader(path)
         state = replay(reader).state
         reader.close()
-        return state.host_blocks, state.policy.name
+        return state.host.limit, state.policy.name
 
     assert host_tier() == (2048, "EXCLUSIVE")
     assert host_tier("--host-policy", "off") == host_tier("--host-blocks", "0") == (0, "OFF")

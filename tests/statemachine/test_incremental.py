@@ -109,16 +109,17 @@ def _pins(state: State, rng: random.Random, node: Node) -> None:
 
 
 def _ready(state: State, rng: random.Random, node: Node) -> None:
-    node.device_ready = not node.device_ready
+    if node.device is not None:
+        node.device.ready = not node.device.ready
 
 
 def _lose_copy(state: State, rng: random.Random, node: Node) -> None:
-    node.device = None
+    node.copies[0] = None
 
 
 def _other_block(state: State, rng: random.Random, node: Node) -> None:
     if node.device is not None:
-        node.device = array("i", [(node.device[0] + 1) % 12]) + node.device[1:]
+        node.device.ids = array("i", [(node.device.ids[0] + 1) % 12]) + node.device.ids[1:]
 
 
 def _unlink(state: State, rng: random.Random, node: Node) -> None:
@@ -131,7 +132,7 @@ def _shift(state: State, rng: random.Random, node: Node) -> None:
 
 
 def _out_of_order(state: State, rng: random.Random, node: Node) -> None:
-    for order in (state.final, state.device_order, state.host_order):
+    for order in (state.device.final, state.device.lru, state.host.lru):
         if node in order:
             order.remove(node)
 
@@ -196,8 +197,8 @@ def _lose_free(state: State, rng: random.Random) -> None:
 
 
 def _count(state: State, rng: random.Random) -> None:
-    name = rng.choice(("evictable", "host_resident"))
-    setattr(state, name, getattr(state, name) + 1)
+    place, name = rng.choice(state.places), rng.choice(("evictable", "resident"))
+    setattr(place, name, getattr(place, name) + 1)
 
 
 def _forget_waiters(state: State, rng: random.Random) -> None:

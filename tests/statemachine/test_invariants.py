@@ -8,6 +8,7 @@ import pytest
 
 from statemachine import check
 from statemachine.apply import apply, genesis
+from statemachine.apply.tree import drop_copy, put_copy
 from statemachine.commands import Admit, Cache, Command, FinishTransfer, Release
 from statemachine.decide import decide
 from statemachine.errors import InvariantViolation
@@ -61,12 +62,12 @@ def sound_state() -> State:
 
 def lose_a_block(state: State) -> None:
     owner = next(request for request in state.requests.values() if request.key == "b")
-    state.device.capacity += 1
+    state.device.pool.capacity += 1
     assert owner
 
 
 def free_twice(state: State) -> None:
-    state.host.free.append(state.host.free[0])
+    state.host.pool.free.append(state.host.pool.free[0])
 
 
 def forget_a_pin(state: State) -> None:
@@ -74,18 +75,13 @@ def forget_a_pin(state: State) -> None:
 
 
 def parent_off_the_device(state: State) -> None:
-    lower = next(n for n in state.device_order if n.parent is not None and n.parent.parent is not None)
+    lower = next(n for n in state.device.lru if n.parent is not None and n.parent.parent is not None)
     upper = lower.parent
     assert upper is not None and upper.device is not None and not upper.pins
-    state.device_order.remove(upper)
-    state.evictable -= upper.size
-    state.device.free.extend(upper.device)
-    upper.device, upper.device_ready = None, False
-    upper.host = state.host.free[: upper.size]
-    del state.host.free[: upper.size]
-    upper.host_ready = True
-    state.host_order.append(upper)
-    state.host_resident += upper.size
+    state.device.pool.free.extend(upper.device.ids)
+    drop_copy(state.device, upper)
+    put_copy(state.host, upper, state.host.pool.free[: upper.size], True)
+    del state.host.pool.free[: upper.size]
 
 
 def unlink_a_child(state: State) -> None:
@@ -96,13 +92,13 @@ def unlink_a_child(state: State) -> None:
 
 
 def ancestor_first(state: State) -> None:
-    lower = next(n for n in state.device_order if n.parent is not None and n.parent.parent is not None)
-    state.device_order.remove(lower)
-    state.device_order.append(lower)
+    lower = next(n for n in state.device.lru if n.parent is not None and n.parent.parent is not None)
+    state.device.lru.remove(lower)
+    state.device.lru.append(lower)
 
 
 def miscount_residents(state: State) -> None:
-    state.host_resident += 1
+    state.host.resident += 1
 
 
 def forget_a_waiter(state: State) -> None:
@@ -115,7 +111,7 @@ def permute_a_table(state: State) -> None:
 
 
 def forget_who_computes(state: State) -> None:
-    next(node for node in state.nodes.values() if node.pins and node.device_ready).ahead = True
+    next(node for node in state.nodes.values() if node.pins and node.valid()).ahead = True
 
 
 def misremember_the_match(state: State) -> None:

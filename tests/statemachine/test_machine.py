@@ -102,7 +102,7 @@ class Machine(RuleBasedStateMachine):
     def do(self, command: Any) -> list[Event] | CommandRejected:
         self.run_what_it_tells(command)
         before = state_digest(self.state)
-        resident = self.state.host_resident
+        resident = self.state.host.resident
         self.mirror = restore(snapshot(self.mirror))  # from now on it knows only what is in the canonical bytes
         try:
             events = decide(self.state, command)
@@ -127,7 +127,7 @@ class Machine(RuleBasedStateMachine):
             if isinstance(event, TransferStarted):
                 self.memory.started(event)
         if any(isinstance(event, TransferStarted) and event.direction != Direction.SWAP_IN for event in events):
-            assert self.state.host_resident <= max(self.state.host_blocks, resident), "no room for these copies"
+            assert self.state.host.resident <= max(self.state.host.limit, resident), "no room for these copies"
         self.most_pins = max([self.most_pins, *(node.pins for node in self.state.nodes.values())])
         return events
 
@@ -199,7 +199,7 @@ class Machine(RuleBasedStateMachine):
         self.names += 1
         key = f"r{self.names:05}"
         generation = self.state.generation
-        available = len(self.state.device.free) + self.state.evictable
+        available = len(self.state.device.pool.free) + self.state.device.evictable
         whole = ((first, first + length),)
         done = self.do(Admit(key, words(prompt), namespace, 99, len(prompt), whole, kept))
         if isinstance(done, list):
@@ -207,8 +207,8 @@ class Machine(RuleBasedStateMachine):
             assert isinstance(done[0], RequestMatched)
             found = done[0].device_blocks + done[0].host_blocks
             assert not first < found < first + length
-            left = len(self.state.device.free) + self.state.evictable
-            left += sum(len(transfer.held) for transfer in self.state.transfers.values())
+            left = len(self.state.device.pool.free) + self.state.device.evictable
+            left += sum(len(transfer.held_in(0)) for transfer in self.state.transfers.values())
             assert len(self.state.requests) == 1 or left >= kept
         else:
             assert available < len(prompt) + kept or self.state.transfers
@@ -285,7 +285,8 @@ class Machine(RuleBasedStateMachine):
         for position in range(start, blocks if computed is None else min(blocks, computed)):
             self.memory.write(request.table[position], (root, *content[: position + 1]))
         if isinstance(self.do(Cache(key, blocks, words(generated).tobytes(), computed)), list):
-            ahead = {block for node in self.state.path(request.leaf) if node.ahead for block in node.device or ()}
+            path = self.state.path(request.leaf)
+            ahead = {block for node in path if node.ahead and node.device for block in node.device.ids}
             for position in range(start, blocks):
                 if request.table[position] not in ahead:  # its own copy of what another one has computed
                     self.memory.write(request.table[position], (root, *content[: position + 1]))
@@ -341,11 +342,11 @@ class Machine(RuleBasedStateMachine):
 
     @rule(blocks=st.integers(0, 6))
     def make_room(self, blocks: int) -> None:
-        free, evictable = len(self.state.device.free), self.state.evictable
+        free, evictable = len(self.state.device.pool.free), self.state.device.evictable
         done = self.do(MakeRoom(blocks))
         assert isinstance(done, list)
-        held = sum(len(transfer.held) for transfer in self.state.transfers.values())
-        assert not done or len(self.state.device.free) + held >= free + min(blocks, evictable)
+        held = sum(len(transfer.held_in(0)) for transfer in self.state.transfers.values())
+        assert not done or len(self.state.device.pool.free) + held >= free + min(blocks, evictable)
         if self.oracle is not None:
             self.oracle.evict(min(blocks, evictable))
 
@@ -374,7 +375,7 @@ class Machine(RuleBasedStateMachine):
     def preempt(self, blocks: int) -> None:
         """The last requests give way, as few of them as possible."""
         candidates = sorted(self.content, reverse=True)
-        available = len(self.state.device.free) + self.state.evictable
+        available = len(self.state.device.pool.free) + self.state.device.evictable
         try:
             chosen = victims_for(self.state, blocks, candidates)
         except OutOfBlocks:
@@ -382,8 +383,8 @@ class Machine(RuleBasedStateMachine):
         assert not chosen or not can_allocate(self.state, blocks)
         for key in chosen:
             self.release_named(key, False, ReleaseReason.PREEMPTED)
-        left = len(self.state.device.free) + self.state.evictable
-        held = sum(len(transfer.held) for transfer in self.state.transfers.values())
+        left = len(self.state.device.pool.free) + self.state.device.evictable
+        held = sum(len(transfer.held_in(0)) for transfer in self.state.transfers.values())
         assert left + held >= min(blocks, available + blocks)
 
     @precondition(live)
@@ -478,8 +479,8 @@ class Machine(RuleBasedStateMachine):
 
         for node in suspects:
             if not trusted_below(node):
-                assert node.device is not None and node.device_ready
-                for block in node.device:
+                assert node.device is not None and node.device.ready
+                for block in node.device.ids:
                     self.memory.write(block, ("never written",))
 
     @precondition(quiet)
@@ -512,7 +513,7 @@ class Machine(RuleBasedStateMachine):
         self.upset()
         self.end_everything(requests=False)
         assert isinstance(self.do(LoseTier(Tier.HOST, "gone", "new" if again else "")), list)
-        assert not self.state.host_resident and len(self.state.host.free) == self.state.host.capacity
+        assert not self.state.host.resident and len(self.state.host.pool.free) == self.state.host.pool.capacity
         self.memory.host.clear()
         if not again:
             assert self.state.policy == HostPolicy.OFF
@@ -523,7 +524,7 @@ class Machine(RuleBasedStateMachine):
         self.upset()
         self.end_everything(requests=True)
         assert isinstance(self.do(LoseTier(Tier.DEVICE, "gone", "new")), list)
-        assert len(self.state.device.free) == self.state.device.capacity and not self.state.evictable
+        assert len(self.state.device.pool.free) == self.state.device.pool.capacity and not self.state.device.evictable
         self.memory.device.clear()
 
     @rule()
@@ -551,7 +552,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def eviction_takes_leaves(self) -> None:
         """DESIGN.md §4, fact 1: in the order of eviction every descendant stands before its ancestors."""
-        place = {node: i for i, node in enumerate([*self.state.final, *self.state.device_order])}
+        place = {node: i for i, node in enumerate([*self.state.device.final, *self.state.device.lru])}
         for node, index in place.items():
             assert all(place.get(child, -1) < index for child in node.children.values() if child.device is not None)
 
@@ -565,8 +566,8 @@ class Machine(RuleBasedStateMachine):
         if self.oracle is not None:
             for key in self.content:
                 self.compare_tables(key)
-            assert list(self.state.device.free) == self.oracle.free
-            cached = [block for node in self.state.nodes.values() for block in node.device or ()]
+            assert list(self.state.device.pool.free) == self.oracle.free
+            cached = [block for node in self.state.nodes.values() if node.device for block in node.device.ids]
             assert sorted(cached) == sorted(self.oracle.block.values())
 
 
@@ -701,12 +702,12 @@ def test_what_a_late_copy_may_still_write_stays_quarantined(direction: Direction
     do(Cache("a", 4, b""))
     do(Release("a", ReleaseReason.FINISHED, False))
     written = do(Admit("b", words([7, 8, 9]), b"", 0, 3))
-    pool = state.host
+    pool = state.host.pool
     if direction == Direction.SWAP_IN:
         do(FinishTransfer(1, Outcome.DONE, 2))
         do(Release("b", ReleaseReason.FINISHED, False))
         written = do(Admit("c", words([1, 2, 3, 4]), b"", 4, 4))
-        pool = state.device
+        pool = state.device.pool
     (transfer,) = state.transfers
     do(FinishTransfer(transfer, Outcome.TIMED_OUT, 0))
     assert len(written) == 2 and not written & set(pool.free)
@@ -727,4 +728,4 @@ def test_a_new_epoch_gives_up_copies_of_untrusted_blocks() -> None:
     assert state.transfers[1].quarantined and not state.nodes and not check(state)
     for event in decide(state, EndQuarantine(1)):
         apply(state, event)
-    assert len(state.device.free) == 4 and len(state.host.free) == 6
+    assert len(state.device.pool.free) == 4 and len(state.host.pool.free) == 6

@@ -151,10 +151,10 @@ class Recount:
     def _copies(state: State) -> set[tuple[Tier, int]]:
         found: set[tuple[Tier, int]] = set()
         for node in state.nodes.values():
-            if node.device is not None and node.device_ready:
-                found.update((Tier.DEVICE, block) for block in node.device)
-            if node.host is not None and node.host_ready:
-                found.update((Tier.HOST, block) for block in node.host)
+            if node.device is not None and node.device.ready:
+                found.update((Tier.DEVICE, block) for block in node.device.ids)
+            if node.host is not None and node.host.ready:
+                found.update((Tier.HOST, block) for block in node.host.ids)
         return found
 
     @staticmethod
@@ -237,7 +237,7 @@ def assert_levels_are_those_of_the_state(derivation: Derivation) -> None:
     for tier in Tier:
         label = tier.name.lower()
         found: Counter[str] = Counter()
-        for owner, blocks in owners(state, tier):
+        for owner, blocks in owners(state, state.place(tier)):
             if owner.startswith("run "):
                 node = state.nodes[int(owner[4:])]
                 kind = "cached" if tier == Tier.HOST else "pinned" if node.pins else "evictable"

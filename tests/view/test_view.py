@@ -98,7 +98,7 @@ def test_every_block_is_drawn_as_its_owner_has_it(policy: HostPolicy) -> None:
             picture.step(event)
             page = Page(picture.keyframe())
             for tier in Tier:
-                for name, ids in owners(state, tier):
+                for name, ids in owners(state, state.place(tier)):
                     number = 0 if name == "free list" else int(re.findall(r"\d+", name)[-1])
                     for block in ids:
                         kind, owner = (array[block] for array in page.blocks[tier.name.lower()])
@@ -143,9 +143,9 @@ def test_a_timeline_counts_every_event_and_samples_states(path: Path, log: Log, 
         assert len(whole["last"]) <= 40 and whole["start"] == 1 and whole["last"][-1] == log.last
         for i in (0, len(whole["last"]) // 2, -1):
             state = source.at(whole["last"][i])
-            assert whole["device_free"][i] == len(state.device.free)
-            assert whole["device_evictable"][i] == state.evictable
-            assert whole["host_free"][i] == len(state.host.free) and whole["requests"][i] == len(state.requests)
+            assert whole["device_free"][i] == len(state.device.pool.free)
+            assert whole["device_evictable"][i] == state.device.evictable
+            assert whole["host_free"][i] == len(state.host.pool.free) and whole["requests"][i] == len(state.requests)
             assert whole["device_room_min"][i] <= whole["device_free"][i] + whole["device_evictable"][i]
         state = source.at(log.last)
         assert sum(whole["queried_blocks"]) == state.counters.queried_blocks

@@ -198,7 +198,7 @@ def test_the_first_event_after_which_an_invariant_fails_is_found(
         real(state, event)  # type: ignore[arg-type]
         if event == victim:
             state.counters.requests += 1  # type: ignore[attr-defined]
-            state.device.free.pop(0)  # type: ignore[attr-defined]
+            state.device.pool.free.pop(0)  # type: ignore[attr-defined]
 
     monkeypatch.setattr("statemachine.records.replay.apply", careless)
     one = Auditor(writer.ledger, check_every=check_every)
@@ -218,7 +218,7 @@ def test_an_invariant_that_broke_before_a_digest_differs_is_named_first(
     def careless(state: object, event: object) -> None:
         real(state, event)  # type: ignore[arg-type]
         if isinstance(event, RequestMatched) and event.request == 3:
-            state.device.free.pop(0)  # type: ignore[attr-defined]
+            state.device.pool.free.pop(0)  # type: ignore[attr-defined]
 
     monkeypatch.setattr("statemachine.records.replay.apply", careless)
     reader = LogReader(manager.name)
@@ -236,7 +236,7 @@ def test_a_defect_that_cannot_be_reproduced_is_told(manager: CacheManager) -> No
     one = Auditor(manager.name, check_every=1000)
     one.step()
     assert one.follower.state is not None
-    one.follower.state.device.free.pop(0)
+    one.follower.state.device.pool.free.pop(0)
     drain(one)
     assert one.verdict is not None and "own memory" in one.verdict.reason
     one.close()

@@ -223,7 +223,7 @@ def test_a_rank_that_keeps_failing_costs_the_host_tier(
         )
         settled(manager)
         state = manager.state
-        assert not state.host_resident and len(state.host.free) == state.host.capacity and not state.transfers
+        assert not state.host.resident and len(state.host.pool.free) == state.host.pool.capacity and not state.transfers
         before = manager.next_sequence
         for i in range(6):  # the service goes on, with what the device holds
             serve(manager, engine, f"after {i}", prompt(i % 2))
@@ -236,7 +236,7 @@ def test_a_rank_that_keeps_failing_costs_the_host_tier(
         assert failed or moment != "every copy raises"
         manager.close(keep=True)
     with CacheManager.open(name) as manager:  # and after a restart
-        assert manager.state.policy == HostPolicy.OFF and not manager.state.host_resident
+        assert manager.state.policy == HostPolicy.OFF and not manager.state.host.resident
         assert serve(manager, PatternEngine(manager.pools), "a", prompt(1)) == 6
 
 

@@ -157,8 +157,8 @@ class DevicePool:
         self._manager = CacheManager.create(self.ledger, config)
         self._block_size = config.block_size
         self._raw = RawBlocks(self._manager)
-        self.gpu_free_block_list = FreeList(self._manager.state.device)
-        self.cpu_free_block_list = FreeList(self._manager.state.host)
+        self.gpu_free_block_list = FreeList(self._manager.state.device.pool)
+        self.cpu_free_block_list = FreeList(self._manager.state.host.pool)
         self._set_all_gauges()
 
     @property

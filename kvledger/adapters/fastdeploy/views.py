@@ -12,7 +12,8 @@ from typing import Any, TypeVar, overload
 from kvledger.adapters.fastdeploy.cache_data import BlockNode, CacheStatus
 from statemachine.hashing import block_hashes
 from statemachine.state.nodes import Node
-from statemachine.state.state import Pool, State
+from statemachine.state.places import Pool
+from statemachine.state.state import State
 
 _PLACE_BITS = 24
 K = TypeVar("K")
@@ -32,8 +33,8 @@ def run_of(id: int) -> tuple[int, int]:
 def status_of(run: Node) -> CacheStatus:
     """Where the blocks of a run are."""
     if run.device is not None:
-        return CacheStatus.GPU if run.device_ready else CacheStatus.SWAP2GPU
-    return CacheStatus.CPU if run.host_ready else CacheStatus.SWAP2CPU
+        return CacheStatus.GPU if run.device.ready else CacheStatus.SWAP2GPU
+    return CacheStatus.CPU if run.host is not None and run.host.ready else CacheStatus.SWAP2CPU
 
 
 class NodeView(BlockNode):
@@ -66,8 +67,8 @@ class NodeView(BlockNode):
 
 
 def _block_id(state: State, run: Node, offset: int) -> int:
-    ids = run.device if run.device is not None else run.host
-    return ids[offset] if ids is not None else -1
+    copy = run.device or run.host
+    return copy.ids[offset] if copy is not None else -1
 
 
 def _parent(state: State, run: Node, offset: int) -> BlockNode:

@@ -268,8 +268,8 @@ class _BlockStory(_Story):
     def _holds(self, state: State, request: int) -> bool:
         node = state.requests[request].leaf
         while node.parent is not None:
-            ids = node.device if self.tier == Tier.DEVICE else node.host
-            if ids is not None and self.block in ids:
+            copy = node.copies[self.tier]
+            if copy is not None and self.block in copy.ids:
                 return True
             node = node.parent
         return False

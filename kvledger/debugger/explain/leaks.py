@@ -126,7 +126,7 @@ def _unowned(state: State) -> list[Leak]:
     found = []
     for tier in Tier:
         lost = set(range(state.pool(tier).capacity))
-        for _, blocks in owners(state, tier):
+        for _, blocks in owners(state, state.place(tier)):
             lost.difference_update(blocks)
         if lost:
             name = block_name(tier, next(iter(sorted(lost)))) if len(lost) == 1 else f"{tier.name.lower()} blocks"

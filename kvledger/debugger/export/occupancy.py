@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from statemachine.events import Tier
-from statemachine.state.ownership import transfer_blocks
 from statemachine.state.state import State
 
 
@@ -29,7 +28,7 @@ class Occupancy(NamedTuple):
 def occupancy(state: State, tier: Tier) -> Occupancy:
     """Who has the blocks of a tier."""
     pool = state.pool(tier)
-    in_flight = sum(len(transfer_blocks(transfer, tier)) for transfer in state.transfers.values())
+    in_flight = sum(len(transfer.own_blocks(tier)) for transfer in state.transfers.values())
     private = 0
     if tier == Tier.DEVICE:
         for request in state.requests.values():

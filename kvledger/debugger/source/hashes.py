@@ -51,8 +51,7 @@ class Content(NamedTuple):
         if found is None:
             return {}
         node, offset = found
-        copies = {Tier.DEVICE: node.device, Tier.HOST: node.host}
-        return {tier: ids[offset] for tier, ids in copies.items() if ids is not None}
+        return {tier: copy.ids[offset] for tier, copy in zip(Tier, node.copies) if copy is not None}
 
     def present(self, state: State) -> bool:
         """Whether it is cached, or a live request is yet to cache it (where it can be found: not in a cleared tree)."""

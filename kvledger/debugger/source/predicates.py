@@ -33,7 +33,7 @@ NAMES = {
     "sequence, time_ns, step": "where and when the event stands in the log",
     "device, host": "the pools: .capacity, .free",
     "requests": "live requests by name: .table, .leaf, .words, .waits, .private()",
-    "nodes": "runs by id: .size, .start, .pins, .device, .host, .device_ready, .host_ready, .parent, .children",
+    "nodes": "runs by id: .size, .start, .pins, .parent, .children; .device and .host: None, or a copy (.ids, .ready)",
     "transfers": "copies in flight by number: .direction, .sources, .targets, .waiters, .quarantined",
     "counters": "totals since genesis",
     "DEVICE, HOST": "the tiers",
@@ -111,8 +111,10 @@ class _Names(dict[str, Any]):
         match name:
             case "requests":
                 return {request.key: request for request in state.requests.values()}
-            case "nodes" | "transfers" | "counters" | "device" | "host":
+            case "nodes" | "transfers" | "counters":
                 return getattr(state, name)
+            case "device" | "host":
+                return getattr(state, name).pool
             case "owner":
                 return lambda tier, block: _owner(state, tier, block)
         raise KeyError(name)

@@ -12,6 +12,7 @@ from statemachine.events import Event, Tier
 from statemachine.records.replay import event_of
 from statemachine.state.nodes import Node, Request, Transfer
 from statemachine.state.order import Order
+from statemachine.state.places import Place
 from statemachine.state.state import State
 
 
@@ -82,8 +83,8 @@ def differences(one: State, other: State) -> Iterator[str]:
     yield from _each("request", *requests, _request)
     yield from _each("run", one.nodes, other.nodes, _node)
     yield from _each("transfer", one.transfers, other.transfers, _transfer)
-    for name in ("final", "device_order", "host_order"):
-        yield from _order(name, getattr(one, name), getattr(other, name))
+    for a, b in zip(one.places, other.places):
+        yield from _place(a, b)
     plain = {name: (getattr(one, name), getattr(other, name)) for name in _SCALARS}
     plain |= {name: (value, other.counters.as_dict()[name]) for name, value in one.counters.as_dict().items()}
     for name, (a, b) in plain.items():
@@ -92,9 +93,19 @@ def differences(one: State, other: State) -> Iterator[str]:
 
 
 _SCALARS = (
-    *("evictable", "host_resident", "host_blocks", "next_request", "next_node", "next_transfer"),
+    *("next_request", "next_node", "next_transfer"),
     *("generation", "epoch", "workers", "opened"),
 )
+
+
+def _place(one: Place, other: Place) -> Iterator[str]:
+    name = one.tier.name.lower()
+    for a, b in zip(one.orders, other.orders):
+        yield from _order("final" if a is not one.lru else f"{name} order", a, b)
+    for field in ("evictable", "resident", "limit"):
+        values = getattr(one, field), getattr(other, field)
+        if values[0] != values[1]:
+            yield f"{name} {field}: {values[0]} and {values[1]}"
 
 
 def _pool(one: State, other: State, tier: Tier) -> Iterator[str]:
@@ -144,13 +155,17 @@ def _request(one: Request, other: Request) -> list[str]:
 
 def _node(one: Node, other: Node) -> list[str]:
     above = [0 if node.parent is None else node.parent.id for node in (one, other)]
-    names = ("start", "size", "pins", "device", "device_ready", "host", "host_ready", "words", "ahead", "hits")
-    told = _simple(one, other, names)
+    told = _simple(one, other, ("start", "size", "pins", "words", "ahead", "hits"))
+    for tier, mine, its in zip(Tier, one.copies, other.copies):
+        copies = [None if copy is None else (copy.ids, copy.ready) for copy in (mine, its)]
+        if copies[0] != copies[1]:
+            texts = ["nothing" if c is None else f"[{ids(c[0])}]{'' if c[1] else ' (arriving)'}" for c in copies]
+            told.append(f"{tier.name.lower()} {texts[0]} and {texts[1]}")
     return told if above[0] == above[1] else [f"below run {above[0]} and {above[1]}", *told]
 
 
 def _transfer(one: Transfer, other: Transfer) -> list[str]:
-    names = ("direction", "sources", "targets", "after", "held", "held_host", "quarantined")
+    names = ("direction", "sources", "targets", "after", "held_sources", "held_targets", "quarantined")
     told = _simple(one, other, names)
     if list(one.waiters) != list(other.waiters):
         told.append(f"requests {list(one.waiters)} and {list(other.waiters)} wait")

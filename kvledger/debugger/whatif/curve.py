@@ -318,7 +318,7 @@ def curve(
         Contradiction: an event of the log contradicts the state that it meets.
     """
     first = source.at(source.first)
-    chosen = sorted(set(capacities)) if capacities else default_capacities(first.device.capacity)
+    chosen = sorted(set(capacities)) if capacities else default_capacities(first.device.pool.capacity)
     return build(traffic(source), chosen, first.block_bytes, rate, progress)
 
 

@@ -148,7 +148,7 @@ def traffic(source: Source) -> Iterator[Moment]:
                 asks += _begun(state, event)
             else:
                 asks += _asks(state, event, begun)
-        in_use = state.device.capacity - len(state.device.free) - state.evictable
+        in_use = state.device.pool.capacity - len(state.device.pool.free) - state.device.evictable
         yield Moment(transaction[-1].sequence, asks, in_use)
 
 

@@ -1,0 +1,62 @@
+"""Looking up what a command names, and what of a prompt is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from statemachine.errors import InvalidCommand, RequestNotReady, UnknownRequest, UnknownTransfer
+from statemachine.state.nodes import Request, Transfer
+from statemachine.state.state import State
+from statemachine.state.tree import Path, find
+
+
+def request_named(state: State, key: Any) -> Request:
+    """The live request of that name, a text: whatever a caller passes is looked at here."""
+    try:
+        id = state.keys.get(key)
+    except TypeError:
+        raise InvalidCommand(f"the name of a request is a text, not {type(key).__name__}") from None
+    if id is None:
+        raise UnknownRequest(f"no live request {key!r}: it was never admitted, or it was released")
+    return state.requests[id]
+
+
+def ready_request(state: State, key: str) -> Request:
+    """The live request of that name, which waits for no transfer."""
+    request = request_named(state, key)
+    if request.waits:
+        raise RequestNotReady(f"request {key!r} still waits for transfers {[*request.waits]}: poll() first")
+    return request
+
+
+def transfer_numbered(state: State, id: int) -> Transfer:
+    """The transfer of that number."""
+    transfer = state.transfers.get(id)
+    if transfer is None:
+        raise UnknownTransfer(f"no transfer {id} is in flight; it has ended, or it never began")
+    return transfer
+
+
+def find_path(
+    state: State, words: memoryview, namespace: bytes, limit: int, whole: tuple[tuple[int, int], ...]
+) -> Path:
+    """The path that is known, cut back to before an item in which it would end and must not."""
+    root = state.roots.get(namespace)
+    path = find(state, root, words, limit)
+    if whole:
+        size = state.opened.block_size
+        found = blocks = path.device + path.host
+        for start, stop in sorted(whole, reverse=True):
+            if start < blocks * size < stop:
+                blocks = start // size
+        if blocks < found:
+            path = find(state, root, words, blocks)
+    return path
+
+
+def peek(
+    state: State, words: memoryview, namespace: bytes, limit: int, whole: tuple[tuple[int, int], ...] = ()
+) -> tuple[int, int]:
+    """How many leading blocks a match would find now: (with a place on the device, after those on the host)."""
+    path = find_path(state, words, namespace, limit, whole)
+    return path.device, path.host

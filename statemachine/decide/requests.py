@@ -1,0 +1,226 @@
+"""Deciding the life of a request: match, admit, extend, allocate, trim, give back, reassign, release."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from array import array
+from collections.abc import Callable
+from typing import Any, Final
+
+from statemachine.commands import Admit, Allocate, Extend, GiveBack, Match, Reassign, Release, Trim
+from statemachine.decide.capacity import available_blocks, can_allocate, out_of_blocks
+from statemachine.decide.eviction import Supply, device_supply
+from statemachine.decide.hits import kept_by, matched, path_of, swapped_in
+from statemachine.decide.lookup import find_path, ready_request, request_named
+from statemachine.errors import InvalidCommand, OutOfBlocks, RequestNotReady, UnknownRequest
+from statemachine.events import (
+    AllocationRefused,
+    BlocksAllocated,
+    BlocksReassigned,
+    BlocksTrimmed,
+    Event,
+    IntArray,
+    RequestExtended,
+    RequestReleased,
+)
+from statemachine.state.nodes import Node
+from statemachine.state.state import State
+from statemachine.state.tree import common_blocks, loosened
+
+_NONE: IntArray = array("Q")
+_NO_COUNTS: IntArray = array("I")
+_MUCH_LONGER: Final = 8
+_LONG_BYTES: Final = 1 << 16
+"""A run does not absorb one of more content words than that, and so many times its own blocks: copying them costs more
+than another run in every path. So a turn of a long conversation is not paid with a copy of all that was said."""
+
+
+def _admit(state: State, command: Admit) -> list[Event]:
+    path = path_of(state, command)
+    cut, device, host = path.cut, path.device, path.host
+    wanted = max(command.blocks - device, host)
+    kept, own = kept_by(path)
+    reserved = command.watermark if state.requests else 0
+    available = available_blocks(state) - own - reserved
+    supply = None
+    if wanted <= available:
+        supply = device_supply(state, wanted, kept, host, state.next_node + (1 if cut else 0))
+    if supply is None:
+        leaf = path.leaf.id if path.leaf is not None else 0
+        refused = AllocationRefused(0, wanted, max(min(available, wanted - 1), 0), leaf, path.cut, command.key)
+        raise out_of_blocks(state, refused, device + wanted, reserved=reserved)
+    events: list[Event] = [matched(state, command, path), *supply.events]
+    if host:
+        events.append(swapped_in(state, path, supply, events))
+    count = wanted - host
+    if count:
+        events.append(_granted(array("Q", [state.next_request]), array("I", [count]), supply, count))
+    return events
+
+
+def _match(state: State, command: Match) -> list[Event]:
+    path = path_of(state, command)
+    if not path.host:
+        return [matched(state, command, path)]
+    while True:
+        kept, own = kept_by(path)
+        host = min(path.host, available_blocks(state) - own)
+        supply = None
+        if host == path.host:
+            supply = device_supply(state, host, kept, host, state.next_node + (1 if path.cut else 0))
+        if supply is not None:
+            events: list[Event] = [matched(state, command, path), *supply.events]
+            if host:
+                events.append(swapped_in(state, path, supply, events))
+            return events
+        # The device has no room for all of the host part now: match only what fits.
+        shorter = path.device + (host if host < path.host else 0)
+        path = find_path(state, command.words, command.namespace, max(shorter, 0), command.whole)
+
+
+def _granted(requests: IntArray, counts: IntArray, supply: Supply, total: int) -> BlocksAllocated:
+    blocks, after, held = supply.take(total)
+    return BlocksAllocated(requests, counts, after, held, blocks)
+
+
+def _allocate(state: State, command: Allocate) -> list[Event]:
+    keys = state.keys
+    try:
+        requests = array("Q", [keys[key] for key in command.keys])
+    except KeyError as error:
+        raise UnknownRequest(f"no live request {error.args[0]!r}: nothing was allocated") from None
+    total = sum(command.counts)
+    if not total:
+        return []
+    available = available_blocks(state)
+    supply = device_supply(state, total) if total <= available else None
+    if supply is None:
+        raise _batch_refused(state, command, requests, total, available)
+    return [*supply.events, _granted(requests, array("I", command.counts), supply, total)]
+
+
+def _batch_refused(state: State, command: Allocate, requests: IntArray, total: int, available: int) -> OutOfBlocks:
+    """The error for an allocation that does not fit: how many requests would, and the first that does not."""
+    sums = [0, *itertools.accumulate(command.counts)]
+    fitting, most = 0, bisect.bisect_right(sums, available) - 1
+    while fitting < most:  # fewer than are available where copies in flight are in the way
+        middle = (fitting + most + 1) // 2
+        if can_allocate(state, sums[middle]):
+            fitting = middle
+        else:
+            most = middle - 1
+    longest, culprit = 0, fitting
+    for index, (id, count) in enumerate(zip(requests, command.counts)):
+        length = len(state.requests[id].table) + count
+        if length > max(longest, state.device.pool.capacity):
+            culprit = index  # one that never fits is meant, wherever it stands
+        longest = max(longest, length)
+    request = requests[0] if len(requests) == 1 else 0
+    refused = AllocationRefused(request, total, min(available, total - 1), 0, 0, command.keys[culprit])
+    return out_of_blocks(state, refused, longest, fitting=fitting, requests=len(requests))
+
+
+def _extend(state: State, command: Extend) -> list[Event]:
+    request = ready_request(state, command.key)
+    words = memoryview(request.words)
+    block_bytes = state.block_bytes
+    stop = min(len(words), max(command.limit - request.leaf.end, 0) * block_bytes)
+    node = request.leaf
+    offset = cut = 0
+    while offset < stop and not cut:
+        child = node.children.get(bytes(words[offset : offset + block_bytes]))
+        if child is None or not child.valid():
+            break
+        common = common_blocks(child.words, words[:stop], offset, block_bytes)
+        cut = common if common < child.size else 0
+        offset += common * block_bytes
+        node = child
+    if not offset and not request.duplicates:
+        return []
+    found = offset // block_bytes
+    upper = state.next_node if cut else 0
+    leaf = node.id if offset else 0
+    own = request.own_copies(request.leaf.end + found)[::-1]
+    return [RequestExtended(request.id, leaf, cut, upper, found, own)]
+
+
+def _trim(state: State, command: Trim) -> list[Event]:
+    request = request_named(state, command.key)
+    if not request.leaf.end <= command.blocks <= len(request.table):
+        raise InvalidCommand(
+            f"request {command.key!r} has {len(request.table)} blocks, the first {request.leaf.end} are cached: "
+            f"it cannot be trimmed to {command.blocks}"
+        )
+    blocks = request.table[command.blocks :][::-1]
+    return [BlocksTrimmed(request.id, blocks)] if blocks else []
+
+
+def _give_back(state: State, command: GiveBack) -> list[Event]:
+    request = ready_request(state, command.key)
+    tail = set(request.table[request.leaf.end :])
+    if len(set(command.blocks)) != len(command.blocks) or not tail.issuperset(command.blocks):
+        wrong = sorted(set(command.blocks) - tail)
+        raise InvalidCommand(f"blocks {wrong[:8]} are not request {command.key!r}'s own, or named twice")
+    return [BlocksTrimmed(request.id, array("i", command.blocks))] if command.blocks else []
+
+
+def _reassign(state: State, command: Reassign) -> list[Event]:
+    source, target = request_named(state, command.key), request_named(state, command.target)
+    if source is target:
+        raise InvalidCommand("blocks cannot be reassigned to the request that has them")
+    if source.waits:
+        raise RequestNotReady(f"request {command.key!r} still waits for transfers {[*source.waits]}: poll() first")
+    tail = source.table[source.leaf.end :]
+    if command.blocks == tail[len(tail) - len(command.blocks) :]:  # the last ones, as they were allocated
+        return [BlocksReassigned(source.id, target.id, command.blocks)] if command.blocks else []
+    if len(set(command.blocks)) != len(command.blocks) or not set(tail).issuperset(command.blocks):
+        wrong = sorted(set(command.blocks) - set(tail))
+        raise InvalidCommand(f"blocks {wrong[:8]} are not request {command.key!r}'s own, or named twice")
+    return [BlocksReassigned(source.id, target.id, command.blocks)] if command.blocks else []
+
+
+def _release(state: State, command: Release) -> list[Event]:
+    request = request_named(state, command.key)
+    loose = loosened(request.leaf)
+    final = 0
+    if command.final:
+        for index, run in enumerate(loose):
+            if len(run.children) > (1 if index else 0):
+                break
+            final += 1
+    merged, absorbed = _merges(loose, final) if len(loose) > 1 else (_NONE, _NO_COUNTS)
+    blocks = request.private()[::-1]
+    return [RequestReleased(request.id, command.reason, final, merged, absorbed, blocks)]
+
+
+def _merges(loose: list[Node], final: int) -> tuple[IntArray, IntArray]:
+    """Which of these runs (deepest first) absorb how many of their ancestors; none across the border of ``final``."""
+    merged, absorbed = array("Q"), array("I")
+    index = 0
+    while index < len(loose):
+        stop = index + 1
+        size = loose[index].size
+        while stop < len(loose) and stop != final and loose[stop - 1].can_absorb(loose[stop]):
+            above = loose[stop]
+            if above.size > _MUCH_LONGER * size and len(above.words) > _LONG_BYTES:
+                break
+            size += above.size
+            stop += 1
+        if stop - index > 1:
+            merged.append(loose[index].id)
+            absorbed.append(stop - index - 1)
+        index = stop
+    return merged, absorbed
+
+
+REQUESTS: dict[type[Any], Callable[[State, Any], list[Event]]] = {
+    Match: _match,
+    Admit: _admit,
+    Extend: _extend,
+    Allocate: _allocate,
+    Trim: _trim,
+    GiveBack: _give_back,
+    Reassign: _reassign,
+    Release: _release,
+}
