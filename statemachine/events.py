@@ -1,8 +1,10 @@
 """The one table of events: every fact that can change the state of a KV-block manager.
 
 An event carries the outcome that was decided (these block ids, these runs), never the wish, so that applying it
-needs no policy. Events are immutable named tuples; the annotation of a field says how it travels in a log record
-(see :mod:`statemachine.records.codec`), and the first ``U64`` field is the record's *subject*.
+needs no policy. Events are immutable named tuples. The annotation of a field says how it travels in a log record (see
+:mod:`statemachine.records.codec`; a first field of 64 bits is the record's *subject*), and what it means. Indexes,
+histories, tables, redaction and the documents follow from that (:mod:`statemachine.records.fields`), so that an event
+is told once, here.
 
 Conventions
 -----------
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -26,17 +28,44 @@ if TYPE_CHECKING:
 else:  # array.array is not subscriptable at run time before Python 3.12
     IntArray = array
 
+
+class Meaning(Enum):
+    """What a field stands for, beyond its number or bytes."""
+
+    DEVICE_BLOCKS = "block ids on the device"
+    BLOCKS_OF_TIER = "block ids on the tier that the field `tier` names"
+    SOURCES = "block ids that are read, on the tier where the `direction` begins"
+    TARGETS = "block ids that are written, on the tier where the `direction` ends"
+    REQUESTS = "numbers of requests"
+    RUNS = "ids of runs"
+    TRANSFERS = "numbers of transfers"
+    REQUEST_NAME = "the engine's own name of a request: private"
+    NAMESPACE = "a namespace, which may hold a salt: private"
+    CONTENT = "content words, what users wrote: private"
+
+
 U8 = Annotated[int, "B"]
 U32 = Annotated[int, "I"]
 U64 = Annotated[int, "Q"]
 Blocks = Annotated[IntArray, "i"]
-"""Block ids, ``array('i')``."""
+"""Block ids, ``array('i')``; in events, one of the next four."""
+DeviceBlocks = Annotated[IntArray, "i", Meaning.DEVICE_BLOCKS]
+TierBlocks = Annotated[IntArray, "i", Meaning.BLOCKS_OF_TIER]
+Sources = Annotated[IntArray, "i", Meaning.SOURCES]
+Targets = Annotated[IntArray, "i", Meaning.TARGETS]
 Counts = Annotated[IntArray, "I"]
-Handles = Annotated[IntArray, "Q"]
-"""Ids of nodes, requests or transfers, ``array('Q')``."""
-Words = Annotated[bytes, "bytes"]
+RequestId = Annotated[int, "Q", Meaning.REQUESTS]
+RequestIds = Annotated[IntArray, "Q", Meaning.REQUESTS]
+RunId = Annotated[int, "Q", Meaning.RUNS]
+RunIds = Annotated[IntArray, "Q", Meaning.RUNS]
+TransferId = Annotated[int, "Q", Meaning.TRANSFERS]
+TransferIds = Annotated[IntArray, "Q", Meaning.TRANSFERS]
+Words = Annotated[bytes, "bytes", Meaning.CONTENT]
 """Content words: little-endian int32, ``block_size`` of them per block (:mod:`statemachine.content`)."""
+Namespace = Annotated[bytes, "bytes", Meaning.NAMESPACE]
+Digest = Annotated[bytes, "bytes"]
 Text = Annotated[str, "text"]
+RequestName = Annotated[str, "text", Meaning.REQUEST_NAME]
 
 
 class Tier(IntEnum):
@@ -134,7 +163,7 @@ class LedgerOpened(NamedTuple):
     device_blocks: U32
     host_blocks: U32
     host_staging_blocks: U32
-    host_policy: U8
+    host_policy: Annotated[int, "B", HostPolicy]
     ranks: U32
     layout: Text
     pools: Text
@@ -149,25 +178,25 @@ class RequestMatched(NamedTuple):
     the next ``host_blocks`` are on the host only; ``words`` are the content of the full blocks after the path.
     """
 
-    request: U64
-    leaf: U64
+    request: RequestId
+    leaf: RunId
     cut: U32
-    upper: U64
+    upper: RunId
     device_blocks: U32
     host_blocks: U32
-    key: Text
-    namespace: Words
+    key: RequestName
+    namespace: Namespace
     words: Words
 
 
 class BlocksAllocated(NamedTuple):
     """Free blocks become private to requests, ``counts[i]`` of them to ``requests[i]``, in order."""
 
-    requests: Handles
+    requests: RequestIds
     counts: Counts
-    after: Handles
+    after: TransferIds
     held: Counts
-    blocks: Blocks
+    blocks: DeviceBlocks
 
 
 class AllocationRefused(NamedTuple):
@@ -178,12 +207,12 @@ class AllocationRefused(NamedTuple):
     An admission would have pinned the path to ``leaf`` (its first ``cut`` blocks, if that is not 0).
     """
 
-    request: U64
+    request: RequestId
     wanted: U32
     available: U32
-    leaf: U64
+    leaf: RunId
     cut: U32
-    key: Text
+    key: RequestName
 
 
 class BlocksCached(NamedTuple):
@@ -195,14 +224,14 @@ class BlocksCached(NamedTuple):
     existed. ``words`` is the content of generated blocks, appended to what the request brought along.
     """
 
-    request: U64
-    leaf: U64
+    request: RequestId
+    leaf: RunId
     cut: U32
-    upper: U64
-    node: U64
+    upper: RunId
+    node: RunId
     duplicates: U32
     taken: U32
-    blocks: Blocks
+    blocks: DeviceBlocks
     words: Words
 
 
@@ -213,34 +242,34 @@ class RequestExtended(NamedTuple):
     the path are given back (``blocks``). ``leaf == 0``: nothing more was cached, only copies are given back.
     """
 
-    request: U64
-    leaf: U64
+    request: RequestId
+    leaf: RunId
     cut: U32
-    upper: U64
+    upper: RunId
     device_blocks: U32
-    blocks: Blocks
+    blocks: DeviceBlocks
 
 
 class BlocksComputed(NamedTuple):
     """The first ``blocks`` blocks of a request are computed; what it caches beyond, it caches ahead of its step."""
 
-    request: U64
+    request: RequestId
     blocks: U32
 
 
 class BlocksReassigned(NamedTuple):
     """Private blocks move from one request to the end of another's block table."""
 
-    request: U64
-    target: U64
-    blocks: Blocks
+    request: RequestId
+    target: RequestId
+    blocks: DeviceBlocks
 
 
 class BlocksTrimmed(NamedTuple):
     """Private blocks are given back: the end of a block table (a rejected speculation, an undone chunk), or others."""
 
-    request: U64
-    blocks: Blocks
+    request: RequestId
+    blocks: DeviceBlocks
 
 
 class RequestReleased(NamedTuple):
@@ -250,12 +279,12 @@ class RequestReleased(NamedTuple):
     ``merged[i]`` absorbs its ``absorbed[i]`` nearest ancestors.
     """
 
-    request: U64
-    reason: U8
+    request: RequestId
+    reason: Annotated[int, "B", ReleaseReason]
     final: U32
-    merged: Handles
+    merged: RunIds
     absorbed: Counts
-    blocks: Blocks
+    blocks: DeviceBlocks
 
 
 class BlocksEvicted(NamedTuple):
@@ -264,12 +293,12 @@ class BlocksEvicted(NamedTuple):
     Only the last run may be given up in part; where it keeps a copy on the other tier, it is cut (``upper``).
     """
 
-    tier: U8
-    reason: U8
-    upper: U64
-    nodes: Handles
+    tier: Annotated[int, "B", Tier]
+    reason: Annotated[int, "B", EvictReason]
+    upper: RunId
+    nodes: RunIds
     counts: Counts
-    blocks: Blocks
+    blocks: TierBlocks
 
 
 class TransferStarted(NamedTuple):
@@ -281,31 +310,31 @@ class TransferStarted(NamedTuple):
     Each rank starts only after its own part of the ``after`` transfers.
     """
 
-    transfer: U64
-    direction: U8
-    request: U64
-    upper: U64
-    nodes: Handles
+    transfer: TransferId
+    direction: Annotated[int, "B", Direction]
+    request: RequestId
+    upper: RunId
+    nodes: RunIds
     counts: Counts
-    after: Handles
+    after: TransferIds
     held: Counts
-    sources: Blocks
-    targets: Blocks
+    sources: Sources
+    targets: Targets
 
 
 class TransferFinished(NamedTuple):
     """A transfer ended: its first ``valid`` blocks arrived on every rank, nothing after them counts."""
 
-    transfer: U64
-    outcome: U8
+    transfer: TransferId
+    outcome: Annotated[int, "B", Outcome]
     valid: U32
-    upper: U64
+    upper: RunId
 
 
 class QuarantineEnded(NamedTuple):
     """Every rank of a timed-out transfer has answered or is proven dead: its blocks are free."""
 
-    transfer: U64
+    transfer: TransferId
 
 
 class CacheCleared(NamedTuple):
@@ -317,7 +346,7 @@ class CacheCleared(NamedTuple):
 class PoolResized(NamedTuple):
     """A tier has a new number of blocks; the highest ids come or go."""
 
-    tier: U8
+    tier: Annotated[int, "B", Tier]
     blocks: U32
 
 
@@ -327,7 +356,7 @@ class TierLost(NamedTuple):
     ``pools`` are the ids of the pools from now on, as in :class:`LedgerOpened`; empty: the host tier is not used again.
     """
 
-    tier: U8
+    tier: Annotated[int, "B", Tier]
     reason: Text
     pools: Text
 
@@ -359,8 +388,8 @@ class DigestTaken(NamedTuple):
     """The state had this digest after event ``sequence``; any replay can prove that it agrees."""
 
     sequence: U64
-    scope: U8
-    digest: Words
+    scope: Annotated[int, "B", DigestScope]
+    digest: Digest
 
 
 Event = (

@@ -17,40 +17,17 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, assert_never
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ipc import KvlogReader, KvlogWriter, LedgerError, LogCorrupt, Record
 from statemachine.apply import apply, genesis
 from statemachine.errors import InvariantViolation
-from statemachine.events import (
-    AllocationRefused,
-    BlocksAllocated,
-    BlocksCached,
-    BlocksComputed,
-    BlocksEvicted,
-    BlocksReassigned,
-    BlocksTrimmed,
-    CacheCleared,
-    DigestScope,
-    DigestTaken,
-    EpochStarted,
-    Event,
-    LedgerOpened,
-    PoolResized,
-    QuarantineEnded,
-    RequestExtended,
-    RequestMatched,
-    RequestReleased,
-    TierLost,
-    TransferFinished,
-    TransferStarted,
-    WorkerJoined,
-    WorkerLost,
-)
+from statemachine.events import BlocksCached, DigestScope, DigestTaken, Event, LedgerOpened, Meaning, RequestMatched
 from statemachine.records import codec
 from statemachine.records.codec import CodecError
+from statemachine.records.fields import FIELDS
 from statemachine.records.replay import event_of
 from statemachine.records.snapshot import SnapshotError, counters_digest, restore, snapshot, state_digest
 from statemachine.records.upcast import UnknownSchema, digests_comparable, upcaster
@@ -196,38 +173,32 @@ class Redactor:
         return changed
 
     def _rewritten(self, event: Event, state: State | None) -> Event:
+        """The event with pseudonyms in all its private fields; the table of events says which these are."""
         names = self._names
         assert names is not None
+        changed: dict[str, Any] = {}
+        for field in FIELDS[type(event)]:
+            value: Any = event[field.at]
+            if field.meaning == Meaning.REQUEST_NAME:
+                changed[field.name] = names.name(value)
+            elif field.meaning == Meaning.NAMESPACE:
+                changed[field.name] = names.namespace(value)
+            elif field.meaning == Meaning.CONTENT and value:
+                changed[field.name] = names.follow(self._before(names, event, state), value)[1]
+        return event._replace(**changed) if changed else event
+
+    def _before(self, names: Pseudonyms, event: Event, state: State | None) -> bytes:
+        """The chain that the content words of an event follow."""
         match event:
             case RequestMatched():
-                chain = names.root(event.namespace)
-                if state is not None and event.leaf in state.nodes:
-                    leaf = state.nodes[event.leaf]
-                    cut = event.cut if event.upper else leaf.size
-                    chain = self._chain(names, state, leaf, cut)
-                return event._replace(
-                    key=names.name(event.key),
-                    namespace=names.namespace(event.namespace),
-                    words=names.follow(chain, event.words)[1],
-                )
+                if state is None or event.leaf not in state.nodes:
+                    return names.root(event.namespace)
+                leaf = state.nodes[event.leaf]
+                return self._chain(names, state, leaf, event.cut if event.upper else leaf.size)
             case BlocksCached():
-                if not event.words:
-                    return event
-                chain = b"" if state is None else self._end_of(names, state, event.request)
-                return event._replace(words=names.follow(chain, event.words)[1])
-            case AllocationRefused():
-                return event._replace(key=names.name(event.key))
-            # What follows holds nothing of users; a new event has to be put on one side or the other.
-            case LedgerOpened() | BlocksAllocated() | BlocksReassigned() | BlocksTrimmed() | RequestReleased():
-                return event
-            case RequestExtended() | BlocksComputed() | BlocksEvicted() | CacheCleared() | PoolResized() | TierLost():
-                return event
-            case TransferStarted() | TransferFinished() | QuarantineEnded():
-                return event
-            case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken():
-                return event
+                return b"" if state is None else self._end_of(names, state, event.request)
             case _:
-                assert_never(event)
+                raise TypeError(f"nobody says what the content words of {type(event).__name__} follow")
 
     def _chain(self, names: Pseudonyms, state: State, leaf: Node, cut: int) -> bytes:
         """The chain after the first ``cut`` blocks of a run."""

@@ -7,34 +7,15 @@ did not), so that a picture of the state can follow a log without looking at all
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
-from statemachine.events import (
-    AllocationRefused,
-    BlocksAllocated,
-    BlocksCached,
-    BlocksComputed,
-    BlocksEvicted,
-    BlocksReassigned,
-    BlocksTrimmed,
-    CacheCleared,
-    DigestTaken,
-    EpochStarted,
-    Event,
-    LedgerOpened,
-    PoolResized,
-    QuarantineEnded,
-    RequestExtended,
-    RequestMatched,
-    RequestReleased,
-    TierLost,
-    TransferFinished,
-    TransferStarted,
-    WorkerJoined,
-    WorkerLost,
-)
+from statemachine.events import CacheCleared, Event, LedgerOpened, PoolResized, TierLost
+from statemachine.records.mentions import mentions
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
+
+_SWEEPING = (LedgerOpened, CacheCleared, PoolResized, TierLost)
+"""They name nothing, and can change everything."""
 
 
 class Touched(NamedTuple):
@@ -48,45 +29,19 @@ class Touched(NamedTuple):
 def touched(state: State, event: Event) -> Touched:
     """What ``event`` can change of ``state``, or has just changed in it."""
     found = Touched(set(), set(), set())
-    match event:
-        case RequestMatched() | RequestExtended():
-            _request(state, found, event.request)
-            _path(found, state.nodes.get(event.leaf), state)
-            found.runs.add(event.upper)
-        case BlocksAllocated():
-            for id in event.requests:
-                _request(state, found, id)
-        case BlocksCached():
-            _request(state, found, event.request)
-            _path(found, state.nodes.get(event.leaf), state)
-            found.runs.update((event.upper, event.node))
-        case BlocksReassigned():
-            _request(state, found, event.request)
-            _request(state, found, event.target)
-        case BlocksTrimmed() | BlocksComputed() | RequestReleased():
-            _request(state, found, event.request)
-        case BlocksEvicted():
-            found.runs.add(event.upper)
-            for id in event.nodes:
-                _run(found, state.nodes.get(id))
-                found.runs.add(id)
-        case TransferStarted():
-            found.transfers.update((event.transfer, *event.after))
-            found.runs.update((event.upper, *event.nodes))
-            _request(state, found, event.request)
-            for id in event.nodes:
-                _path(found, state.nodes.get(id), state)
-        case TransferFinished() | QuarantineEnded():
-            _transfer(state, found, event.transfer)
-            found.runs.add(getattr(event, "upper", 0))
-        case LedgerOpened() | CacheCleared() | PoolResized() | TierLost():
-            found.runs.update(state.nodes)
-            found.requests.update(state.requests)
-            found.transfers.update(state.transfers)
-        case AllocationRefused() | WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken():
-            pass  # nothing that is drawn
-        case _:
-            assert_never(event)
+    if isinstance(event, _SWEEPING):
+        found.runs.update(state.nodes)
+        found.requests.update(state.requests)
+        found.transfers.update(state.transfers)
+        return found
+    named = mentions(event)
+    for id in named.requests:
+        _request(state, found, id)
+    for id in named.nodes:
+        found.runs.add(id)
+        _path(found, state.nodes.get(id))
+    for id in named.transfers:
+        _transfer(state, found, id)
     return found
 
 
@@ -95,10 +50,10 @@ def _request(state: State, found: Touched, id: int) -> None:
     found.requests.add(id)
     if request is not None:
         found.transfers.update(request.waits)
-        _path(found, request.leaf, state)
+        _path(found, request.leaf)
 
 
-def _path(found: Touched, leaf: Node | None, state: State) -> None:
+def _path(found: Touched, leaf: Node | None) -> None:
     node = leaf
     while node is not None and node.parent is not None:
         _run(found, node)
@@ -122,7 +77,7 @@ def _transfer(state: State, found: Touched, id: int) -> None:
     for waiter in transfer.waiters:
         _request(state, found, waiter)
     if transfer.leaf is not None:
-        _path(found, transfer.leaf, state)
+        _path(found, transfer.leaf)
     _below(found, [part.node for part in transfer.parts if part.node is not None])
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable, Iterator
-from typing import Any, get_type_hints
+from typing import Any
 
 import xxhash
 
 from statemachine.events import KIND_OF, KINDS, Event
+from statemachine.records.fields import FIELDS, fields_of
 
 ARGS_BYTES = 24
 
@@ -51,17 +52,11 @@ def decode(kind: int, subject: int, args: bytes, payload: bytes) -> Event:
         raise CodecError(f"malformed {KINDS[kind].__name__}: {error}") from error
 
 
-def _fields(event: type[Event]) -> list[tuple[str, str, bool]]:
-    """``(name, code, fixed size?)`` of every field."""
-    hints = get_type_hints(event, include_extras=True)
-    return [(name, hints[name].__metadata__[0], hints[name].__origin__ is int) for name in event._fields]
-
-
 def _compile(kind: int, event: type[Event]) -> tuple[Callable[[Any], Encoded], Callable[[int, bytes, bytes], Event]]:
-    fields = _fields(event)
-    subject = fields[0][0] if fields[0][1:] == ("Q", True) else ""
-    packed = [(name, code) for name, code, fixed in fields if fixed and name != subject]
-    variable = [(name, code) for name, code, fixed in fields if not fixed]
+    fields = fields_of(event)
+    subject = fields[0].name if fields[0].fixed and fields[0].code == "Q" else ""
+    packed = [(field.name, field.code) for field in fields if field.fixed and field.name != subject]
+    variable = [(field.name, field.code) for field in fields if not field.fixed]
     head = struct.Struct("<" + "".join(code for _, code in packed) + "I" * max(len(variable) - 1, 0))
     fixed_names = [name for name, _ in packed]
     spill = max(head.size - ARGS_BYTES, 0)  # so much of the fixed part opens the payload
@@ -148,7 +143,7 @@ DECODERS: dict[int, Callable[[int, bytes, bytes], Event]] = {kind: pair[1] for k
 def _describe() -> str:
     lines = []
     for kind, event in KINDS.items():
-        fields = " ".join(f"{name}:{'' if fixed else '*'}{code}" for name, code, fixed in _fields(event))
+        fields = " ".join(f"{field.name}:{'' if field.fixed else '*'}{field.code}" for field in FIELDS[event])
         lines.append(f"{kind} {event.__name__} {fields}")
     return "\n".join(lines)
 

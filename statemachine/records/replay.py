@@ -76,6 +76,23 @@ def said(error: BaseException) -> str:
     return text if isinstance(error, InvariantViolation | codec.CodecError) else f"{type(error).__name__}: {text}"
 
 
+def step(state: State | None, event: Event) -> State:
+    """The state after one more event: made from the first one of a ledger, changed in place by all others.
+
+    Raises:
+        InvariantViolation: the event does not fit, whichever way that showed.
+    """
+    try:
+        if state is None:
+            return genesis(event)
+        apply(state, event)
+        return state
+    except InvariantViolation:
+        raise
+    except MISFITS as error:
+        raise InvariantViolation(said(error)) from error
+
+
 class Replay:
     """A state that follows a log.
 
@@ -125,10 +142,7 @@ class Replay:
         try:
             for record in records:
                 event = event_of(record)
-                if state is None:
-                    state = self._state = genesis(event)
-                else:
-                    apply(state, event)
+                state = self._state = step(state, event)
                 self.events += 1
                 if watch is not None:
                     watch(event, state)

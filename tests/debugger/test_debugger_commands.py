@@ -193,9 +193,9 @@ def test_show(chat: Path) -> None:
     assert "block table:" in ok("show", chat, "--at", 150, "--request", key)
     run = next(iter(state.nodes))
     assert json.loads(ok("show", chat, "--at", 150, "--node", run, "--json"))["id"] == run
-    block = state.nodes[run].device
-    if block is not None:
-        assert f"of run {run}" in ok("show", chat, "--at", 150, "--block", block[0])
+    copy = state.nodes[run].device
+    if copy is not None:
+        assert f"of run {run}" in ok("show", chat, "--at", 150, "--block", copy.ids[0])
 
 
 def test_explain_a_block_through_all_its_owners(chat: Path, rows: list[dict[str, Any]]) -> None:

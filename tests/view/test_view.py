@@ -160,7 +160,7 @@ def test_a_close_look_at_a_timeline_is_exact(path: Path, log: Log) -> None:
     assert close["start"] == 300 and close["last"] == [*range(300, 400)]
     with open_source(str(path)) as source:
         for at in (300, 350, 399):
-            assert close["device_free"][at - 300] == len(source.at(at).device.free)
+            assert close["device_free"][at - 300] == len(source.at(at).device.pool.free)
         assert sum(close["queried_blocks"]) == (
             source.at(399).counters.queried_blocks - source.at(299).counters.queried_blocks
         )

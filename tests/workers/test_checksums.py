@@ -102,7 +102,7 @@ def swapped_out(manager: CacheManager) -> int:
     assert manager.peek(TOKENS) == (0, 4)
     (run,) = manager.state.nodes.values()
     assert run.host is not None
-    return run.host[2]
+    return run.host.ids[2]
 
 
 @pytest.mark.parametrize("policy", [HostPolicy.EXCLUSIVE, HostPolicy.WRITE_THROUGH])

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from enum import IntEnum
 from typing import Any
 
 from kvledger.debugger.source.source import Entry
-from statemachine.events import (
-    BlocksEvicted,
-    DigestTaken,
-    Direction,
-    Event,
-    EvictReason,
-    HostPolicy,
-    LedgerOpened,
-    Outcome,
-    PoolResized,
-    ReleaseReason,
-    RequestReleased,
-    Tier,
-    TierLost,
-    TransferFinished,
-    TransferStarted,
-)
+from statemachine.events import Event, Meaning, Tier
+from statemachine.records.fields import FIELDS
 from statemachine.state.nodes import ALL, Node, Request, Transfer
 from statemachine.state.order import Order
 from statemachine.state.state import State
-
-_ENUMS: dict[tuple[type[Event], str], type[IntEnum]] = {
-    (LedgerOpened, "host_policy"): HostPolicy,
-    (RequestReleased, "reason"): ReleaseReason,
-    (BlocksEvicted, "tier"): Tier,
-    (BlocksEvicted, "reason"): EvictReason,
-    (TransferStarted, "direction"): Direction,
-    (TransferFinished, "outcome"): Outcome,
-    (PoolResized, "tier"): Tier,
-    (TierLost, "tier"): Tier,
-}
 
 
 def tokens(words: bytes) -> list[int]:
@@ -49,16 +22,15 @@ def event_fields(event: Event) -> dict[str, Any]:
     """The fields of an event; enumerations by name."""
     fields: dict[str, Any] = {}
     value: Any
-    for name, value in zip(event._fields, event, strict=True):
-        enum = _ENUMS.get((type(event), name))
-        if enum is not None:
-            fields[name] = enum(value).name.lower()
+    for field, value in zip(FIELDS[type(event)], event, strict=True):
+        if field.enum is not None:
+            fields[field.name] = field.enum(value).name.lower()
         elif isinstance(value, array):
-            fields[name] = value.tolist()
+            fields[field.name] = value.tolist()
         elif isinstance(value, bytes):
-            fields[name] = value.hex() if name == "namespace" or isinstance(event, DigestTaken) else tokens(value)
+            fields[field.name] = tokens(value) if field.meaning == Meaning.CONTENT else value.hex()
         else:
-            fields[name] = value
+            fields[field.name] = value
     return fields
 
 

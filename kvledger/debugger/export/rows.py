@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import IntEnum
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvledger.debugger.source.source import Entry, Source
-from statemachine.events import (
-    KINDS,
-    DigestScope,
-    Direction,
-    Event,
-    EvictReason,
-    HostPolicy,
-    Outcome,
-    ReleaseReason,
-    Tier,
-)
+from statemachine.events import KINDS, Event, Meaning
+from statemachine.records.fields import FIELDS, Field
 
-ENUMS: dict[str, dict[str, type[IntEnum]]] = {
-    "LedgerOpened": {"host_policy": HostPolicy},
-    "RequestReleased": {"reason": ReleaseReason},
-    "BlocksEvicted": {"tier": Tier, "reason": EvictReason},
-    "TransferStarted": {"direction": Direction},
-    "TransferFinished": {"outcome": Outcome},
-    "PoolResized": {"tier": Tier},
-    "TierLost": {"tier": Tier},
-    "DigestTaken": {"scope": DigestScope},
-}
-"""Fields that are numbers in the log and names here."""
 RENAMED = {
     ("PoolResized", "blocks"): "capacity",
     ("DigestTaken", "sequence"): "digest_sequence",
     ("BlocksComputed", "blocks"): "computed_blocks",
 }
 """Fields whose name means something else in other events, or beside all of them."""
-_TYPES = {"B": "u32", "I": "u32", "Q": "u64", "text": "text", "bytes": "hex"}
+_TEXTS = ("text", "bytes")
+_TYPES = {"B": "u32", "I": "u32", "Q": "u64", "text": "text", "bytes": "text"}
 _LISTS = {"i": "list<i32>", "I": "list<u32>", "Q": "list<u64>"}
 
 
@@ -50,32 +30,18 @@ class Column(NamedTuple):
     """``u32``, ``u64``, ``i64``, ``text``, or ``list<...>`` of ``i32``, ``u32`` or ``u64``."""
 
 
-class _Field(NamedTuple):
-    name: str
-    column: Column
-    enum: type[IntEnum] | None
+def _column(event: type[Event], field: Field) -> Column:
+    name = RENAMED.get((event.__name__, field.name), field.name)
+    if field.enum is not None:
+        return Column(name, "text")
+    if field.meaning == Meaning.CONTENT:
+        return Column(name, "list<i32>")
+    return Column(name, _TYPES[field.code] if field.fixed or field.code in _TEXTS else _LISTS[field.code])
 
 
-def _fields(event: type[Event]) -> list[_Field]:
-    hints = get_type_hints(event, include_extras=True)
-    enums = ENUMS.get(event.__name__, {})
-    found = []
-    for name in event._fields:
-        code = hints[name].__metadata__[0]
-        column = RENAMED.get((event.__name__, name), name)
-        if name in enums:
-            type = "text"
-        elif name == "words":
-            type = "list<i32>"
-        elif hints[name].__origin__ is int or code in ("text", "bytes"):
-            type = _TYPES[code]
-        else:
-            type = _LISTS[code]
-        found.append(_Field(name, Column(column, "text" if type == "hex" else type), enums.get(name)))
-    return found
-
-
-_FIELDS: dict[type[Any], list[_Field]] = {event: _fields(event) for event in KINDS.values()}
+_COLUMNS: dict[type[Any], list[tuple[Field, Column]]] = {
+    event: [(field, _column(event, field)) for field in fields] for event, fields in FIELDS.items()
+}
 
 
 def _columns() -> list[Column]:
@@ -88,7 +54,7 @@ def _columns() -> list[Column]:
     ]
     columns = {column.name: column for column in always}
     for event in KINDS.values():
-        for _, column, _ in _FIELDS[event]:
+        for _, column in _COLUMNS[event]:
             if column in always or columns.setdefault(column.name, column).type != column.type:
                 raise TypeError(f"{event.__name__}.{column.name} needs a column of its own: see RENAMED")
     return list(columns.values())
@@ -109,12 +75,12 @@ def row(entry: Entry, transaction: int, *, words: bool) -> dict[str, Any]:
         "kind": type(event).__name__,
     }
     value: Any
-    for (name, column, enum), value in zip(_FIELDS[type(event)], event):
-        if name == "words":
+    for (field, column), value in zip(_COLUMNS[type(event)], event):
+        if field.meaning == Meaning.CONTENT:
             if words:
-                values["words"] = np.frombuffer(value, "<i4").tolist()
-        elif enum is not None:
-            values[column.name] = enum(value).name
+                values[column.name] = np.frombuffer(value, "<i4").tolist()
+        elif field.enum is not None:
+            values[column.name] = field.enum(value).name
         elif isinstance(value, bytes):
             values[column.name] = value.hex()
         elif column.type.startswith("list"):
