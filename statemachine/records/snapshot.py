@@ -92,93 +92,121 @@ def _scalars(state: State) -> tuple[int, ...]:
 
 def encode_state(state: State) -> bytes:
     """The canonical bytes."""
-    out: list[bytes] = [MAGIC]
-    put = out.append
+    writer = _Writer(state)
+    writer.head(state)
+    writer.tree(state)
+    writer.requests(state)
+    writer.transfers(state)
+    return b"".join(writer.out)
 
-    def blob(data: bytes) -> None:
-        put(_U32.pack(len(data)))
-        put(data)
 
-    _, _, args, payload = codec.encode(state.opened)
-    blob(args.ljust(codec.ARGS_BYTES, b"\0"))
-    blob(payload)
-    put(_SCALARS.pack(*_scalars(state)))
-    blob(state.pools.encode())
-    for rank, incarnation in sorted(state.workers.items()):
-        put(struct.pack("<II", rank, incarnation))
-    totals = state.counters.as_dict()
-    put(struct.pack(f"<{len(totals)}Q", *totals.values()))
-    for place in state.places:
-        blob(place.pool.free.tobytes())
+class _Writer:
+    """Puts canonical bytes together."""
 
-    roots = [state.roots[namespace] for namespace in sorted(state.roots)] + state.retired
-    root_index = {id(root): index for index, root in enumerate(roots)}
-    put(_U32.pack(len(roots)))
-    for root in roots:
-        put(_U32.pack(root.pins))
-        blob(root.words)
-    put(_U32.pack(len(state.nodes)))
-    for number in sorted(state.nodes):
-        node = state.nodes[number]
-        parent = node.parent
-        assert parent is not None
-        put(
-            _NODE.pack(
-                number,
-                parent.id,
-                0 if parent.id else root_index[id(parent)],
-                node.start,
-                node.size,
-                node.pins,
-                _AHEAD if node.ahead else _copy_state(node.device),
-                _copy_state(node.host),
-                node.transfer.id if node.transfer is not None else 0,
-                node.hits,
-            )
-        )
-        blob(node.words)
-        for copy in node.copies:
-            if copy is not None:
-                put(copy.ids.tobytes())
-    for order in _orders(state):
-        blob(array("Q", [node.id for node in order]).tobytes())
+    def __init__(self, state: State) -> None:
+        self.out: list[bytes] = [MAGIC]
+        self._put = self.out.append
+        self._roots = [state.roots[namespace] for namespace in sorted(state.roots)] + state.retired
+        self._root_index = {id(root): index for index, root in enumerate(self._roots)}
 
-    put(_U32.pack(len(state.requests)))
-    for number in sorted(state.requests):
-        request = state.requests[number]
-        leaf = request.leaf
-        index = 0 if leaf.id else root_index[id(leaf)]
-        put(struct.pack("<QQIII", number, leaf.id, index, request.matched, request.computed))
-        blob(request.key.encode())
-        blob(request.namespace)
-        blob(request.words)
-        blob(request.table.tobytes())
-        for ranges in (request.duplicates, request.joined):
-            blob(array("I", [bound for pair in ranges for bound in pair]).tobytes())
-        blob(array("Q", [value for pair in request.waits.items() for value in pair]).tobytes())
-    put(_U32.pack(len(state.transfers)))
-    for number in sorted(state.transfers):
-        transfer = state.transfers[number]
-        pinned = transfer.leaf
-        put(
-            struct.pack(
-                "<QBBQI",
-                number,
-                transfer.direction,
-                transfer.quarantined | (2 if pinned is not None else 0),
-                pinned.id if pinned is not None else 0,
-                root_index[id(pinned)] if pinned is not None and not pinned.id else 0,
-            )
-        )
-        for part in transfer.parts:
-            put(struct.pack("<BQIB", 1, part.node.id if part.node is not None else 0, part.size, part.discard))
-        put(b"\0")
-        for ids in (transfer.sources, transfer.targets, transfer.after):
-            blob(ids.tobytes())
+    def _blob(self, data: bytes) -> None:
+        self._put(_U32.pack(len(data)))
+        self._put(data)
+
+    def _index(self, node: Node) -> int:
+        """Which root it is; 0 for a run."""
+        return 0 if node.id else self._root_index[id(node)]
+
+    def head(self, state: State) -> None:
+        """Genesis, totals and free lists."""
+        blob, put = self._blob, self._put
+        _, _, args, payload = codec.encode(state.opened)
+        blob(args.ljust(codec.ARGS_BYTES, b"\0"))
+        blob(payload)
+        put(_SCALARS.pack(*_scalars(state)))
+        blob(state.pools.encode())
+        for rank, incarnation in sorted(state.workers.items()):
+            put(struct.pack("<II", rank, incarnation))
+        totals = state.counters.as_dict()
+        put(struct.pack(f"<{len(totals)}Q", *totals.values()))
         for place in state.places:
-            blob(transfer.held_in(place.number).tobytes())
-        blob(array("Q", transfer.waiters).tobytes())
-    return b"".join(out)
+            blob(place.pool.free.tobytes())
+
+    def tree(self, state: State) -> None:
+        """Roots, runs and eviction orders."""
+        blob, put = self._blob, self._put
+        roots = self._roots
+        put(_U32.pack(len(roots)))
+        for root in roots:
+            put(_U32.pack(root.pins))
+            blob(root.words)
+        put(_U32.pack(len(state.nodes)))
+        for number in sorted(state.nodes):
+            node = state.nodes[number]
+            parent = node.parent
+            assert parent is not None
+            put(
+                _NODE.pack(
+                    number,
+                    parent.id,
+                    self._index(parent),
+                    node.start,
+                    node.size,
+                    node.pins,
+                    _AHEAD if node.ahead else _copy_state(node.device),
+                    _copy_state(node.host),
+                    node.transfer.id if node.transfer is not None else 0,
+                    node.hits,
+                )
+            )
+            blob(node.words)
+            for copy in node.copies:
+                if copy is not None:
+                    put(copy.ids.tobytes())
+        for order in _orders(state):
+            blob(array("Q", [node.id for node in order]).tobytes())
+
+    def requests(self, state: State) -> None:
+        """Live requests."""
+        blob, put = self._blob, self._put
+        put(_U32.pack(len(state.requests)))
+        for number in sorted(state.requests):
+            request = state.requests[number]
+            leaf = request.leaf
+            put(struct.pack("<QQIII", number, leaf.id, self._index(leaf), request.matched, request.computed))
+            blob(request.key.encode())
+            blob(request.namespace)
+            blob(request.words)
+            blob(request.table.tobytes())
+            for ranges in (request.duplicates, request.joined):
+                blob(array("I", [bound for pair in ranges for bound in pair]).tobytes())
+            blob(array("Q", [value for pair in request.waits.items() for value in pair]).tobytes())
+
+    def transfers(self, state: State) -> None:
+        """Transfers in flight, and quarantined ones."""
+        blob, put = self._blob, self._put
+        put(_U32.pack(len(state.transfers)))
+        for number in sorted(state.transfers):
+            transfer = state.transfers[number]
+            pinned = transfer.leaf
+            put(
+                struct.pack(
+                    "<QBBQI",
+                    number,
+                    transfer.direction,
+                    transfer.quarantined | (2 if pinned is not None else 0),
+                    pinned.id if pinned is not None else 0,
+                    self._index(pinned) if pinned is not None else 0,
+                )
+            )
+            for part in transfer.parts:
+                put(struct.pack("<BQIB", 1, part.node.id if part.node is not None else 0, part.size, part.discard))
+            put(b"\0")
+            for ids in (transfer.sources, transfer.targets, transfer.after):
+                blob(ids.tobytes())
+            for place in state.places:
+                blob(transfer.held_in(place.number).tobytes())
+            blob(array("Q", transfer.waiters).tobytes())
 
 
 def _copy_state(copy: Copy | None) -> int:

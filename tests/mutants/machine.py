@@ -403,15 +403,15 @@ MUTANTS = [
     mutant(
         "the digest leaves out the order of the free list",
         "statemachine/records/snapshot.py",
-        "        blob(place.pool.free.tobytes())\n",
-        '        blob(array("i", sorted(place.pool.free)).tobytes())\n',
+        "            blob(place.pool.free.tobytes())\n",
+        '            blob(array("i", sorted(place.pool.free)).tobytes())\n',
         ANY,
     ),
     mutant(
         "the digest leaves out who waits",
         "statemachine/records/snapshot.py",
-        '        blob(array("Q", transfer.waiters).tobytes())\n',
-        '        blob(b"")\n',
+        '            blob(array("Q", transfer.waiters).tobytes())\n',
+        '            blob(b"")\n',
         EXCLUSIVE,
     ),
     mutant(
