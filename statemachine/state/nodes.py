@@ -71,9 +71,9 @@ class Node:
         """The copy on the host."""
         return self.copies[1]
 
-    def valid(self) -> bool:
-        """Whether the run can be used where it is: it has a copy on the device that has arrived."""
-        copy = self.copies[0]
+    def valid(self, place: int = 0) -> bool:
+        """Whether the run has a copy in that place (the device) that has arrived."""
+        copy = self.copies[place]
         return copy is not None and copy.ready
 
     def arriving(self) -> bool:
