@@ -15,8 +15,8 @@ MUTANTS = [
     mutant(
         "a block on its way out of the device is announced nowhere",
         RESIDENCY,
-        "    device, host = run.device_ready or leaves, run.host_ready\n",
-        "    device, host = run.device_ready, run.host_ready\n",
+        "    device, host = run.valid() or leaves, run.valid(Tier.HOST)\n",
+        "    device, host = run.valid(), run.valid(Tier.HOST)\n",
         ON_ITS_WAY,
     ),
     mutant(
