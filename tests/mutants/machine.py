@@ -70,7 +70,7 @@ MUTANTS = [
     ),
     mutant(
         "a batch is told that would fit what a copy is in the way of",
-        "statemachine/decide/__init__.py",
+        "statemachine/decide/requests.py",
         "        if can_allocate(state, sums[middle]):\n",
         "        if True:\n",
         "tests/manager/test_engine_api.py::test_a_batch_is_not_told_that_would_fit_what_a_copy_is_in_the_way_of",
