@@ -10,9 +10,10 @@ run: $(VENV)/installed
 test: check
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
-# A thousand kills of engines and workers under load, some minutes; SEED=n draws others.
+# A thousand kills of engines and workers under load, some minutes. Draws a seed and prints it; SEED=n repeats one.
+KILLS ?= 1000
 chaos: $(VENV)/tested
-	$(VENV)/bin/python -m tests.campaigns.chaos --kills 1000 --seed $(or $(SEED),0)
+	$(VENV)/bin/python -m tests.campaigns.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 # Style, types and the direction of imports.
 check: $(VENV)/tested
@@ -25,11 +26,11 @@ check: $(VENV)/tested
 docs: $(VENV)/tested
 	$(VENV)/bin/python docs/generate.py
 
-# Hours of simulated crashes; stops at the first failure and says how to repeat it.
+# Hours of simulated crashes and of other examples for the property tests. Draws a seed and prints it; SEED=n repeats
+# one. Stops at the first failure, says how to repeat it, and leaves it as a program.
 SOAK_SECONDS ?= 14400
-soak: $(VENV)/installed
-	$(VENV)/bin/kvledger simulate --seconds $$(($(SOAK_SECONDS) * 3 / 4)) --seed $$(date +%s)
-	$(VENV)/bin/kvledger simulate --split --seconds $$(($(SOAK_SECONDS) / 4)) --seed $$(date +%s)
+soak: $(VENV)/tested
+	$(VENV)/bin/python -m tests.campaigns --seconds $(SOAK_SECONDS) $(if $(SEED),--seed $(SEED))
 
 # Faults planted on purpose, a quarter of an hour; every one has to be found by a test. Writes the table of docs/testing.md.
 mutants: $(VENV)/tested

@@ -23,7 +23,7 @@ settings.register_profile(  # the same examples for everybody: a test run draws 
     suppress_health_check=list(HealthCheck),
 )
 settings.register_profile(  # others with each seed (pytest --hypothesis-seed); tests.campaigns draws and prints them
-    "campaign", settings.get_profile("same"), max_examples=250, stateful_step_count=100, derandomize=False
+    "campaign", settings.get_profile("same"), max_examples=50, stateful_step_count=100, derandomize=False
 )
 settings.register_profile(  # for the mutation check: more examples, and no look for a smaller one
     "mutants",
@@ -64,3 +64,8 @@ def pytest_runtest_makereport(
         for path in write_programs(item, call.excinfo.value):
             report.sections.append(("the failing example as a program", f"python {path}"))
     return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what takes longest: else one test process works on it when the others have ended."""
+    items.sort(key=lambda item: "test_native" not in item.nodeid)

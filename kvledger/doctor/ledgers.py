@@ -63,7 +63,8 @@ def ledgers() -> list[Ledger]:
             if ledger is not None:
                 found[name] = ledger
     for name, pieces in _pieces(found):
-        found[name] = _leftover(name, pieces)
+        with contextlib.suppress(FileNotFoundError):  # somebody is just removing it
+            found[name] = _leftover(name, pieces)
     return sorted(found.values())
 
 

@@ -109,6 +109,7 @@ class Receiver:
         seconds = 2 * manager.config.transfer_timeout_s if timeout is None else timeout
         if not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
             raise InvalidCommand(f"timeout is a number of seconds, not {timeout!r:.80}")
+        manager.expect_published("reserve()")  # the address lets others write at once
         request = request_named(manager.state, key)
         if self.uses(key):
             raise HandoffError(f"request {key!r} receives blocks already")

@@ -44,6 +44,23 @@ _MOST_GONE = 1 << 16
 _FORKED = "this process is a fork of the one that owns it"
 
 
+class Step:
+    """One scheduler step: the calls inside its ``with`` block are one transaction. See :meth:`Ledger.step`."""
+
+    def __init__(self, transactions: Transactions, expect_owner: Callable[[], None]) -> None:
+        self._transactions = transactions
+        self._expect_owner = expect_owner
+
+    def __enter__(self) -> None:
+        self._expect_owner()
+        self._transactions.begin()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._transactions.end()
+
+
 class Ledger:
     """One ledger and the thread that owns it: executes commands, folds answers in, closes."""
 
@@ -66,6 +83,7 @@ class Ledger:
         """By live request: the words after its last full block."""
         self._evict_step = writer.max_transaction_bytes // _EVICTED_BYTES // 2
         self._transactions = Transactions(writer, state)
+        self._step = Step(self._transactions, self._expect_owner)
         self._owner = get_ident()
         self._releases: deque[commands.Release] = deque()
         """Releases from other threads, to be applied."""
@@ -124,7 +142,7 @@ class Ledger:
     def _follow(self, events: list[Event]) -> None:
         """Transfers that these events started get a deadline; without workers they are done at once."""
         if self._ranks is not None:
-            self._ranks.started(self._writer.next_sequence - len(events))
+            self._ranks.started(self._transactions.next_sequence - len(events))
         else:
             self._end_transfers()
 
@@ -266,7 +284,7 @@ class Ledger:
             "live_requests": len(state.requests),
             "live_transfers": len(state.transfers),
             "runs": len(state.nodes),
-            "events": self._writer.next_sequence - 1,
+            "events": self._transactions.next_sequence - 1,
             **self._retention.stats(),
         }
 
@@ -276,7 +294,7 @@ class Ledger:
 
     def take_digest(self) -> bytes:
         """Digest of the whole state, also written into the log: any replay can prove that it agrees."""
-        self._execute(commands.TakeDigest(self._writer.next_sequence - 1, True))
+        self._execute(commands.TakeDigest(self._transactions.next_sequence - 1, True))
         return self.digest()
 
     def worker_pid(self, rank: int) -> int | None:
@@ -291,11 +309,35 @@ class Ledger:
     @property
     def next_sequence(self) -> int:
         """Sequence number of the next event."""
-        return self._writer.next_sequence
+        return self._transactions.next_sequence
 
-    def step(self, number: SupportsIndex) -> None:
-        """Number of the scheduler step, written beside every event from now on, in 32 bits (for people)."""
-        self._transactions.step = whole("a step", number) & 0xFFFFFFFF
+    def step(self, number: SupportsIndex) -> Step:
+        """Number the scheduler step, and make what follows one transaction::
+
+            with manager.step(number):
+                ...  # commit, admit, grow, release
+
+        Everything inside is published when the block ends, with one fence and one doorbell. If the process dies before,
+        it is as if the step had not begun; so *give no block table to the device, or to anybody, before the block has
+        ended*. An exception that leaves the block undoes nothing: what was done until then is published. A step that
+        outgrows a quarter of a log segment is published in parts, and what waits for copies
+        (:meth:`CacheManager.wait`, :meth:`pause`) cannot be called inside.
+
+        The number is written beside every event from now on, in 32 bits (for people). Without ``with``, it is only
+        that, and each call stands alone.
+
+        Raises:
+            InvalidCommand: it was called inside a step.
+        """
+        value = whole("a step", number) & 0xFFFFFFFF
+        self.expect_published("step()")
+        self._transactions.step = value
+        return self._step
+
+    def expect_published(self, call: str) -> None:
+        """Refuse a call inside a step, where nobody else can see what it needs others to see."""
+        if self._transactions.collecting:
+            raise InvalidCommand(f"{call} inside a step: call it before the step begins, or when it has ended")
 
     def on_published(self, call: Callable[[], None]) -> None:
         """Call this function whenever something was published, in the owner's thread, before the caller goes on."""
@@ -310,6 +352,8 @@ class Ledger:
         """
         if self._transactions.closed in ("closed", _FORKED):
             return
+        with contextlib.suppress(Exception):  # inside a step: its calls have answered
+            self._transactions.end()
         self._transactions.closed = "closed"
         forks.forget(self)
         self.pools = []  # their memory goes as soon as nobody else holds them

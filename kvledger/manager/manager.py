@@ -394,6 +394,7 @@ class CacheManager(WholeCache):
     def _awaited(self, key: str, timeout: float | None) -> tuple[Request, int]:
         """The request that is waited for, and how many blocks of it are said to be cached."""
         expect_seconds("timeout", timeout)
+        self.expect_published("waiting")
         request = request_named(self._state, key)
         return request, request.leaf.end
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 
-from ipc import LedgerError, LogWriter, SharedMemoryFull, TransactionTooLarge
+from ipc import LedgerError, LogWriter, SharedMemoryFull, TransactionTooLarge, record_bytes
 from kvledger.errors import CallTooLarge
 from statemachine.apply import HANDLERS
 from statemachine.errors import InvalidCommand
@@ -39,7 +39,11 @@ _GIVING_BACK = {
 
 
 class Transactions:
-    """Turns the events of one command into one transaction of the log and one change of the state, or into neither."""
+    """Turns the events of one call into one transaction of the log and one change of the state, or into neither.
+
+    Between :meth:`begin` and :meth:`end` the events of several calls are collected and become one transaction. The
+    state has them at once; the log has room for them, and shows none of them before the end.
+    """
 
     def __init__(self, writer: LogWriter, state: State) -> None:
         self._writer = writer
@@ -48,6 +52,18 @@ class Transactions:
         """Of the scheduler, written beside every event."""
         self.closed = ""
         """Why nothing may be committed any more."""
+        self.collecting = False
+        """Whether calls are collected."""
+        self._collected: list[codec.Encoded] = []
+        self._calls: set[int] = set()
+        """Indexes of the records with which the second and every further collected call begins."""
+        self._bytes = 0
+        """Room that the collected records take in the log."""
+
+    @property
+    def next_sequence(self) -> int:
+        """Sequence number of the next event, after those that are collected."""
+        return self._writer.next_sequence + len(self._collected)
 
     def commit(self, events: list[Event], apply_them: bool = True) -> None:
         """Log these events and apply them, unless the state has them already.
@@ -66,17 +82,62 @@ class Transactions:
         except (AttributeError, TypeError, UnicodeEncodeError, struct.error) as error:
             raise InvalidCommand(f"a name or number of this call cannot be written into the log: {error}") from error
         try:
-            self._stage(records, events)
+            if self.collecting:
+                self._collect(records, events)
+            else:
+                self._stage(records, events)
             if apply_them:
                 state = self._state
                 for event in events:
                     HANDLERS[type(event)](state, event)
-            self._writer.publish()
+            if not self.collecting:
+                self._writer.publish()
         except (CallTooLarge, LedgerError):  # of staging, which comes first
             raise
         except BaseException as error:
-            self.closed = f"a transaction was not finished ({type(error).__name__}: {error}); reopen the ledger"
+            self._unfinished(error)
             raise
+
+    def begin(self) -> None:
+        """Collect from now on."""
+        self.collecting = True
+
+    def end(self) -> None:
+        """Publish what was collected, as one transaction, and collect no more."""
+        self.collecting = False
+        self._publish()
+
+    def _publish(self) -> None:
+        if not self._collected or self.closed:
+            return
+        try:
+            self._writer.stage(self._collected, self.step, giving_back=True, calls=self._calls)
+            self._writer.publish()
+        except BaseException as error:  # there is room for it: something has interrupted it
+            self._unfinished(error)
+            raise
+        self._collected, self._calls, self._bytes = [], set(), 0
+
+    def _unfinished(self, error: BaseException) -> None:
+        self.closed = f"a transaction was not finished ({type(error).__name__}: {error}); reopen the ledger"
+
+    def _collect(self, records: list[codec.Encoded], events: list[Event]) -> None:
+        """Reserve room for these records behind those that are collected; what outgrows a transaction is published."""
+        size = sum([record_bytes(len(record[3]) + len(record[4])) for record in records])
+        if self._bytes + size > self._writer.max_transaction_bytes:
+            self._publish()
+        try:
+            self._writer.reserve(self._bytes + size)
+        except TransactionTooLarge as error:
+            raise CallTooLarge(str(error)) from error
+        except SharedMemoryFull:
+            if not all(type(event) in _GIVING_BACK for event in events):
+                raise
+            self._writer.reserve(self._bytes + size, giving_back=True)
+        if self._collected:
+            self._calls.add(len(self._collected))
+        self._collected += records
+        self._bytes += size
 
     def _stage(self, records: list[codec.Encoded], events: list[Event]) -> None:
         try:

@@ -26,8 +26,9 @@ class WholeCache(Ledger):
         self._paused = False
         self._weights = self.config.weights
 
-    def _until(self, done: Callable[[], bool], timeout: float) -> bool:
+    def _until(self, call: str, done: Callable[[], bool], timeout: float) -> bool:
         """Fold until ``done()``, or so many seconds have passed. Returns whether it is done."""
+        self.expect_published(call)
 
         def folded() -> bool:
             self.fold()
@@ -47,7 +48,7 @@ class WholeCache(Ledger):
         expect_bool("force", force)
         expect_seconds("wait", wait)
         if wait:
-            self._until(lambda: not (self._state.requests or self._state.transfers), wait)
+            self._until("clear(wait=...)", lambda: not (self._state.requests or self._state.transfers), wait)
         self._execute(commands.Clear(force))
         with contextlib.suppress(SharedMemoryFull):  # what stays matches nothing, and goes when its blocks are wanted
             for tier in (Tier.HOST, Tier.DEVICE):
@@ -64,9 +65,10 @@ class WholeCache(Ledger):
         """
         expect_seconds("timeout", timeout)
         self._expect_owner()
+        self.expect_published("pause()")
         self._paused = True
         limit = 2 * self.config.transfer_timeout_s if timeout is None else timeout
-        if not self._until(self._at_rest, limit):
+        if not self._until("pause()", self._at_rest, limit):
             raise TimeoutError(f"transfers {[*self._state.transfers]}, pushes or receives are still in flight")
 
     def resume(self, *, weights: str | None = None, force: bool = False) -> None:

@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import os
 import random
+import secrets
 import signal
 import sys
 import time
@@ -47,6 +48,7 @@ from statemachine.events import (
 from statemachine.records.replay import Replay, event_of
 from statemachine.records.snapshot import snapshot, state_digest
 from tests.campaigns.dying import Moment, arm
+from tests.waiting import PATIENCE_S
 from workers.pools.memory import pool_names
 
 BLOCK = 4
@@ -163,7 +165,7 @@ class Workload:
         seeds, table = self.seeds(key), self.manager.block_table(key)
         if len(table) < len(seeds):
             self.manager.allocate({key: len(seeds) - len(table)})
-            self.manager.wait(key, 60)
+            self.manager.wait(key, PATIENCE_S)
             table = self.manager.block_table(key)
         valid = self.manager.cached_blocks(key)
         self.engine.write(table[valid : len(seeds)], seeds[valid : len(table)])
@@ -362,7 +364,7 @@ class Campaign:
                 if time.monotonic() > when:
                     stops.remove((when, worker))
                     self.send(worker, signal.SIGCONT)
-            if time.monotonic() - begun > 120:
+            if time.monotonic() - begun > PATIENCE_S:
                 raise Failed(f"an engine process hangs ({plan})")
             self.reap()
             time.sleep(0.001)
@@ -484,9 +486,11 @@ class Campaign:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill engines and workers, and see that nothing is lost.")
     parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="default: drawn, and printed")
     arguments = parser.parse_args()
-    campaign = Campaign(arguments.kills, arguments.seed)
+    seed = arguments.seed if arguments.seed is not None else secrets.randbelow(10**9)
+    print(f"seed {seed}; again: make chaos SEED={seed} KILLS={arguments.kills}", flush=True)
+    campaign = Campaign(arguments.kills, seed)
     begun = time.monotonic()
     try:
         campaign.run()

@@ -23,6 +23,7 @@ from ipc import memory
 from ipc.names import SHM, remove_objects
 from kvledger.doctor import Finding, Status, limits, optional, processes, shared_memory
 from kvledger.doctor.installation import checksums
+from kvledger.doctor.ledgers import ledgers
 from kvledger.doctor.trial import trial
 from tests.doctor.test_segments import DEAD
 from tests.ipc.test_limits import in_small_shm
@@ -399,20 +400,35 @@ def test_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     expect(processes.cores(), Status.NOTE, "1.5 cores (cpu.max of the container)")
 
 
-def test_ledgers_left_behind(ledger: str) -> None:
+def only(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at these ledgers alone: others of this machine would be named first, or come and go meanwhile."""
+    monkeypatch.setattr(processes, "ledgers", lambda: [each for each in ledgers() if each.name.startswith(prefix)])
+
+
+def test_ledgers_left_behind(ledger: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(ledger, monkeypatch)
+    assert processes.left_behind().status == Status.OK
     subprocess.run([sys.executable, "-c", DEAD, ledger], timeout=PATIENCE_S)
     finding = processes.left_behind()
     expect(finding, Status.NOTE, "dead (", ledger)
     assert "kvledger segments --remove-dead" in finding.advice
     remove_objects(ledger)
-    assert ledger not in processes.left_behind().found
+    assert processes.left_behind().status == Status.OK
+    for number in range(4):
+        subprocess.run([sys.executable, "-c", DEAD, f"{ledger}-{number}"], timeout=PATIENCE_S)
+    try:
+        expect(processes.left_behind(), Status.NOTE, "4 dead (", f"{ledger}-0, {ledger}-1, {ledger}-2 and 1 more")
+    finally:
+        for number in range(4):
+            remove_objects(f"{ledger}-{number}")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="takes two users")
-def test_ledgers_of_other_users(ledger: str) -> None:
+def test_ledgers_of_other_users(ledger: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(ledger, monkeypatch)
     subprocess.run([sys.executable, "-c", DEAD, ledger], timeout=PATIENCE_S)
     for name in os.listdir(SHM):
-        if name.startswith(ledger):
+        if name.startswith(f"{ledger}."):
             os.chown(SHM / name, 65534, 65534)
     expect(processes.left_behind(), Status.NOTE, "of other users (", ledger)
 

@@ -15,6 +15,7 @@ import pytest
 from ipc import LogWriter, snapshots
 from ipc.names import SHM, objects_of, remove_objects
 from ipc.processes import alive
+from kvledger.doctor import ledgers as module
 from kvledger.doctor.ledgers import Ledger, ledgers
 from tests.manager.test_recovery import THREE_SERVED, Engine
 from tests.run.test_run import kvledger
@@ -109,6 +110,21 @@ def test_pieces_without_a_control_segment(name: str) -> None:
     assert set(entry.objects) == {f"{name}.1.0", f"{name}.snapshot.1"}
     assert remove_dead(name)
     assert stranger.exists() and not (SHM / f"{name}.1.0").exists() and not snapshots.sequences(name)
+
+
+def test_what_somebody_removes_meanwhile_is_not_listed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run([sys.executable, "-c", DEAD, name], timeout=PATIENCE_S)
+    os.unlink(SHM / f"{name}.control")
+    pieces = module._pieces
+
+    def vanishing(known: dict[str, Ledger]) -> Iterator[tuple[str, list[str]]]:
+        for ledger, objects in pieces(known):
+            if ledger == name:
+                remove_objects(name)
+                yield ledger, objects
+
+    monkeypatch.setattr(module, "_pieces", vanishing)
+    assert name not in {ledger.name for ledger in ledgers()}
 
 
 def test_pieces_of_a_living_writer_stay(name: str) -> None:

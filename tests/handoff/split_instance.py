@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from kvledger.handoff.sender import Sender
 from kvledger.run.pattern import PatternEngine, Seeds, chain
 from statemachine.check import check
 from statemachine.content import words_of
+from tests.waiting import wait_until
 from workers.handoff.pushes import Address
 
 LAYERS = 4
@@ -66,9 +66,7 @@ class Prefill:
 
     def _finish(self, key: str, table: np.ndarray, seeds: Seeds) -> str:
         self._compute(range(LAYERS // 2, LAYERS), table, seeds)
-        while not (ended := self.sender.poll()):
-            time.sleep(0.001)
-        (done,) = ended
+        (done,) = wait_until("the push ends", self.sender.poll)
         assert done.key == key
         self.manager.release(key)
         assert not check(self.manager.state)
@@ -86,17 +84,14 @@ class Decode:
 
     def do(self, what: str, *more: Any) -> Any:
         if what == "free blocks when quiet":
-            while self.receiver.busy():
-                self.receiver.fold()
+            wait_until("nothing is on its way", lambda: not self.receiver.busy(), meanwhile=self.receiver.fold)
             assert not check(self.manager.state)
             return len(self.manager.state.device.pool.free)
         key, number = more
         if what == "reserve":
             self.manager.match(key, prompt(number))
             return self.receiver.reserve(key, 6, peer=self.peer).text()
-        while not (ended := self.receiver.poll()):
-            time.sleep(0.001)
-        (received,) = ended
+        (received,) = wait_until("something arrives", self.receiver.poll)
         assert received.key == key
         if received.outcome.name == "DONE":
             seeds = chain(words_of(prompt(number)), 4 * CONFIG.block_size, b"")

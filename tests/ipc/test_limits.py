@@ -135,11 +135,12 @@ while number < 20_000:
         manager.cache(f"{number}")
         manager.release(f"{number}")
         number += 1
+        refused = 0
     except SharedMemoryFull:
         for key in list(manager.state.keys):
             manager.release(key)
         refused += 1
-        assert refused < 3000, "it does not go on"
+        assert refused < 50_000, "it does not go on"
         time.sleep(0.01)
 assert segments_of("full")[0][1] > 0
 assert replays(manager)
@@ -157,7 +158,7 @@ from kvledger import CacheConfig, CacheManager, HostPolicy
 from workers import WorkerFailed
 import tempfile, subprocess, numpy as np
 config = CacheConfig(device_blocks=64, host_blocks=64, host_policy=HostPolicy.EXCLUSIVE, ranks=1, segment_bytes=1 << 20)
-name = f"limit-{os.getpid()}"
+name = f"limit-{os.getppid()}"
 _, most = resource.getrlimit(limit)
 seen = set()
 for value in map(int, sys.argv[2:]):
@@ -189,4 +190,4 @@ def test_limits_of_the_process(limit: str, values: list[int], expected: set[str]
     assert done.returncode == 0, done.stderr
     seen = set(done.stdout.split())
     assert "created" in seen and expected <= seen, seen
-    assert not [entry for entry in os.listdir("/dev/shm") if entry.startswith("limit-")]
+    assert not [entry for entry in os.listdir("/dev/shm") if entry.startswith(f"limit-{os.getpid()}.")]

@@ -25,7 +25,7 @@ END = "<!-- end of the generated part -->\n"
 _LONGEST_S = 900
 _ISOLATED = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh")
 """A ``/dev/shm`` of its own, so that what a broken program leaves there is gone with it."""
-IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "node_modules")
+IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "node_modules", "build")
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - |$)", re.MULTILINE)
 
 
@@ -51,7 +51,7 @@ def isolation() -> Sequence[str]:
 
 def run_tests(tree: Path, tests: Sequence[str], profile: str, before: Sequence[str]) -> tuple[int | None, str]:
     """Exit status of pytest (``None``: it did not end) and what it said."""
-    options = ["-x", "-rfE", "--tb=no", "--timeout=150", "-p", "no:cacheprovider"]
+    options = ["-x", "-rfE", "--tb=no", "--timeout=600", "-p", "no:cacheprovider"]
     environment = {
         **os.environ,
         "PYTHONPATH": str(tree),

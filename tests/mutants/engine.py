@@ -237,10 +237,31 @@ MUTANTS: list[Mutant] = [
     mutant(
         "a manager goes on after an event that could not be applied",
         "kvledger/manager/transactions.py",
-        "            self.closed = ",
-        "            _ = ",
+        '        self.closed = f"',
+        '        _ = f"',
         "tests/manager/test_manager.py::test_an_event_that_cannot_be_applied_is_never_published",
         f"{INTERRUPTED}::test_calls_interrupted_at_any_moment",
+    ),
+    mutant(
+        "the calls of a step are published one by one",
+        "kvledger/manager/execution.py",
+        "        self._transactions.begin()\n",
+        "        pass\n",
+        "tests/manager/test_step.py::test_a_step_in_which_the_engine_dies_has_not_begun",
+    ),
+    mutant(
+        "a step whose last call failed half-way is published",
+        "kvledger/manager/transactions.py",
+        "        if not self._collected or self.closed:\n",
+        "        if not self._collected:\n",
+        "tests/manager/test_step.py::test_a_step_with_an_event_that_cannot_be_applied_is_never_published",
+    ),
+    mutant(
+        "a step is taken for one call",
+        "ipc/writer.py",
+        "            flags = CALL_BEGIN if calls and len(commits) in calls else 0\n",
+        "            flags = 0\n",
+        "tests/manager/test_step.py::test_the_debugger_sees_the_calls_of_a_step_one_by_one",
     ),
     mutant(
         "what a pause has seen is never reported",

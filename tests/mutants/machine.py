@@ -343,6 +343,13 @@ MUTANTS = [
             "tests/manager/test_engine_api.py::test_what_is_cached_ahead_matches_but_is_not_copied_out_before_it_is_computed",
         ),
     ),
+    mutant(
+        "a run of which a part is computed counts as computed",
+        "statemachine/apply/requests.py",
+        "        if node.end <= event.blocks:\n",
+        "        if node.start < event.blocks:\n",
+        ONE_TIER,
+    ),
     # epochs
     mutant(
         "untrusted blocks are kept",

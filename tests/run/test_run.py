@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ipc import KvlogReader, SharedMemoryFull
+from ipc import KvlogReader, LedgerError, LogReader, SharedMemoryFull
 from kvledger import is_compiled
 from kvledger.cli import app
 from kvledger.manager.manager import CacheManager
@@ -27,7 +26,7 @@ from kvledger.run.traces import TraceError
 from statemachine.events import HostPolicy, IntArray
 from statemachine.records.replay import replay
 from statemachine.records.snapshot import state_digest
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 from workers import Pools
 from workers.pools import numpy as numpy_pools
 
@@ -296,10 +295,18 @@ def test_interrupted_it_stops_cleanly(number: signal.Signals) -> None:
         f"i{os.getpid()}",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while not list(Path("/dev/shm").glob(f"i{os.getpid()}.rank1.*.signals")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    time.sleep(1)
+
+    def serves() -> bool:
+        try:
+            reader = LogReader(f"i{os.getpid()}")
+        except LedgerError:
+            return False
+        count = len(reader.poll())
+        reader.close()
+        return count > 500
+
+    wait_until("the run serves requests, or has ended", lambda: serves() or process.poll() is not None)
+    assert process.poll() is None, "it was to be interrupted"
     process.send_signal(number)
     out, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130

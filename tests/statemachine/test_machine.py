@@ -595,6 +595,7 @@ class WriteThroughMachine(Machine):
         self.open(device, host, staging, HostPolicy.WRITE_THROUGH, backup_after)
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("machine", [OneTierMachine, ExclusiveMachine, WriteThroughMachine])
 def test_machine(machine: type[Machine]) -> None:
     case = machine.TestCase

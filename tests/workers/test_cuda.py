@@ -24,7 +24,7 @@ from kvledger import CacheConfig, CacheManager, HostPolicy
 from kvledger.run.pattern import PatternEngine, chain
 from statemachine.content import words_of
 from tests.manager.test_manager import replays, serve
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 from workers import KVTensor, WorkerFailed
 from workers.pools.backends import create_pools, ids_of, open_copies, open_pools, reopen_pools
 from workers.pools.cuda_copies import Side, plan
@@ -239,8 +239,7 @@ def test_a_swap_in_overtakes_a_swap_out_that_has_nothing_to_do_with_it(standin: 
         engine = PatternEngine(manager.pools)
         for name in range(3):
             serve(manager, engine, str(name), prompt(name, 7))
-        while manager.state.transfers:
-            manager.poll()
+        wait_until("nothing is in flight", lambda: not manager.state.transfers, meanwhile=manager.poll)
         standin.hold(0)
         serve(manager, engine, "x", prompt(7, 4))  # its back-up stands still
         assert manager.state.transfers
@@ -274,11 +273,13 @@ def test_a_worker_whose_context_is_lost_begins_again(standin: Standin) -> None:
         serve(manager, engine, "a", prompt(0, 15))
         standin.fail("fatal 700")
         manager.admit("b", prompt(1, 15))
-        while manager.state.workers[0] == 1:
+
+        def poll() -> None:
             manager.poll()
             if manager.state.transfers and len(standin.calls("cuInit")) > 3:
                 standin.fail()
-            time.sleep(0.005)
+
+        wait_until("the worker is replaced", lambda: manager.state.workers[0] > 1, meanwhile=poll)
         standin.fail()
         assert not manager.wait("b").shortened
         manager.release("b")

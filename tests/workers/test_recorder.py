@@ -18,7 +18,7 @@ from kvledger import CacheManager
 from kvledger.recordings.recording import Recording
 from statemachine.records.replay import Replay
 from statemachine.records.snapshot import restore, state_digest
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 from tests.workers.test_auditor import SMALL, config, drain, serve
 from workers.followers.auditor import Auditor
 from workers.followers.recorder import Recorder
@@ -106,8 +106,7 @@ def test_a_late_recorder_begins_at_the_oldest_snapshot(manager: CacheManager, tm
     serve(manager, 1400, 200)
     manager._writer._helper.submit(int).result()
     record_all(recorder)
-    while not recorder.skipped:
-        recorder.step()
+    wait_until("the recorder notes what it has missed", lambda: recorder.skipped, meanwhile=recorder.step)
     record_all(recorder)
     recorder.close()
     one.close()
@@ -157,15 +156,21 @@ def test_however_it_ends_the_file_ends_with_a_whole_transaction(
     path = tmp_path / "x.kvlog"
     process = start(manager.name, path)
     served = 0
-    deadline = time.monotonic() + 60
-    while not (path.exists() and path.stat().st_size > 2000) and time.monotonic() < deadline:
+
+    def serve_more() -> None:
+        nonlocal served
         serve(manager, served, 20)
         served += 20
-        time.sleep(0.01)
+
+    wait_until(
+        "something is recorded",
+        lambda: path.exists() and path.stat().st_size > 2000,
+        meanwhile=serve_more,
+        pause_s=0.02,
+    )
     if end is None:
         last = manager.next_sequence
-        while read(path, cut_off=True)[2] < last and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until("all is recorded", lambda: read(path, cut_off=True)[2] == last, pause_s=0.05)
         manager.close()
     else:
         process.send_signal(end)

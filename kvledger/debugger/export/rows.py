@@ -61,7 +61,7 @@ def _columns() -> list[Column]:
 
 
 COLUMNS: list[Column] = _columns()
-"""All columns. ``transaction`` is the sequence of the first event of the transaction, ``kind`` the event's name."""
+"""All columns. ``transaction`` is the sequence of the first event of the same call, ``kind`` the event's name."""
 
 
 def row(entry: Entry, transaction: int, *, words: bool) -> dict[str, Any]:
