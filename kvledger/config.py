@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from kvledger.models import ModelError, shape_of, size
 from statemachine.events import HostPolicy, LedgerOpened
 from statemachine.state.state import MOST_BLOCKS
 from workers.pools.layout import BACKENDS, KVTensor, PoolLayout
@@ -136,6 +139,54 @@ class CacheConfig:
         if self.block_bytes not in (size, CacheConfig.block_bytes):
             raise ConfigError(f"block_bytes {self.block_bytes} contradicts tensors, which have {size}: leave it out")
         object.__setattr__(self, "block_bytes", size)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: str | Path | Mapping[str, Any],
+        *,
+        memory: int,
+        host_memory: int = 0,
+        block_size: int = 16,
+        ranks: int = 1,
+        dtype: str | None = None,
+        **settings: Any,
+    ) -> CacheConfig:
+        """The configuration for a model: layers, tensors and numbers of blocks from its ``config.json``.
+
+        Args:
+            model: a local ``config.json``, the folder it lies in, or what is in it. Nothing is downloaded.
+            memory: bytes of device memory of one rank that the cache may take.
+            host_memory: bytes of host memory of one rank for the host tier, staging blocks included.
+            ranks: tensor-parallel ranks.
+            dtype: element type of the cache; default: the model's own.
+            settings: any others of this class; ``host_policy`` is exclusive where there is host memory.
+
+        Raises:
+            ConfigError: the model is not known, has layers of several kinds, or does not fit; it says what to do.
+        """
+        try:
+            shape = shape_of(model, block_size=block_size, ranks=ranks, dtype=dtype)
+            sizing = size(shape, block_size=block_size, memory=memory, host_memory=host_memory)
+        except ModelError as error:
+            raise ConfigError(str(error)) from error
+        if len(shape.layers) > 1 or shape.layers[0].kind != "full":
+            kinds = ", ".join(f"{layers.number} {layers.kind}" for layers in shape.layers)
+            raise ConfigError(
+                f"{shape.model_type!r} has layers of several kinds ({kinds}); one block table covers them all only if "
+                "each keeps every token: give the configuration by hand if the engine does that (docs/pools.md)"
+            )
+        if sizing.host_blocks:
+            settings = {"host_policy": HostPolicy.EXCLUSIVE, **settings}
+        return cls(
+            block_size=block_size,
+            device_blocks=sizing.device_blocks,
+            host_blocks=sizing.host_blocks,
+            ranks=ranks,
+            layers=shape.layers[0].number,
+            tensors=shape.layers[0].tensors,
+            **settings,
+        )
 
     @classmethod
     def of(cls, opened: LedgerOpened, segment_bytes: int) -> CacheConfig:

@@ -42,6 +42,7 @@ try:
     from kvledger.cli.segments import segments
     from kvledger.cli.show import show
     from kvledger.cli.simulate import simulate
+    from kvledger.cli.size import size_command
     from kvledger.cli.spans import spans
     from kvledger.cli.top import top
     from kvledger.cli.view import view
@@ -51,6 +52,7 @@ except ImportError as error:  # the installation is not whole: there is the doct
 else:
     app.command()(run)
     app.command()(segments)
+    app.command("size")(size_command)
     app.command()(simulate)
     app.command()(audit)
     app.command()(record)
