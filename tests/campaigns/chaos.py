@@ -48,7 +48,7 @@ from statemachine.events import (
 from statemachine.records.replay import Replay, event_of
 from statemachine.records.snapshot import snapshot, state_digest
 from tests.campaigns.dying import Moment, arm
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 from workers.pools.memory import pool_names
 
 BLOCK = 4
@@ -455,9 +455,7 @@ class Campaign:
                 self.reap()
                 manager = CacheManager.open(name)
                 self.follow(name)
-                while manager.state.transfers:
-                    manager.poll()
-                    time.sleep(0.001)
+                wait_until("nothing is in flight", lambda: not manager.state.transfers, meanwhile=manager.poll)
                 self.follow(name)
                 if state_digest(self.replay.state) != manager.digest():
                     raise Failed("the followed state and the engine's differ")

@@ -23,7 +23,6 @@ from tests.waiting import PATIENCE_S
 _CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 _DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (_CHROMIUM and _DRIVER), reason="needs Chromium and chromedriver")
-_DEADLINE_S = 60
 ROOT = Path(__file__).parents[2]
 
 
@@ -51,7 +50,7 @@ class Browser:
     def until(self, condition: str) -> None:
         from selenium.webdriver.support.ui import WebDriverWait
 
-        WebDriverWait(self.driver, _DEADLINE_S, 0.02).until(lambda driver: self.js(condition), condition)
+        WebDriverWait(self.driver, PATIENCE_S, 0.02).until(lambda driver: self.js(condition), condition)
 
     def at(self, number: int) -> None:
         """Wait until the page shows that event."""
