@@ -285,8 +285,9 @@ os.kill(os.getpid(), 9)
 """
 
 
-def test_a_lock_that_a_dying_writer_left_to_a_child_is_waited_for(name: str) -> None:
+def test_a_lock_that_a_dying_writer_left_to_a_child_is_waited_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by the campaign: between fork and exec the child of a dead writer still holds its lock."""
+    monkeypatch.setattr("ipc.control._TEARDOWN_S", PATIENCE_S)
     subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_STARTS_A_PROCESS, name], timeout=PATIENCE_S)
     control = Control.open(name)
     assert not control.writer_alive()
