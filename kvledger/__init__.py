@@ -1,4 +1,20 @@
-"""kvledger: the KV-block manager of an LLM serving engine as an event-sourced state machine with shared-memory IPC."""
+"""kvledger: the KV-block manager of an LLM serving engine as an event-sourced state machine with shared-memory IPC.
+
+What an engine needs is listed here; everything else has a room of its own:
+
+::
+
+    cli                  what is typed            adapters    managers of other engines, as views of a ledger
+    doctor testing view
+    debugger run         what happened, and a proof that it works
+    recordings telemetry
+    handoff              prefill and decode
+    manager              the life of a request, and of the ledger
+    config errors
+
+Each room uses those below it, and ``workers``, ``ipc`` and ``statemachine``, which know nothing of kvledger.
+``lint-imports`` holds that. The rooms in one picture: ``docs/architecture.md``. Words: ``docs/glossary.md``.
+"""
 
 from types import FunctionType
 from typing import TYPE_CHECKING, Any

@@ -1,1 +1,4 @@
-"""Block managers of other engines, as views of a ledger."""
+"""Block managers of other engines, as views of a ledger. Nobody in kvledger imports an adapter.
+
+Words: ``docs/glossary.md``.
+"""

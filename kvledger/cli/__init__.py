@@ -1,4 +1,12 @@
-"""The command line: one module per command or small family of commands, all registered here."""
+"""The command line: one module per command or small family of commands, all registered here.
+
+Rules:
+
+* A command parses, calls one thing in the package behind it, and prints. Nothing is decided here.
+* Errors are one line that says what to do; exit codes mean the same everywhere (:mod:`.exits`).
+
+Words: ``docs/glossary.md``.
+"""
 
 import sys
 from importlib import metadata

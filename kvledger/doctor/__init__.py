@@ -1,6 +1,13 @@
 """Whether kvledger can work on this machine, in this container, for this user: what ``kvledger doctor`` runs.
 
 Only what really fails in practice, and what kvledger itself would say later or never.
+
+Rules:
+
+* A check removes what it made before it answers, and a finding says what to do.
+* The checks of the installation import nothing that could be missing: they run where kvledger cannot be imported.
+
+Words: ``docs/glossary.md``.
 """
 
 from __future__ import annotations

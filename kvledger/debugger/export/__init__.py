@@ -1,1 +1,1 @@
-"""A log in the formats of other tools."""
+"""A log in the formats of other tools. Words: ``docs/glossary.md``."""

@@ -1,1 +1,1 @@
-"""Where a log comes from, and how places, blocks and requests in it are named."""
+"""Where a log comes from, and how places, blocks and requests in it are named. Words: ``docs/glossary.md``."""

@@ -1,1 +1,1 @@
-"""The same traffic under other sizes and policies."""
+"""The same traffic under other sizes and policies. Words: ``docs/glossary.md``."""
