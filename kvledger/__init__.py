@@ -10,7 +10,7 @@ What an engine needs is listed here; everything else has a room of its own:
     recordings telemetry
     handoff              prefill and decode
     manager              the life of a request, and of the ledger
-    config errors
+    config errors        models: what a model's config.json says about its KV cache
 
 Each room uses those below it, and ``workers``, ``ipc`` and ``statemachine``, which know nothing of kvledger.
 ``lint-imports`` holds that. The rooms in one picture: ``docs/architecture.md``. Words: ``docs/glossary.md``.

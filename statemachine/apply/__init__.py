@@ -2,6 +2,13 @@
 
 Every handler first validates the event against the state and raises :class:`InvariantViolation` naming event, block
 and owner; only then it changes anything. No policy lives here: what happens was decided when the event was written.
+
+Rules:
+
+* Validate, then change: an event that cannot be applied leaves the state as it was.
+* The same subjects as in ``decide``; :mod:`.tree` and :mod:`.blocks` are the writers that all of them use.
+
+Words: ``docs/glossary.md``.
 """
 
 from __future__ import annotations

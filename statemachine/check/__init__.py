@@ -2,6 +2,13 @@
 
 Every statement (:mod:`statemachine.check.statements`) is put to every run, request and transfer; what is said of the
 whole is summed up anew from them.
+
+Rules:
+
+* Nothing of ``apply`` is imported: what must hold is said anew, from runs, requests, transfers and places.
+* The incremental check puts the same statements to what an event has touched, and keeps the sums.
+
+Words: ``docs/glossary.md``.
 """
 
 from __future__ import annotations

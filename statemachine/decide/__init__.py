@@ -1,6 +1,20 @@
 """``decide(state, command)``: which events a command comes to. Reads the state, never writes it; all policy is here.
 
 The events of one command are one transaction. An impossible or invalid command raises a typed error.
+
+Rules:
+
+* What is decided is written into the events as ids; applying them asks nothing again.
+* A subject has a file, and a table of its commands; this is the one table of all of them.
+* Planning reads the state. Only the first transaction of an epoch (:mod:`.ledger`) is planned on a copy that it applies
+  its events to.
+
+::
+
+    requests · cache · transfers · pools · ledger ─► hits, eviction, capacity, lookup ─► state
+    derive: from the events of a log back to the commands
+
+Words: ``docs/glossary.md``.
 """
 
 from __future__ import annotations

@@ -272,5 +272,3 @@ DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     DigestTaken: lambda _, event, __: TakeDigest(event.sequence, event.scope == DigestScope.STATE),
 }
 """The event that names a transaction → what derives the command."""
-
-__all__ = ["NoCommand", "commands_of", "path_words", "redecide"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from statemachine.events import KIND_OF, KINDS, Event
+from statemachine.events import KINDS, Event
 from statemachine.records.fields import FIELDS, fields_of
 
 ARGS_BYTES = 24
@@ -150,5 +150,3 @@ def _describe() -> str:
 
 SCHEMA_HASH: int = xxhash.xxh3_64_intdigest(_describe().encode())
 """Hash of the whole event table: two programs that agree on it read each other's logs."""
-
-__all__ = ["ARGS_BYTES", "KIND_OF", "SCHEMA_HASH", "CodecError", "decode", "encode"]

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import xxhash
 
 from statemachine.check import check
-from statemachine.events import Direction, HostPolicy, IntArray, LedgerOpened
+from statemachine.events import KIND_OF, Direction, HostPolicy, IntArray, LedgerOpened
 from statemachine.records import codec
 from statemachine.state.nodes import NO_CHILDREN, Copy, Node, Part, Request, Transfer
 from statemachine.state.order import Order
@@ -247,7 +247,7 @@ class _Reader:
         """Rebuild everything."""
         if self._take(len(MAGIC)) != MAGIC:
             raise ValueError("wrong magic")
-        opened = codec.decode(codec.KIND_OF[LedgerOpened], 0, self._blob(), self._blob())
+        opened = codec.decode(KIND_OF[LedgerOpened], 0, self._blob(), self._blob())
         assert isinstance(opened, LedgerOpened)
         wrong = impossible(opened)
         if wrong:

@@ -512,13 +512,3 @@ class _HashStory(_Story):
 
 def _blocks(values: Iterable[int]) -> str:
     return count(len(list(values)), "block")
-
-
-__all__ = [
-    "Explanation",
-    "Fact",
-    "explain_block",
-    "explain_hash",
-    "explain_request",
-    "explain_transfer",
-]

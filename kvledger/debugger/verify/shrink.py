@@ -244,6 +244,3 @@ def _least(length: int, fails: Callable[[int], bool]) -> int:
         else:
             cut //= 2
     return length
-
-
-__all__ = ["Failure", "Shrunk", "Step", "commands_in", "run", "shrink"]
