@@ -146,7 +146,7 @@ def test_what_times_out_while_a_rank_has_no_worker_is_not_quarantined_for_ever(
         os.kill(manager._ranks.supervisor.pid(1), signal.SIGKILL)
         workers, restarts = manager._ranks.supervisor._workers, manager._ranks._restarts
         wait_until("its death is noticed", lambda: workers.get(1) is None, meanwhile=manager.poll)
-        assert restarts[1] > time.monotonic() + 60, "no successor comes before this test says so"
+        assert restarts[1] > time.monotonic(), "no successor comes before this test says so"
         manager.admit("b", np.arange(64, dtype=np.int32) + 500)  # swaps "a" out
         wait_until(
             "the copy has timed out",
