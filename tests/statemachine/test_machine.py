@@ -271,8 +271,14 @@ class Machine(RuleBasedStateMachine):
             assert count * len(keys) > len(self.oracle.free) + len(self.oracle.final) + len(self.oracle.lru)
 
     @precondition(live)
-    @rule(number=KEYS, blocks=st.integers(1, 9), generated=st.lists(st.integers(1, 2), max_size=2))
-    def cache(self, number: int, blocks: int, generated: list[int]) -> None:
+    @rule(
+        number=KEYS,
+        blocks=st.integers(1, 9),
+        generated=st.lists(st.integers(1, 2), max_size=2),
+        ahead=st.sampled_from([1, 1, 2, 3]),
+    )
+    def cache(self, number: int, blocks: int, generated: list[int], ahead: int = 1) -> None:
+        """Publish blocks; a request that caches ahead has not computed the last ones (``ahead``) yet."""
         key = self.pick(number)
         request = self.state.requests[self.state.keys[key]]
         root, content = self.content[key]
@@ -281,7 +287,7 @@ class Machine(RuleBasedStateMachine):
         start = request.leaf.end
         if blocks < start or request.waits:
             return  # an engine does not write what it may not write yet
-        computed = None if request.computed == ALL else max(request.computed, blocks - 1)
+        computed = None if request.computed == ALL else max(request.computed, blocks - ahead)
         for position in range(start, blocks if computed is None else min(blocks, computed)):
             self.memory.write(request.table[position], (root, *content[: position + 1]))
         if isinstance(self.do(Cache(key, blocks, words(generated).tobytes(), computed)), list):
