@@ -348,6 +348,7 @@ MUTANTS = [
         "statemachine/apply/requests.py",
         "        if node.end <= event.blocks:\n",
         "        if node.start < event.blocks:\n",
+        "tests/statemachine/test_machine.py::test_a_run_that_is_computed_in_part_is_not_computed",
         ONE_TIER,
     ),
     # epochs

@@ -622,6 +622,18 @@ def test_what_was_cached_ahead_is_written_before_a_later_call_says_so() -> None:
     machine.blocks_hold_their_tokens()
 
 
+def test_a_run_that_is_computed_in_part_is_not_computed() -> None:
+    machine = OneTierMachine()
+    machine.start(device=8)
+    machine.admit(prompt=[1, 1, 2, 2], namespace=b"", extra=0, limit=0)
+    machine.mark_computed(number=0, blocks=0)
+    machine.cache(number=0, blocks=3, generated=[], ahead=3)
+    for blocks in (1, 2, 3):  # what the engine has not written may nobody take for written
+        machine.mark_computed(number=0, blocks=blocks)
+        machine.blocks_hold_their_tokens()
+        assert machine.state.requests[1].leaf.ahead == (blocks < 3)
+
+
 def test_a_restored_state_clears_like_the_original() -> None:
     """Found by a campaign: cleared trees were kept in the order in which their namespaces had appeared."""
     state = genesis(LedgerOpened(1, 4, 0, 0, HostPolicy.OFF, 1, "", ""))
