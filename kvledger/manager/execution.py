@@ -23,6 +23,7 @@ from kvledger.manager.arguments import whole
 from kvledger.manager.handoffs import Handoff
 from kvledger.manager.lifecycle import Beginning
 from kvledger.manager.notices import notice
+from kvledger.manager.prompts import Told
 from kvledger.manager.ranks import BlockTable, Progress, Ranks, table_of
 from kvledger.manager.retention import Retention
 from kvledger.manager.transactions import Transactions
@@ -79,8 +80,8 @@ class Ledger:
         self._ranks: Ranks | None = None
         self._handoffs: list[Handoff] = []
         """Sender and receiver of a split instance."""
-        self._tails: dict[str, bytes] = {}
-        """By live request: the words after its last full block."""
+        self._told: dict[str, Told] = {}
+        """By live request: what its engine has told, beside the state."""
         self._evict_step = writer.max_transaction_bytes // _EVICTED_BYTES // 2
         self._transactions = Transactions(writer, state)
         self._step = Step(self._transactions, self._expect_owner)
@@ -218,7 +219,7 @@ class Ledger:
             self._execute(command)
         if self._ranks is not None:
             self._ranks.told(request)
-        self._tails.pop(key, None)  # none, if a signal handler has interrupted its admission
+        self._told.pop(key, None)  # none, if a signal handler has interrupted its admission
 
     def _cover(self, request: Request) -> None:
         """What a request cached ahead counts as computed when it ends, and may be backed up."""

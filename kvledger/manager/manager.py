@@ -18,9 +18,9 @@ from kvledger.config import CacheConfig
 from kvledger.errors import Paused
 from kvledger.manager import lifecycle
 from kvledger.manager.arguments import block_ids, expect_namespace, expect_seconds, whole
-from kvledger.manager.prompts import full_blocks, prompt_of
+from kvledger.manager.prompts import Told, full_blocks, prompt_of
 from kvledger.manager.ranks import BlockTable, Progress, table_of
-from kvledger.manager.upkeep import WholeCache
+from kvledger.manager.tokens import TokenCalls
 from kvledger.manager.wait import loop, loop_async
 from statemachine import commands
 from statemachine.content import Item, Tokens, versioned, words_of
@@ -41,6 +41,8 @@ class Admission(NamedTuple):
     """Blocks after those that are being swapped in."""
     ready: bool
     """False: nothing may be written or attended before :meth:`CacheManager.poll` reports the request."""
+    cached_tokens: int
+    """Leading tokens that need not be computed."""
 
     @property
     def cached_blocks(self) -> int:
@@ -48,7 +50,7 @@ class Admission(NamedTuple):
         return self.device_blocks + self.host_blocks
 
 
-class CacheManager(WholeCache):
+class CacheManager(TokenCalls):
     """Decides which KV block holds which tokens, on which tier, for which request.
 
     ::
@@ -193,9 +195,10 @@ class CacheManager(WholeCache):
         """
         if self._paused:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
-        request = request_named(self._state, key)
+        told = self._told_of(key)
+        request = told.request
         self._expect_still(key)
-        known = len(request.words) + len(self._tail(key))
+        known = len(request.words) + len(self._tail(told))
         limit = request.leaf.end + max(known // 4 - 1, 0) // self.config.block_size
         if self._execute(commands.Extend(key, limit)) and self.config.backup_after > 1:
             self._back_up(key)
@@ -290,9 +293,10 @@ class CacheManager(WholeCache):
             InvalidCommand, UnknownRequest
         """
         self._expect_owner()
-        request = request_named(self._state, key)
+        told = self._told_of(key)
+        request = told.request
         size = self._state.block_bytes
-        words, tail = b"", self._tail(key)
+        words, tail = b"", self._tail(told)
         known = tail
         if generated is not None:
             words = tail + words_of(generated)
@@ -303,39 +307,35 @@ class CacheManager(WholeCache):
         else:
             count = whole("blocks", blocks)
         ready = None if computed is None else whole("computed", computed)
-        del self._tails[key]  # not known while it is not certain: what interrupts this call must not garble the next
+        told.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
         try:
             self._execute(commands.Cache(key, count, words, ready))
         except (CommandRejected, LedgerError):  # nothing has changed
-            self._tails[key] = known
+            told.tail = known
             raise
-        self._tails[key] = tail
+        told.tail = tail
         if self._state.policy == HostPolicy.WRITE_THROUGH:
             self._back_up(key)
-
-    def _tail(self, key: str) -> bytes:
-        tail = self._tails.get(key)
-        if tail is None:
-            why = "a call was interrupted; release it"
-            raise InvalidCommand(f"the last tokens of request {key!r} are not known: {why}")
-        return tail
 
     def trim(self, key: str, blocks: SupportsIndex) -> None:
         """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
         kept = whole("blocks", blocks)
         self._expect_still(key)
         self._execute(commands.Trim(key, kept))
+        self._lost(key, kept)
 
     def reassign(self, key: str, target: str, blocks: Sequence[int]) -> None:
         """Move private blocks of one request to the end of another's block table."""
         self._expect_still(key)
         self._execute(commands.Reassign(key, target, block_ids(blocks)))
+        self._lost(key, 0)
 
     def give_back(self, key: str, blocks: Sequence[int]) -> None:
         """Free private blocks of a request, wherever they stand behind its cached blocks."""
         request_named(self._state, key)
         self._expect_still(key)
         self._execute(commands.GiveBack(key, block_ids(blocks)))
+        self._lost(key, 0)
 
     def release(self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED, *, final: bool = False) -> None:
         """End a request. What it cached stays until it is evicted.
@@ -428,8 +428,9 @@ class CacheManager(WholeCache):
 
     def _admission(self, matched: Event, words: memoryview) -> Admission:
         assert isinstance(matched, RequestMatched)
-        self._tails[matched.key] = words[full_blocks(words, self._state.block_bytes) :].tobytes()
+        request = self._state.requests[matched.request]
+        cached = (matched.device_blocks + matched.host_blocks) * self.config.block_size
+        self._told[matched.key] = Told(request, words[full_blocks(words, self._state.block_bytes) :].tobytes(), cached)
         if self.config.backup_after > 1:
             self._back_up(matched.key)
-        request = self._state.requests[matched.request]
-        return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits)
+        return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits, cached)

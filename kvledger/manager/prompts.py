@@ -8,6 +8,7 @@ from typing import SupportsIndex
 from kvledger.config import CacheConfig
 from kvledger.manager.arguments import whole
 from statemachine.content import Item, Tokens, words_of
+from statemachine.state.nodes import Request
 
 
 def prompt_of(
@@ -26,3 +27,14 @@ def prompt_of(
 def full_blocks(words: memoryview | bytes, block_bytes: int) -> int:
     """Where the last full block ends, in bytes."""
     return len(words) - len(words) % block_bytes
+
+
+class Told:
+    """What a manager knows of a live request beside the state."""
+
+    def __init__(self, request: Request, tail: bytes | None, computed: int = 0) -> None:
+        self.request = request
+        self.tail = tail
+        """The words after those that the state has; ``None``: a call was interrupted, nobody can tell."""
+        self.computed = computed
+        """So many tokens were said to be computed; what counts is :func:`kvledger.manager.tokens.computed_tokens`."""

@@ -1,0 +1,302 @@
+"""The calls of an engine that counts tokens: tell content, get room, say what is computed.
+
+Three numbers of each request are the manager's own. *Known*: its content, as told by ``admit`` and ``append``.
+*Computed*: its leading tokens whose KV is written, as told by ``commit``; only their full blocks are published, and
+nothing else can ever match. *Room*: the slots of its block table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, SupportsIndex
+
+import numpy as np
+
+from ipc import LedgerError
+from kvledger.errors import Paused
+from kvledger.manager.arguments import whole
+from kvledger.manager.prompts import Told
+from kvledger.manager.ranks import BlockTable
+from kvledger.manager.upkeep import WholeCache
+from statemachine import commands
+from statemachine.content import InvalidTokens, Item, Tokens, words_of
+from statemachine.decide import request_named
+from statemachine.errors import CommandRejected, InvalidCommand, OutOfBlocks, RequestNotReady
+from statemachine.events import BlocksAllocated, HostPolicy
+from statemachine.state.nodes import Request
+
+
+class Growth(NamedTuple):
+    """What a batch of requests got. A request that is nowhere in it has room, and can be computed."""
+
+    new_blocks: dict[str, BlockTable]
+    """For the requests that got blocks: the ids to append to their block tables."""
+    not_ready: list[str]
+    """They have room, but some of it is still being copied: leave them out until ``poll`` reports them."""
+    refused: list[str]
+    """They got nothing, from the first that did not fit on: preempt others, or leave them out of this step."""
+    refusal: OutOfBlocks | None
+    """Why the first of them did not fit: whether waiting helps (``in_transfer``), or nothing ever will."""
+    gone: list[str]
+    """They were released, for example by another thread."""
+
+
+class TokenCalls(WholeCache):
+    """Growing requests by tokens. The requests themselves begin and end in :class:`CacheManager`."""
+
+    def known(self, request_id: str) -> int:
+        """How many tokens of a request were told."""
+        told = self._told_of(request_id)
+        return self._known(told, self._tail(told))
+
+    def computed(self, request_id: str) -> int:
+        """How many leading tokens of a request have their KV, by being cached or committed.
+
+        Fewer than before where a swap-in has failed.
+        """
+        return self._computed(self._told_of(request_id))
+
+    def room(self, request_id: str) -> int:
+        """How many tokens the block table of a request has slots for."""
+        return len(request_named(self._state, request_id).table) * self.config.block_size
+
+    def append(self, request_id: str, tokens: Tokens, *, items: Sequence[Item] = ()) -> None:
+        """Tell what follows the content known so far: sampled tokens, drafts, or a user's next turn.
+
+        Costs no event: what is not computed is nobody else's business.
+
+        Args:
+            tokens: one token, or several as in ``admit``.
+            items: multimodal items in them; their offsets count from the first of these tokens.
+
+        Raises:
+            statemachine.content.InvalidTokens, UnknownRequest
+        """
+        if self._releases or self._transactions.closed:
+            self._expect_owner()
+        told = self._told_of(request_id)
+        tail = self._tail(told)
+        if type(tokens) is int:
+            if not 0 <= tokens < 1 << 31:
+                raise InvalidTokens(f"token {tokens} is not from 0 to 2^31 - 1")
+            told.tail = tail + tokens.to_bytes(4, "little")
+        else:
+            told.tail = tail + words_of(tokens, items=items)
+
+    def retract(self, request_id: str, tokens: SupportsIndex) -> None:
+        """Take back the last so many known tokens, which are not computed: rejected drafts, a session's last token.
+
+        The room stays.
+
+        Raises:
+            InvalidCommand: some of them are computed, or came with the admission.
+            UnknownRequest
+        """
+        count = whole("tokens", tokens)
+        self._expect_owner()
+        told = self._told_of(request_id)
+        tail = self._tail(told)
+        free = self._known(told, tail) - self._computed(told)
+        if count > free:
+            raise InvalidCommand(f"only the last {free} tokens of request {request_id!r} are not computed, not {count}")
+        if 4 * count > len(tail):
+            raise InvalidCommand(
+                f"only the last {len(tail) // 4} tokens of request {request_id!r} were appended: to take back what it "
+                "was admitted with, release it and admit it again"
+            )
+        told.tail = tail[: len(tail) - 4 * count]
+
+    def grow(self, tokens: Mapping[str, SupportsIndex], *, lookahead: SupportsIndex = 0) -> Growth:
+        """Give each request room for its first so many tokens, and ``lookahead`` more. Most important first.
+
+        Nothing here is an exception that is an answer: see :class:`Growth`. Requests get their blocks in the order
+        given, each all or nothing; nobody gets any after the first that does not fit. Asking again changes nothing,
+        and where no request crosses a block border nothing is logged.
+
+        Raises:
+            InvalidCommand, Paused
+        """
+        more = whole("lookahead", lookahead)
+        if type(tokens) is not dict and not isinstance(tokens, Mapping):
+            raise InvalidCommand(f"tokens are a mapping from request to tokens, not {type(tokens).__name__}")
+        self._expect_owner()
+        size = self.config.block_size
+        told = self._told
+        wanted: list[str] = []
+        counts: list[int] = []
+        not_ready: list[str] = []
+        gone: list[str] = []
+        for request_id, value in tokens.items():
+            count = value if type(value) is int and value >= 0 else whole(f"tokens of request {request_id!r}", value)
+            live = told.get(request_id)
+            if live is None:
+                if request_id in self._state.keys:
+                    live = self._told_of(request_id)
+                else:
+                    gone.append(request_id)
+                    continue
+            request = live.request
+            missing = -(-(count + more) // size) - len(request.table)
+            if missing > 0:
+                wanted.append(request_id)
+                counts.append(missing)
+            elif request.waits:
+                not_ready.append(request_id)
+        if not wanted:
+            return Growth({}, not_ready, [], None, gone)
+        return self._granted(wanted, counts, not_ready, gone)
+
+    def _granted(self, wanted: list[str], counts: list[int], not_ready: list[str], gone: list[str]) -> Growth:
+        if self._paused:
+            raise Paused(f"ledger {self.name!r} is paused: resume() first")
+        refused: list[str] = []
+        refusal: OutOfBlocks | None = None
+        try:
+            events = self._execute(commands.Allocate(wanted, counts))
+        except OutOfBlocks as error:
+            refusal, fitting = error, error.fitting
+            refused = wanted[fitting:]
+            wanted, counts = wanted[:fitting], counts[:fitting]
+            events = self._execute(commands.Allocate(wanted, counts)) if wanted else []
+        new_blocks: dict[str, BlockTable] = {}
+        if events:
+            allocated = events[-1]
+            assert isinstance(allocated, BlocksAllocated)
+            granted = np.array(allocated.blocks, np.int32)
+            start = 0
+            for request_id, count in zip(wanted, counts):
+                new_blocks[request_id] = granted[start : start + count]
+                start += count
+                if self._told[request_id].request.waits:
+                    not_ready.append(request_id)
+        return Growth(new_blocks, not_ready, refused, refusal, gone)
+
+    def commit(self, computed: Mapping[str, SupportsIndex]) -> list[str]:
+        """Say how many leading tokens of each request are computed now: their full blocks are published.
+
+        The KV of these tokens must be written. Returns the requests that are gone. Where nobody has filled a block
+        nothing is logged. Call it again after an error of the log: what was said before changes nothing.
+
+        Raises:
+            InvalidCommand: more than is known, or than there is room for, or less than before; nothing changed.
+            RequestNotReady: some of them are still being copied; nothing changed.
+            ipc.SharedMemoryFull: there is no room for more log; the requests up to there, in order, are committed.
+        """
+        if type(computed) is not dict and not isinstance(computed, Mapping):
+            raise InvalidCommand(f"computed is a mapping from request to tokens, not {type(computed).__name__}")
+        self._expect_owner()
+        size = self.config.block_size
+        told = self._told
+        gone: list[str] = []
+        same: list[tuple[Told, int]] = []
+        full: list[tuple[Told, int]] = []
+        for request_id, value in computed.items():
+            count = value if type(value) is int and value >= 0 else whole(f"tokens of request {request_id!r}", value)
+            live = told.get(request_id)
+            if live is None:
+                if request_id in self._state.keys:
+                    live = self._told_of(request_id)
+                else:
+                    gone.append(request_id)
+                    continue
+            request = live.request
+            tail = self._tail(live)
+            if (
+                count > (request.leaf.end * self._state.block_bytes + len(request.words) + len(tail)) >> 2
+                or count > len(request.table) * size
+                or request.waits
+                or count < max(live.computed, request.leaf.end * size)
+            ):
+                self._expect_computable(live, count)
+            (full if count >= (request.leaf.end + 1) * size else same).append((live, count))
+        for live, count in same:
+            live.computed = count
+        if full:
+            self._publish_all(full)
+        return gone
+
+    def _publish_all(self, full: list[tuple[Told, int]]) -> None:
+        alone = len(full) > 1 and not self._transactions.collecting
+        if alone:
+            self._transactions.begin()
+        try:
+            for live, count in full:
+                self._publish(live, count // self.config.block_size)
+                live.computed = count
+        finally:
+            if alone:
+                self._transactions.end()
+
+    def _publish(self, told: Told, blocks: int) -> None:
+        """Publish the first ``blocks`` blocks of a request, whose content is known."""
+        request = told.request
+        size = self._state.block_bytes
+        tail = self._tail(told)
+        missing = max((blocks - request.leaf.end) * size - len(request.words), 0)
+        told.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
+        try:
+            self._execute(commands.Cache(request.key, blocks, tail[:missing], None))
+        except (CommandRejected, LedgerError):  # nothing has changed
+            told.tail = tail
+            raise
+        told.tail = tail[missing:]
+        if self._state.policy == HostPolicy.WRITE_THROUGH:
+            self._back_up(request.key)
+
+    def _expect_computable(self, told: Told, count: int) -> None:
+        """Refuse to commit so many tokens if they cannot be computed."""
+        request = told.request
+        known = self._known(told, self._tail(told))
+        if count > known:
+            raise InvalidCommand(f"{count} tokens of request {request.key!r} are not known, {known} are: append first")
+        room = len(request.table) * self.config.block_size
+        if count > room:
+            raise InvalidCommand(f"request {request.key!r} has room for {room} tokens, not for {count}: grow first")
+        computed = self._computed(told)
+        if count < computed:
+            raise InvalidCommand(
+                f"{computed} tokens of request {request.key!r} are computed already, not only {count}: what turned out "
+                "bad has to be released"
+            )
+        first = min(request.waits.values(), default=None)
+        if first is not None and count > max(first * self.config.block_size, computed):
+            raise RequestNotReady(f"request {request.key!r} still waits for transfers {[*request.waits]}: poll() first")
+
+    # The numbers
+
+    def _lost(self, request_id: str, kept: int) -> None:
+        """Count no more tokens as computed than are in the first ``kept`` blocks: the others were given back."""
+        told = self._told.get(request_id)
+        if told is not None:
+            told.computed = min(told.computed, kept * self.config.block_size)
+
+    def _told_of(self, request_id: str) -> Told:
+        request = request_named(self._state, request_id)
+        told = self._told.get(request_id)
+        if told is None:
+            told = self._told[request_id] = Told(request, None)
+        return told
+
+    def _tail(self, told: Told) -> bytes:
+        """The words after those that the state has."""
+        tail = told.tail
+        if tail is None:
+            why = "a call was interrupted; release it"
+            raise InvalidCommand(f"the last tokens of request {told.request.key!r} are not known: {why}")
+        return tail
+
+    def _known(self, told: Told, tail: bytes) -> int:
+        request = told.request
+        return (request.leaf.end * self._state.block_bytes + len(request.words) + len(tail)) // 4
+
+    def _computed(self, told: Told) -> int:
+        return computed_tokens(told.request, told.computed, self.config.block_size)
+
+
+def computed_tokens(request: Request, committed: int, size: int) -> int:
+    """What was committed, as long as the path of a request says nothing else.
+
+    It is longer where the request was extended or cached block by block, and shorter where a swap-in has failed.
+    """
+    end = min(request.leaf.end, request.computed, len(request.table)) * size
+    return committed if end <= committed < end + size else end
