@@ -26,7 +26,17 @@ NATIVE = {
     "statemachine/records": ["replay", "snapshot"],
     "ipc": ["reader", "record", "writer"],
     "workers/processes": ["acknowledgements"],
-    "kvledger/manager": ["arguments", "execution", "manager", "prompts", "ranks", "tokens", "transactions", "upkeep"],
+    "kvledger/manager": [
+        "arguments",
+        "blocks",
+        "execution",
+        "manager",
+        "prompts",
+        "ranks",
+        "tokens",
+        "transactions",
+        "upkeep",
+    ],
 }
 """Modules that a step of a scheduler, a worker or a replay runs through, by folder. The others are tables, exceptions
 (which mypyc cannot compile), made at import, or wait for something slower than Python."""

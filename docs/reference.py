@@ -23,16 +23,9 @@ API = FOLDER / "api.md"
 METRICS_PAGE = FOLDER / "metrics.md"
 
 SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "The manager": {
-        "kvledger": ("CacheManager", "CacheConfig", *sorted({*kvledger.__all__} - {"CacheManager", "CacheConfig"}))
-    },
+    "The manager": {"kvledger": ()},
     "Split prefill and decode": {
-        "kvledger.handoff.sender": ("Sender",),
-        "kvledger.handoff.receiver": ("Receiver",),
-        "kvledger.handoff.peer": ("Handed", "Received"),
-        "kvledger.errors": ("HandoffError",),
-        "workers.handoff.pushes": ("Address",),
-        "workers.handoff.progress": ("LayerProgress",),
+        "kvledger": ("Sender", "Receiver", "Handed", "Received", "HandoffError", "Address", "LayerProgress")
     },
     "Instead of FastDeploy's manager": {
         "kvledger.adapters.fastdeploy": ("PrefixCacheManager", "CacheStatus", "BlockNode", "CacheMetrics", "IPCSignal"),
@@ -49,14 +42,18 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "kvledger.manager.notices": ("notice",),
     },
     "Reading a log": {
-        "ipc": ("LogReader", "KvlogReader", "KvlogWriter", "Record"),
+        "kvledger": ("LogReader", "KvlogReader", "Record", "Outcome"),
+        "ipc": ("KvlogWriter",),
         "workers.followers.follow": ("Follower", "Skipped", "OtherVersion"),
         "statemachine.records.replay": ("Replay", "replay"),
-        "statemachine.events": ("Direction", "EvictReason", "Outcome"),
+        "statemachine.events": ("Direction", "EvictReason"),
     },
-    "Pools and workers": {"workers": ("PoolLayout", "Pools", "PoolMismatch", "WorkerFailed")},
+    "Pools and workers": {
+        "kvledger": ("PoolLayout", "KVTensor", "Pools", "WorkerFailed"),
+        "workers": ("PoolMismatch",),
+    },
     "Errors of the log": {
-        "ipc": (
+        "kvledger": (
             "LedgerError",
             "InvalidName",
             "LedgerExists",
@@ -64,13 +61,19 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "LogCorrupt",
             "Overrun",
             "SharedMemoryFull",
-            "TooManyReaders",
-            "TransactionTooLarge",
             "WriterAlive",
-        )
+        ),
+        "ipc": ("TooManyReaders", "TransactionTooLarge"),
     },
 }
 """Title → module → names. Events have a page of their own (docs/events.md)."""
+
+_ELSEWHERE = {name for modules in SECTIONS.values() for name in modules.get("kvledger", ())}
+_FIRST = ("CacheManager", "CacheConfig")
+SECTIONS["The manager"]["kvledger"] = (
+    *_FIRST,
+    *sorted({*kvledger.__all__} - _ELSEWHERE - {*_FIRST, "__version__", "BlockTable", "Tokens"}),
+)
 
 Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -19,12 +19,31 @@ Each room uses those below it, and ``workers``, ``ipc`` and ``statemachine``, wh
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 try:
+    from ipc import (
+        InvalidName,
+        KvlogReader,
+        LedgerError,
+        LedgerExists,
+        LedgerNotFound,
+        LogCorrupt,
+        LogReader,
+        Overrun,
+        Record,
+        SharedMemoryFull,
+        WriterAlive,
+    )
     from kvledger.config import CacheConfig, ConfigError
-    from kvledger.errors import CallTooLarge, ManagerClosed, Paused, WrongThread
-    from kvledger.manager.manager import Admission, CacheManager
-    from kvledger.manager.ranks import Progress
-    from statemachine.content import InvalidTokens, Item, namespace_key
+    from kvledger.errors import CallTooLarge, HandoffError, ManagerClosed, Paused, WrongThread
+    from kvledger.handoff.peer import Handed, Received
+    from kvledger.handoff.receiver import Receiver
+    from kvledger.handoff.sender import Sender
+    from kvledger.manager.manager import Admission, CacheManager, Prospect
+    from kvledger.manager.ranks import BlockTable, Progress
+    from kvledger.manager.tokens import Growth
+    from statemachine.content import InvalidTokens, Item, Tokens, namespace_key
     from statemachine.errors import (
         Busy,
         CommandRejected,
@@ -35,7 +54,11 @@ try:
         RequestNotReady,
         UnknownRequest,
     )
-    from statemachine.events import HostPolicy, ReleaseReason, Tier
+    from statemachine.events import HostPolicy, Outcome, ReleaseReason, Tier
+    from workers import PoolLayout, Pools, WorkerFailed
+    from workers.handoff.progress import LayerProgress
+    from workers.handoff.pushes import Address
+    from workers.pools.layout import KVTensor
 except ImportError as error:
     # Another package has the name of one of ours, or a part is missing. What tells which has to be importable:
     # kvledger.doctor. Everything else fails with this error, at the first name that is taken from here.
@@ -49,7 +72,9 @@ except ImportError as error:
 
 
 __all__ = [
+    "Address",
     "Admission",
+    "BlockTable",
     "Busy",
     "CacheConfig",
     "CacheManager",
@@ -57,20 +82,46 @@ __all__ = [
     "CommandRejected",
     "ConfigError",
     "DuplicateRequest",
+    "Growth",
+    "Handed",
+    "HandoffError",
     "HostPolicy",
     "InvalidCommand",
+    "InvalidName",
     "InvalidTokens",
     "InvariantViolation",
     "Item",
+    "KVTensor",
+    "KvlogReader",
+    "LayerProgress",
+    "LedgerError",
+    "LedgerExists",
+    "LedgerNotFound",
+    "LogCorrupt",
+    "LogReader",
     "ManagerClosed",
     "OutOfBlocks",
+    "Outcome",
+    "Overrun",
     "Paused",
+    "PoolLayout",
+    "Pools",
     "Progress",
+    "Prospect",
+    "Received",
+    "Receiver",
+    "Record",
     "ReleaseReason",
     "RequestNotReady",
+    "Sender",
+    "SharedMemoryFull",
     "Tier",
+    "Tokens",
     "UnknownRequest",
+    "WorkerFailed",
+    "WriterAlive",
     "WrongThread",
+    "__version__",
     "is_compiled",
     "namespace_key",
 ]

@@ -29,6 +29,10 @@ class Admit(NamedTuple):
     whole: tuple[tuple[int, int], ...] = ()
     watermark: int = 0
     """So many blocks have to stay available for requests that run already; nobody runs: 0."""
+    new_tokens: int = -1
+    """From 0 on: in place of ``blocks``, room for so many tokens behind what matches."""
+    must_fit: int = 0
+    """Refuse unless a block table of so many blocks would fit, too."""
 
 
 class Extend(NamedTuple):

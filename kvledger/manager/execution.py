@@ -54,12 +54,29 @@ class Step:
 
     def __enter__(self) -> None:
         self._expect_owner()
-        self._transactions.begin()
+        self._transactions.begin()  # collects up to the end of the block
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._transactions.end()
+
+
+class Together:
+    """What is one transaction also outside of a step: the calls inside its ``with`` block."""
+
+    def __init__(self, transactions: Transactions) -> None:
+        self._transactions = transactions
+        self._outermost = False
+
+    def __enter__(self) -> None:
+        self._outermost = self._transactions.begin()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._outermost:
+            self._transactions.end()
 
 
 class Ledger:
@@ -130,10 +147,17 @@ class Ledger:
         except TypeError as error:  # deciding only reads: nothing has changed
             raise InvalidCommand(f"a value of this call has the wrong type: {error}") from error
         if events:
-            self._transactions.commit(events)
-            if self._state.transfers:
-                self._follow(events)
+            self._commit(events)
         return events
+
+    def _commit(self, events: list[Event]) -> None:
+        """Log and apply what was decided in the present state."""
+        self._transactions.commit(events)
+        if self._state.transfers:
+            self._follow(events)
+
+    def _together(self) -> Together:
+        return Together(self._transactions)
 
     def _execute_for_ranks(self, command: commands.Command) -> list[Event]:
         events = self._execute(command)
@@ -201,6 +225,13 @@ class Ledger:
                 self._releases.popleft()
         finally:
             self._applying = False
+
+    def _is_gone(self, key: str) -> bool:
+        """Whether another thread has released a request that a batch still names: told once, and never to others."""
+        if type(key) is not str or key not in self._gone:
+            return False
+        del self._gone[key]
+        return key not in self._state.keys
 
     def _end(self, command: commands.Release) -> None:
         """End a request, in the owner's thread."""

@@ -7,26 +7,24 @@ is not in the log, and a call that is refused leaves no trace but the record of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import NamedTuple, Self, SupportsIndex
 
-import numpy as np
-
 from ipc import LedgerError
 from kvledger.config import CacheConfig
-from kvledger.errors import Paused
+from kvledger.errors import CallTooLarge, Paused
 from kvledger.manager import lifecycle
-from kvledger.manager.arguments import block_ids, expect_namespace, expect_seconds, whole
+from kvledger.manager.arguments import expect_bool, expect_namespace, expect_seconds, whole
+from kvledger.manager.blocks import BlockCalls
 from kvledger.manager.prompts import Told, full_blocks, prompt_of
 from kvledger.manager.ranks import BlockTable, Progress, table_of
-from kvledger.manager.tokens import TokenCalls
 from kvledger.manager.wait import loop, loop_async
 from statemachine import commands
-from statemachine.content import Item, Tokens, versioned, words_of
-from statemachine.decide import peek, request_named, victims_for
-from statemachine.errors import CommandRejected, InvalidCommand, UnknownRequest
-from statemachine.events import BlocksAllocated, Event, HostPolicy, ReleaseReason, RequestMatched
+from statemachine.content import Item, Tokens, versioned
+from statemachine.decide import decide, request_named, victims_for
+from statemachine.errors import InvalidCommand, OutOfBlocks, UnknownRequest
+from statemachine.events import Event, ReleaseReason, RequestMatched
 from statemachine.state.nodes import Request
 from workers.pools.interface import Pools
 
@@ -50,7 +48,29 @@ class Admission(NamedTuple):
         return self.device_blocks + self.host_blocks
 
 
-class CacheManager(TokenCalls):
+class Prospect(NamedTuple):
+    """What an admission would come to; true where it fits. Give it to :meth:`CacheManager.admit` for the tokens."""
+
+    fits: bool
+    cached_tokens: int
+    """Leading tokens that would not have to be computed."""
+    refusal: OutOfBlocks | None
+    """Why it does not fit: whether waiting helps (``in_transfer``), or nothing ever will (``never_fits``)."""
+    command: commands.Admit
+    """What was asked."""
+    namespace: bytes
+    events: list[Event]
+    """What it comes to as long as nothing else happens."""
+    rest: bytes
+    """Content words behind the last full block of the prompt."""
+    sequence: int
+    """Number of the next event when it was asked."""
+
+    def __bool__(self) -> bool:
+        return self.fits
+
+
+class CacheManager(BlockCalls):
     """Decides which KV block holds which tokens, on which tier, for which request.
 
     ::
@@ -154,98 +174,115 @@ class CacheManager(TokenCalls):
     def admit(
         self,
         key: str,
+        tokens: Tokens | Prospect,
+        *,
+        items: Sequence[Item] = (),
+        namespace: bytes = b"",
+        max_blocks: SupportsIndex | None = None,
+        blocks: SupportsIndex | None = None,
+        new_tokens: SupportsIndex | None = None,
+        must_fit: bool = False,
+        reserve: SupportsIndex | None = None,
+    ) -> Admission:
+        """Begin a request: find, pin and if need be swap in the cached prefix of its prompt, and give it room.
+
+        In one transaction, or not at all.
+
+        Args:
+            key: the engine's own name of the request.
+            tokens: the whole prompt; an int32 array or buffer is used without copying, a list costs 6 ns per
+                token. Or the answer of :meth:`can_admit`, which has all of this: then nothing is converted again, nor
+                looked up again if nothing has happened since.
+            items: multimodal items in the prompt.
+            namespace: see :func:`statemachine.content.namespace_key`.
+            max_blocks: match at most so many blocks; default ``(tokens - 1) // block_size``, so that at least one
+                token is left to compute.
+            blocks: length of the block table (it is never shorter than what matches), for engines that count blocks.
+            new_tokens: room for so many tokens behind what matches, a first chunk; default: for the whole prompt.
+            must_fit: refuse unless the whole prompt would fit, though only the first chunk gets room.
+            reserve: so many tokens of room have to stay for requests that run; default:
+                :attr:`CacheConfig.watermark_blocks`. Where nobody runs, it may take all.
+
+        Raises:
+            OutOfBlocks: there is no room; nothing is pinned. Ask :meth:`can_admit` first to have it as an answer.
+            statemachine.content.InvalidTokens, DuplicateRequest, Paused
+        """
+        if isinstance(tokens, Prospect):
+            return self._admit_prospect(key, tokens)
+        command = self._admit_command(key, tokens, items, namespace, max_blocks, blocks, new_tokens, must_fit, reserve)
+        return self._admission(self._execute(command)[0], command.words)
+
+    def can_admit(
+        self,
+        key: str,
         tokens: Tokens,
         *,
         items: Sequence[Item] = (),
         namespace: bytes = b"",
         max_blocks: SupportsIndex | None = None,
         blocks: SupportsIndex | None = None,
-    ) -> Admission:
-        """Match and allocate in one transaction, or not at all.
+        new_tokens: SupportsIndex | None = None,
+        must_fit: bool = False,
+        reserve: SupportsIndex | None = None,
+    ) -> Prospect:
+        """What :meth:`admit` with these arguments would come to now. Changes nothing.
 
-        ``blocks`` is the length of the block table, by default enough for the prompt: more reserves blocks for the
-        first decode steps, fewer are enough for the first chunk of a prefill; it is never shorter than what matches.
-        The rest as in :meth:`match`.
+        The answer is true where it fits. Give it to :meth:`admit` in place of the tokens, and do not change an int32
+        array that was passed here before that.
 
         Raises:
-            OutOfBlocks: there is no room (beyond the watermark); nothing is pinned.
+            statemachine.content.InvalidTokens, DuplicateRequest, Paused
         """
+        self._expect_owner()
+        command = self._admit_command(key, tokens, items, namespace, max_blocks, blocks, new_tokens, must_fit, reserve)
+        sequence, state = self._transactions.next_sequence, self._state
+        try:
+            events = decide(state, command)
+        except OutOfBlocks as refusal:
+            leaf = state.nodes.get(refusal.event.leaf)
+            found = 0
+            if leaf is not None:
+                found = leaf.start + refusal.event.cut if refusal.event.cut else leaf.end
+            return Prospect(False, found * self.config.block_size, refusal, command, namespace, [], b"", sequence)
+        matched = events[0]
+        assert isinstance(matched, RequestMatched)
+        cached = (matched.device_blocks + matched.host_blocks) * self.config.block_size
+        return Prospect(True, cached, None, command, namespace, events, self._rest(command.words), sequence)
+
+    def _admit_command(
+        self,
+        key: str,
+        tokens: Tokens,
+        items: Sequence[Item],
+        namespace: bytes,
+        max_blocks: SupportsIndex | None,
+        blocks: SupportsIndex | None,
+        new_tokens: SupportsIndex | None,
+        must_fit: bool,
+        reserve: SupportsIndex | None,
+    ) -> commands.Admit:
+        expect_bool("must_fit", must_fit)
         words, limit, uncut = prompt_of(self.config, tokens, items, max_blocks)
-        count = -(-len(words) // self._state.block_bytes) if blocks is None else whole("blocks", blocks)
-        watermark = self.config.watermark_blocks
-        namespace = self._namespace(namespace)
-        events = self._execute(commands.Admit(key, words, namespace, limit, count, uncut, watermark))
-        return self._admission(events[0], words)
+        all_blocks = -(-len(words) // self._state.block_bytes)
+        count = all_blocks if blocks is None else whole("blocks", blocks)
+        if new_tokens is not None and blocks is not None:
+            raise InvalidCommand("give blocks or new_tokens: both say how much room there has to be")
+        chunk = -1 if new_tokens is None else whole("new_tokens", new_tokens)
+        kept = self.config.watermark_blocks
+        if reserve is not None:
+            kept = -(-whole("reserve", reserve) // self.config.block_size)
+        fit = all_blocks if must_fit else 0
+        return commands.Admit(key, words, self._namespace(namespace), limit, count, uncut, kept, chunk, fit)
 
-    def peek(self, tokens: Tokens, *, items: Sequence[Item] = (), namespace: bytes = b"") -> tuple[int, int]:
-        """How many leading blocks would match now, on the device and after those on the host. Changes nothing."""
-        expect_namespace(namespace)
-        words, _, uncut = prompt_of(self.config, tokens, items, 0)
-        return peek(self._state, words, versioned(self._weights, namespace), len(words), uncut)
-
-    def extend(self, key: str) -> Progress:
-        """Between two chunks of a prefill: match again behind what the request has cached.
-
-        What others cached meanwhile is pinned and need not be computed; the request's own copies of it, and the
-        duplicates that :meth:`cache` left, are given back, so *the block table changes*: go on with the one returned,
-        from ``cached_blocks`` on. At least one token is left to compute.
-
-        Raises:
-            RequestNotReady, UnknownRequest, Paused
-        """
-        if self._paused:
-            raise Paused(f"ledger {self.name!r} is paused: resume() first")
-        told = self._told_of(key)
-        request = told.request
-        self._expect_still(key)
-        known = len(request.words) + len(self._tail(told))
-        limit = request.leaf.end + max(known // 4 - 1, 0) // self.config.block_size
-        if self._execute(commands.Extend(key, limit)) and self.config.backup_after > 1:
-            self._back_up(key)
-        return Progress(key, table_of(request), request.leaf.end, False)
-
-    def allocate(self, counts: Mapping[str, SupportsIndex]) -> dict[str, BlockTable]:
-        """Give each named request so many more blocks: one call per scheduler step, all or nothing.
-
-        Returns the new ids per request. A request whose new blocks are still being copied out is not
-        :meth:`ready` until :meth:`poll` says so. One that another thread has released meanwhile gets nothing and is
-        not in the answer; it fails nobody else.
-
-        Raises:
-            OutOfBlocks: with how many of the requests, in order, would fit, and which one does not.
-            UnknownRequest, InvalidCommand
-        """
-        if type(counts) is not dict and not isinstance(counts, Mapping):
-            raise InvalidCommand(f"counts are a mapping from request to blocks, not {type(counts).__name__}")
-        if self._releases:
-            self._expect_owner()
-        if self._gone:
-            counts = {key: count for key, count in counts.items() if not self._is_gone(key)}
-        numbers = [
-            count if type(count) is int and count >= 0 else whole(f"blocks for request {key!r}", count)
-            for key, count in counts.items()
-        ]
-        if self._paused:
-            raise Paused(f"ledger {self.name!r} is paused: resume() first")
-        events = self._execute(commands.Allocate(list(counts), numbers))
-        granted = np.empty(0, np.int32)
-        if events:
-            allocated = events[-1]
-            assert isinstance(allocated, BlocksAllocated)
-            granted = np.array(allocated.blocks, np.int32)
-        new = {}
-        start = 0
-        for key, count in zip(counts, numbers):
-            new[key] = granted[start : start + count]
-            start += count
-        return new
-
-    def _is_gone(self, key: str) -> bool:
-        """Whether another thread has released a request that a batch still names: told once, and never to others."""
-        if type(key) is not str or key not in self._gone:
-            return False
-        del self._gone[key]
-        return key not in self._state.keys
+    def _admit_prospect(self, key: str, prospect: Prospect) -> Admission:
+        self._expect_owner()
+        command, events = prospect.command, prospect.events
+        if events and key == command.key and prospect.sequence == self._transactions.next_sequence:
+            self._namespace(prospect.namespace)  # it may have been paused since
+            self._commit(events)
+            return self._admission(events[0], None, prospect.rest)
+        command = command._replace(key=key, namespace=self._namespace(prospect.namespace))
+        return self._admission(self._execute(command)[0], command.words)
 
     def preempt(self, blocks: SupportsIndex, candidates: Sequence[str]) -> list[str]:
         """Preempt requests, in the order given (lowest priority first), until ``blocks`` can be allocated.
@@ -271,93 +308,66 @@ class CacheManager(TokenCalls):
             self.release(key, ReleaseReason.PREEMPTED)
         return chosen
 
-    def cache(
-        self,
-        key: str,
-        blocks: SupportsIndex | None = None,
-        *,
-        generated: Tokens | None = None,
-        computed: SupportsIndex | None = None,
-    ) -> None:
-        """Publish blocks: from now on other requests can match them.
-
-        Args:
-            blocks: the first so many blocks of the request are computed; default: all full blocks of known content.
-            generated: the tokens that follow those known so far. What does not fill a block is remembered.
-            computed: only so many leading blocks of the request are computed, the others will be by the step that is
-                being scheduled. They can be matched, but they are not copied out until a later call, or the release,
-                covers them (so do not cache ahead for a step that may be called off). Default: all are.
-
-        Raises:
-            RequestNotReady: some of the blocks are still being copied.
-            InvalidCommand, UnknownRequest
-        """
-        self._expect_owner()
-        told = self._told_of(key)
-        request = told.request
-        size = self._state.block_bytes
-        words, tail = b"", self._tail(told)
-        known = tail
-        if generated is not None:
-            words = tail + words_of(generated)
-            full = full_blocks(words, size)
-            words, tail = words[:full], words[full:]
-        if blocks is None:
-            count = request.leaf.end + (len(request.words) + len(words)) // size
-        else:
-            count = whole("blocks", blocks)
-        ready = None if computed is None else whole("computed", computed)
-        told.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
-        try:
-            self._execute(commands.Cache(key, count, words, ready))
-        except (CommandRejected, LedgerError):  # nothing has changed
-            told.tail = known
-            raise
-        told.tail = tail
-        if self._state.policy == HostPolicy.WRITE_THROUGH:
-            self._back_up(key)
-
-    def trim(self, key: str, blocks: SupportsIndex) -> None:
-        """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
-        kept = whole("blocks", blocks)
-        self._expect_still(key)
-        self._execute(commands.Trim(key, kept))
-        self._lost(key, kept)
-
-    def reassign(self, key: str, target: str, blocks: Sequence[int]) -> None:
-        """Move private blocks of one request to the end of another's block table."""
-        self._expect_still(key)
-        self._execute(commands.Reassign(key, target, block_ids(blocks)))
-        self._lost(key, 0)
-
-    def give_back(self, key: str, blocks: Sequence[int]) -> None:
-        """Free private blocks of a request, wherever they stand behind its cached blocks."""
-        request_named(self._state, key)
-        self._expect_still(key)
-        self._execute(commands.GiveBack(key, block_ids(blocks)))
-        self._lost(key, 0)
-
-    def release(self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED, *, final: bool = False) -> None:
+    def release(
+        self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED, *, final: bool = False, hold: bool = False
+    ) -> str:
         """End a request. What it cached stays until it is evicted.
 
-        ``final=True`` says that nobody is expected to continue it: what only it used is evicted first. From a thread
-        that does not own the manager the release is queued and applied at the owner's next call.
+        From a thread that does not own the manager the release is queued and applied at the owner's next call.
+
+        Args:
+            final: nobody is expected to continue it: what only it used is evicted first.
+            hold: a step that is still running may write its blocks. The request ends and its name is free, but what is
+                not cached is nobody else's before the name that this call returns is released, too.
+
+        Returns:
+            With ``hold``, the name to release when the step has ended; otherwise an empty text.
+
+        Raises:
+            InvalidCommand: ``hold`` from another thread, or for a request that was cached ahead of its step.
+            UnknownRequest
         """
-        if type(reason) is not ReleaseReason or type(final) is not bool:
-            raise InvalidCommand(f"reason is a ReleaseReason and final a bool, not {reason!r:.80} and {final!r:.80}")
+        if type(reason) is not ReleaseReason or type(final) is not bool or type(hold) is not bool:
+            raise InvalidCommand(
+                f"reason is a ReleaseReason, final and hold are bools, not {reason!r:.80}, {final!r:.80}, {hold!r:.80}"
+            )
         command = commands.Release(key, reason, final)
         if get_ident() != self._owner:
             request_named(self._state, key)
+            if hold:
+                raise InvalidCommand("a release with hold answers, so it has to come from the owner of the manager")
             self._releases.append(command)
-            return
+            return ""
         self._expect_owner()
         if self._gone and self._is_gone(key):
-            return  # it was released from another thread before its owner knew
+            return ""  # it was released from another thread before its owner knew
+        if hold:
+            return self._release_in_two_steps(command)
         self._end(command)
+        return ""
 
-    def cached_blocks(self, key: str) -> int:
-        """Leading blocks of a request's block table that are cached: their KV is valid once it is ready."""
-        return request_named(self._state, key).leaf.end
+    def _release_in_two_steps(self, command: commands.Release) -> str:
+        """Move what may still be written to a request of its own, and end the one that had it."""
+        key = command.key
+        request = request_named(self._state, key)
+        if request.computed < request.leaf.end:
+            raise InvalidCommand(f"request {key!r} was cached ahead of its step: release it when the step has ended")
+        for handoff in self._handoffs:
+            handoff.released(key)
+        holder = f"(held {request.id})"
+        with self._together():
+            first = min(request.waits.values(), default=len(request.table))
+            if request.leaf.end <= first < len(request.table):
+                self._execute(commands.Trim(key, first))  # nobody could write these yet
+            self._execute(commands.Match(holder, memoryview(b""), b"", 0))
+            try:
+                if not request.waits:
+                    self._execute(commands.Reassign(key, holder, request.table[request.leaf.end :]))
+                self._end(command)
+            except (LedgerError, CallTooLarge):
+                self._end(commands.Release(holder, ReleaseReason.FAILED, False))
+                raise
+        return holder
 
     def ready(self, key: str) -> bool:
         """Whether every block of a request may be used."""
@@ -426,11 +436,15 @@ class CacheManager(TokenCalls):
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
         return versioned(self._weights, namespace) if self._weights else namespace
 
-    def _admission(self, matched: Event, words: memoryview) -> Admission:
+    def _rest(self, words: memoryview) -> bytes:
+        """What stands behind the last full block of a prompt."""
+        return words[full_blocks(words, self._state.block_bytes) :].tobytes()
+
+    def _admission(self, matched: Event, words: memoryview | None, rest: bytes = b"") -> Admission:
         assert isinstance(matched, RequestMatched)
         request = self._state.requests[matched.request]
         cached = (matched.device_blocks + matched.host_blocks) * self.config.block_size
-        self._told[matched.key] = Told(request, words[full_blocks(words, self._state.block_bytes) :].tobytes(), cached)
+        self._told[matched.key] = Told(request, rest if words is None else self._rest(words), cached)
         if self.config.backup_after > 1:
             self._back_up(matched.key)
         return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits, cached)

@@ -212,20 +212,11 @@ class TokenCalls(WholeCache):
         for live, count in same:
             live.computed = count
         if full:
-            self._publish_all(full)
+            with self._together():
+                for live, count in full:
+                    self._publish(live, count // size)
+                    live.computed = count
         return gone
-
-    def _publish_all(self, full: list[tuple[Told, int]]) -> None:
-        alone = len(full) > 1 and not self._transactions.collecting
-        if alone:
-            self._transactions.begin()
-        try:
-            for live, count in full:
-                self._publish(live, count // self.config.block_size)
-                live.computed = count
-        finally:
-            if alone:
-                self._transactions.end()
 
     def _publish(self, told: Told, blocks: int) -> None:
         """Publish the first ``blocks`` blocks of a request, whose content is known."""

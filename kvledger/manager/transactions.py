@@ -98,9 +98,11 @@ class Transactions:
             self._unfinished(error)
             raise
 
-    def begin(self) -> None:
-        """Collect from now on."""
+    def begin(self) -> bool:
+        """Collect from now on. Returns whether that is new."""
+        new = not self.collecting
         self.collecting = True
+        return new
 
     def end(self) -> None:
         """Publish what was collected, as one transaction, and collect no more."""

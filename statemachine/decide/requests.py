@@ -39,17 +39,21 @@ than another run in every path. So a turn of a long conversation is not paid wit
 def _admit(state: State, command: Admit) -> list[Event]:
     path = path_of(state, command)
     cut, device, host = path.cut, path.device, path.host
-    wanted = max(command.blocks - device, host)
+    blocks = command.blocks
+    if command.new_tokens >= 0:
+        blocks = device + host + -(-command.new_tokens // state.opened.block_size)
+    wanted = max(blocks - device, host)
+    least = max(command.must_fit - device, wanted)
     kept, own = kept_by(path)
     reserved = command.watermark if state.requests else 0
     available = available_blocks(state) - own - reserved
     supply = None
-    if wanted <= available:
+    if least <= available:
         supply = device_supply(state, wanted, kept, host, state.next_node + (1 if cut else 0))
     if supply is None:
         leaf = path.leaf.id if path.leaf is not None else 0
-        refused = AllocationRefused(0, wanted, max(min(available, wanted - 1), 0), leaf, path.cut, command.key)
-        raise out_of_blocks(state, refused, device + wanted, reserved=reserved)
+        refused = AllocationRefused(0, least, max(min(available, least - 1), 0), leaf, path.cut, command.key)
+        raise out_of_blocks(state, refused, device + least, reserved=reserved)
     events: list[Event] = [matched(state, command, path), *supply.events]
     if host:
         events.append(swapped_in(state, path, supply, events))

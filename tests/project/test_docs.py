@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import typer
 import yaml
 
+import kvledger
 from kvledger.adapters.fastdeploy import SIGNALS
 from kvledger.cli import app
 from kvledger.run import traces
@@ -206,3 +208,8 @@ def test_every_test_that_a_page_names_exists() -> None:
     for page in ("guarantees.md", "testing.md"):
         named = set(re.findall(r"`(\w+/test_\w+\.py(?:::test_\w+)?)", (ROOT / "docs" / page).read_text()))
         assert len(named) > 10 and named <= known, f"{page}: {sorted(named - known)}"
+
+
+def test_the_version_is_the_one_of_the_distribution() -> None:
+    written = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert kvledger.__version__ == written

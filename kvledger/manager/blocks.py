@@ -1,0 +1,160 @@
+"""The calls of engines and adapters that count blocks: allocate, cache, trim, reassign, extend.
+
+An engine that counts tokens needs none of them: see :mod:`kvledger.manager.tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import SupportsIndex
+
+import numpy as np
+
+from ipc import LedgerError
+from kvledger.errors import Paused
+from kvledger.manager.arguments import block_ids, expect_namespace, whole
+from kvledger.manager.prompts import full_blocks, prompt_of
+from kvledger.manager.ranks import BlockTable, Progress, table_of
+from kvledger.manager.tokens import TokenCalls
+from statemachine import commands
+from statemachine.content import Item, Tokens, versioned, words_of
+from statemachine.decide import peek, request_named
+from statemachine.errors import CommandRejected, InvalidCommand
+from statemachine.events import BlocksAllocated, HostPolicy
+
+
+class BlockCalls(TokenCalls):
+    """What changes a request block by block."""
+
+    def peek(self, tokens: Tokens, *, items: Sequence[Item] = (), namespace: bytes = b"") -> tuple[int, int]:
+        """How many leading blocks would match now, on the device and after those on the host. Changes nothing."""
+        expect_namespace(namespace)
+        words, _, uncut = prompt_of(self.config, tokens, items, 0)
+        return peek(self._state, words, versioned(self._weights, namespace), len(words), uncut)
+
+    def allocate(self, counts: Mapping[str, SupportsIndex]) -> dict[str, BlockTable]:
+        """Give each named request so many more blocks: one call per scheduler step, all or nothing.
+
+        Returns the new ids per request. A request whose new blocks are still being copied out is not
+        :meth:`ready` until :meth:`poll` says so. One that another thread has released meanwhile gets nothing and is
+        not in the answer; it fails nobody else.
+
+        Raises:
+            OutOfBlocks: with how many of the requests, in order, would fit, and which one does not.
+            UnknownRequest, InvalidCommand
+        """
+        if type(counts) is not dict and not isinstance(counts, Mapping):
+            raise InvalidCommand(f"counts are a mapping from request to blocks, not {type(counts).__name__}")
+        if self._releases:
+            self._expect_owner()
+        if self._gone:
+            counts = {key: count for key, count in counts.items() if not self._is_gone(key)}
+        numbers = [
+            count if type(count) is int and count >= 0 else whole(f"blocks for request {key!r}", count)
+            for key, count in counts.items()
+        ]
+        if self._paused:
+            raise Paused(f"ledger {self.name!r} is paused: resume() first")
+        events = self._execute(commands.Allocate(list(counts), numbers))
+        granted = np.empty(0, np.int32)
+        if events:
+            allocated = events[-1]
+            assert isinstance(allocated, BlocksAllocated)
+            granted = np.array(allocated.blocks, np.int32)
+        new = {}
+        start = 0
+        for key, count in zip(counts, numbers):
+            new[key] = granted[start : start + count]
+            start += count
+        return new
+
+    def cache(
+        self,
+        key: str,
+        blocks: SupportsIndex | None = None,
+        *,
+        generated: Tokens | None = None,
+        computed: SupportsIndex | None = None,
+    ) -> None:
+        """Publish blocks: from now on other requests can match them.
+
+        Args:
+            blocks: the first so many blocks of the request are computed; default: all full blocks of known content.
+            generated: the tokens that follow those known so far. What does not fill a block is remembered.
+            computed: only so many leading blocks of the request are computed, the others will be by the step that is
+                being scheduled. They can be matched, but they are not copied out until a later call, or the release,
+                covers them (so do not cache ahead for a step that may be called off). Default: all are.
+
+        Raises:
+            RequestNotReady: some of the blocks are still being copied.
+            InvalidCommand, UnknownRequest
+        """
+        self._expect_owner()
+        told = self._told_of(key)
+        request = told.request
+        size = self._state.block_bytes
+        words, tail = b"", self._tail(told)
+        known = tail
+        if generated is not None:
+            words = tail + words_of(generated)
+            full = full_blocks(words, size)
+            words, tail = words[:full], words[full:]
+        if blocks is None:
+            count = request.leaf.end + (len(request.words) + len(words)) // size
+        else:
+            count = whole("blocks", blocks)
+        ready = None if computed is None else whole("computed", computed)
+        told.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
+        try:
+            self._execute(commands.Cache(key, count, words, ready))
+        except (CommandRejected, LedgerError):  # nothing has changed
+            told.tail = known
+            raise
+        told.tail = tail
+        if self._state.policy == HostPolicy.WRITE_THROUGH:
+            self._back_up(key)
+
+    def extend(self, key: str) -> Progress:
+        """Between two chunks of a prefill: match again behind what the request has cached.
+
+        What others cached meanwhile is pinned and need not be computed; the request's own copies of it, and the
+        duplicates that :meth:`cache` left, are given back, so *the block table changes*: go on with the one returned,
+        from ``cached_blocks`` on. At least one token is left to compute.
+
+        Raises:
+            RequestNotReady, UnknownRequest, Paused
+        """
+        if self._paused:
+            raise Paused(f"ledger {self.name!r} is paused: resume() first")
+        told = self._told_of(key)
+        request = told.request
+        self._expect_still(key)
+        known = len(request.words) + len(self._tail(told))
+        limit = request.leaf.end + max(known // 4 - 1, 0) // self.config.block_size
+        if self._execute(commands.Extend(key, limit)) and self.config.backup_after > 1:
+            self._back_up(key)
+        return Progress(key, table_of(request), request.leaf.end, False)
+
+    def trim(self, key: str, blocks: SupportsIndex) -> None:
+        """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
+        kept = whole("blocks", blocks)
+        self._expect_still(key)
+        self._execute(commands.Trim(key, kept))
+        self._lost(key, kept)
+
+    def reassign(self, key: str, target: str, blocks: Sequence[int]) -> None:
+        """Move private blocks of one request to the end of another's block table."""
+        self._expect_still(key)
+        self._execute(commands.Reassign(key, target, block_ids(blocks)))
+        self._lost(key, 0)
+
+    def give_back(self, key: str, blocks: Sequence[int]) -> None:
+        """Free private blocks of a request, wherever they stand behind its cached blocks."""
+        request_named(self._state, key)
+        self._expect_still(key)
+        self._execute(commands.GiveBack(key, block_ids(blocks)))
+        self._lost(key, 0)
+
+    def cached_blocks(self, key: str) -> int:
+        """Leading blocks of a request's block table that are cached: their KV is valid once it is ready."""
+        return request_named(self._state, key).leaf.end
