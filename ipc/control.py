@@ -2,18 +2,19 @@
 
 ::
 
-    magic u64 | version u64 | schema hash u64 | writer pid u64 | writer start time u64
+    magic u64 | version u64 | schema hash u64
+    writer pid u64 | start time u64 | namespace u64     who wrote the log last
+    owner pid u64 | start time u64 | namespace u64      who took the lock last: the writer, or somebody about to be it
     at 192: current epoch << 32 | index, u64
-    at 4096, 128 lines of 64 B: pid u64 | start time u64 | cursor u64 | parked u64 | kind mask u64 | worker u64
+    at 4096, 128 lines of 64 B: pid u64 | namespace u64 | cursor u64 | parked u64 | kind mask u64 | worker u64
                                 | name 16 B
 
-The writer holds ``flock`` on it as long as it lives; the kernel gives that up at SIGKILL. Each line has one writer, its
-reader; lines are handed out under a POSIX record lock.
+The owner holds a lock on the first 4,096 bytes as long as it lives, each reader one on its line (:mod:`ipc.liveness`);
+the kernel gives them up when their process ends, however it ends. Each line has one writer, its reader.
 """
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import time
@@ -29,20 +30,25 @@ from ipc.errors import (
     WriterAlive,
 )
 from ipc.fence import make_fence
+from ipc.liveness import Lock, life_of
 from ipc.memory import open_new, open_private
 from ipc.names import SHM, check_name, control_name, unlink
-from ipc.processes import alive, own_identity
+from ipc.processes import Identity, Life, life_by_number, own_identity
 from ipc.segment import MAGIC, VERSION
 
 READERS = 128
 _TEARDOWN_S = 5.0
+"""A child of a dead process, forked and not yet another program, holds its lock no longer than this."""
+_TEARDOWN_ELSEWHERE_S = 0.5
+"""As long as that is waited for where it cannot be told whether the owner is dead."""
 _LINES = 4096
-_BYTES = _LINES + READERS * 64
+_LINE_BYTES = 64
+_BYTES = _LINES + READERS * _LINE_BYTES
 _BEING_CREATED = "ledger {!r} is only being created, or its creator died before it was done"
-_SCHEMA, _PID, _START = 2, 3, 4
+_SCHEMA, _WRITER, _OWNER = 2, 3, 6
 CURRENT: Final = 192 // 8
 """Word of the current segment."""
-PID, START, CURSOR, PARKED, MASK, WORKER, NAME = range(7)
+PID, NAMESPACE, CURSOR, PARKED, MASK, WORKER, NAME = range(7)
 """Words of a reader line."""
 
 
@@ -62,13 +68,19 @@ class Control:
     """A mapped control segment."""
 
     def __init__(self, ledger: str, fd: int) -> None:
+        """``fd``: of the object; the caller closes it."""
         self.ledger = ledger
-        self._fd = fd
         self._map = mmap.mmap(fd, _BYTES)
+        try:
+            self._lock = Lock.beside(fd)
+        except BaseException:
+            self._map.close()
+            raise
         self._buffer = memoryview(self._map)
         self.words = self._buffer.cast("Q")
         self._release, self._acquire = make_fence()
-        self._writes = False
+        self._locked = self._writes = False
+        self._own_lines: set[int] = set()
 
     @classmethod
     def create(cls, ledger: str, schema_hash: int) -> Control:
@@ -81,18 +93,23 @@ class Control:
             memory = open_new(control_name(check_name(ledger)))
         except LedgerExists:
             raise LedgerExists(_who_is_there(ledger)) from None
+        control = None
         try:
             os.posix_fallocate(memory.fd, 0, _BYTES)
             control = cls(ledger, memory.fd)
+            control.lock()
         except BaseException as error:
             unlink(control_name(ledger))
-            os.close(memory.fd)
+            if control is not None:
+                control.close()
             if isinstance(error, OSError):
                 raise SharedMemoryFull(f"no room for {control_name(ledger)}: {error.strerror}") from error
             raise
+        finally:
+            os.close(memory.fd)
         words = control.words
         words[1], words[_SCHEMA] = VERSION, schema_hash
-        control.lock()
+        control.begin_writing()
         control._fence()  # who sees the first word sees the others
         words[0] = MAGIC
         return control
@@ -108,17 +125,16 @@ class Control:
             memory = open_private(control_name(check_name(ledger)), write=True)
         except LedgerNotFound:
             raise LedgerNotFound(f"there is no ledger {ledger!r} on this machine") from None
-        if not memory.size:
-            os.close(memory.fd)
-            raise LedgerNotFound(_BEING_CREATED.format(ledger))
-        if memory.size < _BYTES:
-            os.close(memory.fd)
-            raise LogCorrupt(control_name(ledger), 0, "too short for a control segment")
         try:
+            if not memory.size:
+                raise LedgerNotFound(_BEING_CREATED.format(ledger))
+            if memory.size < _BYTES:
+                raise LogCorrupt(control_name(ledger), 0, "too short for a control segment")
             control = cls(ledger, memory.fd)
         except OSError as error:
-            os.close(memory.fd)
             raise SharedMemoryFull(f"{control_name(ledger)} cannot be mapped: {error.strerror}") from error
+        finally:
+            os.close(memory.fd)
         if not control.words[0]:
             control.close()
             raise LedgerNotFound(_BEING_CREATED.format(ledger))
@@ -129,30 +145,39 @@ class Control:
         return control
 
     def lock(self) -> None:
-        """Become the only writer, until this process ends.
+        """Keep everybody else from writing, until this is closed or the process ends.
+
+        What is said of the last writer stays as it is until :meth:`begin_writing`.
 
         Raises:
             WriterAlive: naming the process.
+            NoLocks
         """
-        deadline = time.monotonic() + _TEARDOWN_S
-        while True:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                # A writer that was killed while it started a process leaves the lock to the child, until that execs.
-                if self.writer_alive():
-                    raise WriterAlive(_who_is_there(self.ledger)) from None
-                if time.monotonic() > deadline:
-                    raise WriterAlive(
-                        f"ledger {self.ledger!r}: its writer, process {self.writer[0]}, is dead, but a child of it "
-                        "still holds the lock: end that child"
-                    ) from None
+        begun = time.monotonic()
+        while not self._lock.take(0, _LINES):
+            # An owner that was killed while it started a process leaves the lock to the child, until that execs.
+            life, waited = life_by_number(self.owner), time.monotonic() - begun
+            if life is Life.ALIVE or (life is Life.UNKNOWN and waited > _TEARDOWN_ELSEWHERE_S):
+                raise WriterAlive(_who_is_there(self.ledger)) from None
+            if waited > _TEARDOWN_S:
+                raise WriterAlive(
+                    f"ledger {self.ledger!r}: its writer, process {self.owner.pid}, is dead, but a child of it "
+                    "still holds the lock: end that child"
+                ) from None
             time.sleep(0.001)
-        # The start time first: who sees one without the other takes the writer for dead, not for alive.
-        pid, self.words[_START] = own_identity()
-        self.words[_PID] = pid
+        self._locked = True
+        self._name(_OWNER, own_identity())
+
+    def begin_writing(self) -> None:
+        """This process, which has the lock, is the writer from now on."""
+        self._name(_WRITER, self.owner)
         self._writes = True
+
+    def _name(self, word: int, process: Identity) -> None:
+        # The id last: who sees it without the rest takes the process for dead, not for another one that lives.
+        self.words[word + 1], self.words[word + 2] = process.started, process.namespace
+        self._fence()
+        self.words[word] = process.pid
 
     def _fence(self) -> None:
         self._release()
@@ -164,18 +189,25 @@ class Control:
         return self.words[_SCHEMA]
 
     @property
-    def writer(self) -> tuple[int, int]:
-        """``(pid, start time)`` of the last writer."""
-        return self.words[_PID], self.words[_START]
+    def writer(self) -> Identity:
+        """The process that wrote last; its id is 0 if it closed the ledger and kept it."""
+        return Identity(*self.words[_WRITER : _WRITER + 3])
+
+    @property
+    def owner(self) -> Identity:
+        """The process that took the lock last."""
+        return Identity(*self.words[_OWNER : _OWNER + 3])
 
     def writer_alive(self) -> bool:
-        """Whether the writer runs."""
-        return alive(*self.writer)
+        """Whether somebody writes, or is about to: false only where that process is proven dead."""
+        if self._locked:
+            return True
+        return life_of(self._lock.is_taken(0, _LINES), self.owner) is not Life.DEAD
 
     def exists(self) -> bool:
         """Whether this segment is still the one of that name: the ledger was neither removed nor created anew."""
         try:
-            return os.path.samestat(os.stat(SHM / control_name(self.ledger)[1:]), os.fstat(self._fd))
+            return os.path.samestat(os.stat(SHM / control_name(self.ledger)[1:]), os.fstat(self._lock.fd))
         except FileNotFoundError:
             return False
 
@@ -193,30 +225,33 @@ class Control:
         """Take a reader line; lines of dead processes are taken over. Returns its number.
 
         Raises:
-            TooManyReaders
+            TooManyReaders, NoLocks
         """
-        fcntl.lockf(self._fd, fcntl.LOCK_EX, READERS * 64, _LINES)
-        try:
-            for line in range(READERS):
+        words = self.words
+        for line in range(READERS):
+            if line not in self._own_lines and self._lock.take(_LINES + line * _LINE_BYTES, _LINE_BYTES):
+                self._own_lines.add(line)
                 base = self.line(line)
-                if not alive(self.words[base + PID], self.words[base + START]):
-                    self.words[base + PARKED] = 0
-                    self.words[base + CURSOR] = cursor
-                    self.words[base + MASK] = mask
-                    self.words[base + WORKER] = worker
-                    offset = (base + NAME) * 8
-                    self._buffer[offset : offset + 16] = name.encode()[:16].ljust(16, b"\0")
-                    pid, started = own_identity()
-                    self.words[base + START] = started
-                    self.words[base + PID] = pid
-                    return line
-        finally:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, READERS * 64, _LINES)
+                words[base + PID] = 0  # nobody's, until all of it is said
+                self._fence()
+                words[base + PARKED] = 0
+                words[base + CURSOR] = cursor
+                words[base + MASK] = mask
+                words[base + WORKER] = worker
+                offset = (base + NAME) * 8
+                self._buffer[offset : offset + 16] = name.encode()[:16].ljust(16, b"\0")
+                process = own_identity()
+                words[base + NAMESPACE] = process.namespace
+                self._fence()
+                words[base + PID] = process.pid
+                return line
         raise TooManyReaders(f"ledger {self.ledger!r} has {READERS} readers: stop one first")
 
     def give_back(self, line: int) -> None:
         """Free a reader line."""
         self.words[self.line(line) + PID] = 0
+        self._own_lines.discard(line)
+        self._lock.give_back(_LINES + line * _LINE_BYTES, _LINE_BYTES)
 
     @staticmethod
     def line(number: int) -> int:
@@ -232,28 +267,26 @@ class Control:
             if pid:
                 offset = (base + NAME) * 8
                 name = bytes(self._buffer[offset : offset + 16]).rstrip(b"\0").decode(errors="replace")
-                living = alive(pid, self.words[base + START])
+                living = number in self._own_lines or self._lock.is_taken(_LINES + number * _LINE_BYTES, _LINE_BYTES)
                 found.append(
                     ReaderLine(number, pid, name, self.words[base + CURSOR], bool(self.words[base + WORKER]), living)
                 )
         return found
 
     def disown(self) -> None:
-        """This process is a fork of the writer: the lock ends with the writer, not with this process."""
-        self._writes = False
-        self.close()  # the mapping, too: it has a descriptor of its own
+        """This process is a fork of the writer: the lock is its parent's, see :mod:`ipc.liveness`."""
+        self._locked = self._writes = False
+        self.close()
 
     def close(self) -> None:
         """Unmap it; a writer gives up its lock, and is one no longer although its process lives."""
         if self._writes:
-            self.words[_PID] = 0
-            self._writes = False
+            self.words[_WRITER] = 0
+        self._locked = self._writes = False
         self.words.release()
         self._buffer.release()
         self._map.close()
-        fd, self._fd = self._fd, -1
-        if fd >= 0:  # twice: the number may be another file's by now
-            os.close(fd)
+        self._lock.close()
 
 
 def _who_is_there(ledger: str) -> str:
@@ -262,12 +295,17 @@ def _who_is_there(ledger: str) -> str:
     except (LedgerNotFound, LogCorrupt, NotPrivate):
         return f"/dev/shm has a {ledger}.control that is no ledger of this version and this user: choose another name"
     try:
-        pid, started = control.writer
-        if alive(pid, started):
-            return f"ledger {ledger!r} is written by process {pid}: end that first, or choose another name"
-        left = f"is left of process {pid}, which is dead" if pid else "was closed and kept"
+        if control.writer_alive():
+            return f"ledger {ledger!r} is written by {_named(control.owner)}: end that first, or choose another name"
+        pid = control.writer.pid
+        left = f"is left of {_named(control.writer)}, which is dead" if pid else "was closed and kept"
         return (
             f"ledger {ledger!r} {left}: open it, choose another name, or remove it with kvledger segments --remove-dead"
         )
     finally:
         control.close()
+
+
+def _named(process: Identity) -> str:
+    here = process.namespace == own_identity().namespace
+    return f"process {process.pid}" if here else f"process {process.pid} of another container"

@@ -104,6 +104,12 @@ def available_memory() -> int:
     return available
 
 
+def free_bytes() -> int:
+    """Bytes that can still be reserved: by the size of the file system, and by the memory behind it."""
+    free = os.statvfs(SHM)
+    return min(free.f_bavail * free.f_frsize, available_memory())
+
+
 def _check_room(name: str, size: int) -> None:
     """Refuse what cannot fit before a page of it is taken: reserving pages that do not exist gets a process killed."""
     free = os.statvfs(SHM)
@@ -124,7 +130,8 @@ def _full(name: str, size: int) -> SharedMemoryFull:
     free = os.statvfs(SHM)
     return SharedMemoryFull(
         f"{name} needs {size:,} bytes, {SHM} has {free.f_bavail * free.f_frsize:,} free: "
-        "make the pools or segments smaller, remove dead ledgers, or remount it with a larger size="
+        "make the pools or segments smaller, remove dead ledgers, or give it more room (remount it with a larger "
+        "size=, in a container --shm-size)"
     )
 
 

@@ -4,7 +4,7 @@
 
     magic u64 | version u16, header size u16, alignment u32 | schema hash u64 | epoch u64 | segment index u64
     base sequence u64 | crc seed u32, capacity u32 | config hash u64 | created ns u64 | writer pid u32, 0 u32
-    writer start time u64 | header crc u32
+    writer start time u64 | writer's namespace u64 | header crc u32
     at 256: tail hint u64          at 320: next index u64 (0: this segment is still written)
 """
 
@@ -19,14 +19,15 @@ from crc32c import crc32c
 from ipc import memory
 from ipc.errors import LedgerNotFound, LogCorrupt
 from ipc.names import segment_name, segments_of
+from ipc.processes import Identity
 
 HEADER_BYTES: Final = 4096
 MAGIC = int.from_bytes(b"kvledger", "little")
-VERSION = 1
+VERSION = 2
 TAIL: Final = 256 // 8
 """Index, in 64-bit words, of the tail hint: the writer's offset after its last transaction."""
 NEXT: Final = 320 // 8
-_HEADER = struct.Struct("<QHHIQQQQIIQQIIQ")
+_HEADER = struct.Struct("<QHHIQQQQIIQQIIQQ")
 
 
 class Header(NamedTuple):
@@ -40,8 +41,7 @@ class Header(NamedTuple):
     capacity: int
     config_hash: int
     created_ns: int
-    writer_pid: int
-    writer_start: int
+    writer: Identity
 
 
 def write_header(buffer: memoryview, header: Header) -> None:
@@ -59,9 +59,10 @@ def write_header(buffer: memoryview, header: Header) -> None:
         header.capacity,
         header.config_hash,
         header.created_ns,
-        header.writer_pid,
+        header.writer.pid,
         0,
-        header.writer_start,
+        header.writer.started,
+        header.writer.namespace,
     )
     buffer[: len(data)] = data
     words = buffer.cast("Q")
@@ -84,7 +85,7 @@ def read_header(buffer: memoryview, name: str) -> Header:
         raise LogCorrupt(name, 0, "this is not a log segment, or its header is damaged")
     if fields[1] != VERSION:
         raise LogCorrupt(name, 0, f"log format {fields[1]}, this program reads {VERSION}")
-    return Header._make((*fields[4:13], fields[14]))
+    return Header._make((*fields[4:12], Identity(fields[12], *fields[14:])))
 
 
 class MappedSegment:

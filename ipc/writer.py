@@ -92,6 +92,7 @@ class LogWriter:
         self._map, self._buffer, self._words, self._words32 = self._begin_segment(
             segment.create(self.ledger, epoch, 0, segment_bytes)
         )
+        control.begin_writing()
         self._offset = HEADER_BYTES
         self._limit = segment_bytes - segment_bytes // _RESERVED
         """Up to here no question is asked."""
@@ -301,6 +302,15 @@ class LogWriter:
         """Keep everything from the sequence on that ``oldest`` returns, for workers that are yet to come."""
         self._hold = oldest
 
+    def keep(self, retain_bytes: int) -> None:
+        """Keep so much of the log from now on."""
+        self._retain_bytes = retain_bytes
+
+    @property
+    def segment_bytes(self) -> int:
+        """Size of a segment."""
+        return self._segment_bytes
+
     def _prepare(self) -> Task[mmap.mmap]:
         return self._helper.submit(self._reserve_segment, self._index + 1)
 
@@ -328,7 +338,6 @@ class LogWriter:
 
     def _begin_segment(self, map: mmap.mmap) -> tuple[mmap.mmap, memoryview[int], memoryview[int], memoryview[int]]:
         buffer = memoryview(map)
-        pid, started = self._control.writer
         segment.write_header(
             buffer,
             Header(
@@ -340,8 +349,7 @@ class LogWriter:
                 self._segment_bytes,
                 self._config_hash,
                 time.time_ns(),
-                pid,
-                started,
+                self._control.owner,
             ),
         )
         self._kept.append((self._epoch, self._index, self.next_sequence))

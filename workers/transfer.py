@@ -15,8 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
 
-from ipc import Control, LedgerNotFound, LogReader, LogWriter
-from ipc.processes import own_identity
+from ipc import Control, LedgerError, LedgerNotFound, LogReader, LogWriter
 from ipc.signals import Signals
 from statemachine.events import KIND_OF, EpochStarted, TransferFinished, TransferStarted, WorkerJoined
 from statemachine.records import codec
@@ -24,9 +23,10 @@ from workers.pools.backends import open_copies
 from workers.pools.layout import PoolLayout
 from workers.processes import acknowledgements
 from workers.processes.acknowledgements import Acknowledgement, EpochSeen, Status
+from workers.processes.presence import Presence
 
-READY, HEARTBEAT, PID, START = 0, 8, 16, 17
-"""Words of the worker's signals, on cache lines of their own. ``PID`` and ``START`` say who it is."""
+READY, HEARTBEAT = 0, 8
+"""Words of the worker's signals, on cache lines of their own. Who it is: :mod:`workers.processes.presence`."""
 STARTING, IS_READY, HAS_FAILED = 0, 1, 2
 ORPHAN_GRACE_S = 5.0
 _PARK_S = 0.25
@@ -154,15 +154,20 @@ def main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then stops its workers
     try:
         signals = Signals(acknowledgements.signals_name(ledger, rank, incarnation))
+        presence = Presence.announce(signals)
     except LedgerNotFound:  # its engine died before this process began, and the next one has tidied up
         return 1
-    pid, signals.words[START] = own_identity()
-    signals.words[PID] = pid
+    except LedgerError as error:
+        signals.text = f"{type(error).__name__}: {error}"
+        signals.words[READY] = HAS_FAILED
+        return 1
+    if presence is None:
+        return 1
 
     def waiting(reason: str) -> None:
         signals.text = reason
         control = Control.open(ledger)
-        if stopping or not control.writer_alive():
+        if stopping or presence.is_unwanted() or not control.writer_alive():
             raise InterruptedError(reason)
         control.close()
 
@@ -176,7 +181,7 @@ def main(
     signals.words[READY] = IS_READY
     try:
         orphan_since = 0.0
-        while not stopping and not worker.superseded:
+        while not (stopping or worker.superseded or presence.is_unwanted()):
             if not worker.step(_PARK_S):
                 if worker.reader.writer_alive():
                     orphan_since = 0.0
@@ -192,6 +197,7 @@ def main(
     finally:
         worker.close()
         signals.close()
+        presence.close()
     return 0
 
 

@@ -265,7 +265,7 @@ class Top:
             time_ns=now,
             sequence=self._sequence,
             last_event_s=self._age(self._last_ns or None, now),
-            writer=self._control.writer[0],
+            writer=self._control.owner.pid,
             writer_alive=self._control.writer_alive(),
             epoch=state.epoch,
             events_per_s=self._events.sums(now, 10)[0] / 10,

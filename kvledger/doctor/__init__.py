@@ -51,6 +51,7 @@ def examine() -> Iterator[Result]:
         ("room", shared_memory.room),
         ("segment", lambda: shared_memory.shared_segment(ledger)),
         ("semaphore", lambda: shared_memory.semaphore(ledger)),
+        ("who lives", lambda: processes.who_lives(ledger)),
         ("open files", limits.open_files),
         ("file size", limits.file_size),
         ("address space", limits.address_space),

@@ -17,11 +17,13 @@ from typing import NamedTuple
 
 from ipc import Control, InvalidName, LedgerError, LogCorrupt, NotPrivate, WriterAlive, segment, snapshots
 from ipc.names import SHM, check_name, objects_of, remove_objects, segments_of, unlink
-from ipc.processes import alive
+from ipc.processes import Life, life_by_number
+from ipc.signals import Signals
 from workers.handoff import pushes
 from workers.pools import memory as pool_memory
+from workers.processes.presence import may_live, owner_of
 
-_CONTROL = ".control"
+_CONTROL, _SIGNALS = ".control", ".signals"
 _PIECE = re.compile(r"(.+)\.(\d+\.\d+|pool\.(?:device|host)\.\d+|snapshot\.\d+)")
 _MAGICS = (
     segment.MAGIC.to_bytes(8, "little"),
@@ -30,12 +32,16 @@ _MAGICS = (
 )
 
 
+_STATES = {Life.ALIVE: "alive", Life.DEAD: "dead", Life.UNKNOWN: "cannot tell"}
+
+
 class Ledger(NamedTuple):
     """A ledger, or what is left of one."""
 
     name: str
     state: str
-    """``alive``: an engine writes it; ``orphaned``: only its workers live; ``dead``; ``other user``: not readable."""
+    """``alive``: an engine writes it; ``orphaned``: only its workers live; ``dead``: proven; ``other user``: not
+    readable; ``cannot tell``: what is left was written in another container, whose processes are not seen here."""
     epoch: int
     bytes: int
     """Of everything that belongs to it."""
@@ -123,22 +129,29 @@ def _look(name: str) -> Ledger | None:
         return Ledger(name, "other user", 0, size, age, status.st_uid, 0, [], objects)
     try:
         workers = _workers(name, control)
-        state = "alive" if control.writer_alive() else "orphaned" if workers else "dead"
-        return Ledger(name, state, control.current[0], size, age, status.st_uid, control.writer[0], workers, objects)
+        living = control.writer_alive()
+        state = "alive" if living else "orphaned" if workers else "dead"
+        engine = control.owner if living else control.writer
+        return Ledger(name, state, control.current[0], size, age, status.st_uid, engine.pid, workers, objects)
     finally:
         control.close()
 
 
 def _workers(name: str, control: Control) -> list[int]:
-    """Processes that follow the log as workers, or write a log of their own that belongs to it."""
+    """Processes that follow the log as workers, have signals of their own, or a log of their own that belongs to it."""
     found = {reader.pid for reader in control.readers() if reader.worker and reader.alive}
     engines = name, pushes.log_name(name)
     for entry in objects_of(name):
-        if entry.endswith(_CONTROL) and entry.removesuffix(_CONTROL) not in engines:
-            with contextlib.suppress(LedgerError):
+        with contextlib.suppress(LedgerError):
+            if entry.endswith(_SIGNALS):
+                signals = Signals(f"/{entry}", read_only=True)
+                if may_live(signals):
+                    found.add(owner_of(signals).pid)
+                signals.close()
+            elif entry.endswith(_CONTROL) and entry.removesuffix(_CONTROL) not in engines:
                 theirs = Control.open(entry.removesuffix(_CONTROL))
                 if theirs.writer_alive():
-                    found.add(theirs.writer[0])
+                    found.add(theirs.owner.pid)
                 theirs.close()
     return sorted(found)
 
@@ -156,16 +169,15 @@ def _pieces(known: dict[str, Ledger]) -> Iterator[tuple[str, list[str]]]:
 
 def _leftover(name: str, objects: list[str]) -> Ledger:
     status = [os.lstat(SHM / entry) for entry in objects]
-    writer, epoch, living = 0, 0, False
+    writer, epoch, state = 0, 0, "dead"
     for place in segments_of(name):
         with contextlib.suppress(LedgerError):
             mapped = segment.MappedSegment(name, *place)
             header = mapped.header
             mapped.close()
-            writer, epoch = header.writer_pid, header.epoch
-            living = alive(header.writer_pid, header.writer_start)
+            writer, epoch = header.writer.pid, header.epoch
+            state = _STATES[life_by_number(header.writer)]  # its lock went with its control segment
     age = max(time.time() - min(entry.st_mtime for entry in status), 0.0)
-    state = "alive" if living else "dead"
     return Ledger(name, state, epoch, _size(objects), age, status[0].st_uid, writer, [], objects)
 
 

@@ -6,13 +6,26 @@ import os
 import subprocess
 from pathlib import Path
 
+from ipc import memory
+from ipc.liveness import Lock, NoLocks
+from ipc.names import SHM, unlink
+from ipc.processes import own_identity
 from kvledger.doctor.finding import Finding, note, ok, problem, size
 from kvledger.doctor.installation import ROOT
 from kvledger.doctor.ledgers import ledgers
+from workers.processes.acknowledgements import signals_name
 from workers.processes.programs import environment, python
 
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _WORKER = "import workers.transfer; print(workers.transfer.__file__)"
+_HOLD = """
+import sys
+from ipc.liveness import Lock
+lock = Lock.on(sys.argv[1])
+lock.take()
+print(flush=True)
+sys.stdin.read()
+"""
 _TIMEOUT_S = 30.0
 _MOST_NAMES = 3
 
@@ -36,6 +49,45 @@ def worker() -> Finding:
     if place != ROOT:
         return problem(f"a worker imports kvledger from {place}, this process from {ROOT}", advice)
     return ok(f"{command[0]} starts workers")
+
+
+def who_lives(ledger: str) -> Finding:
+    """Whether the lock of a living process is seen, and is given up when it dies; and what else tells who lives."""
+    name = signals_name(ledger, 0, 0)
+    memory.create(name, 4096).close()
+    lock = Lock.on(name)
+    try:
+        command = python("-c", _HOLD, name)
+        holder = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            seen = lock.is_taken()
+        finally:
+            holder.kill()
+            holder.communicate()
+        if not seen or lock.is_taken():
+            what = "kept after its process was killed" if seen else "not seen by another process"
+            return problem(
+                f"a lock on shared memory (fcntl F_OFD_SETLK) is {what}: who lives and who died is not known",
+                f"mount {SHM} as a plain tmpfs; a sandbox has to allow these locks",
+            )
+    except NoLocks as error:
+        return problem(str(error), "allow fcntl(F_OFD_SETLK) to the engine and its workers")
+    finally:
+        lock.close()
+        unlink(name)
+    found = "a lock is seen, and given up when its process is killed"
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        return note(f"{found}; pidfd_open is refused ({error.strerror})", "nothing needs to be done: it is not needed")
+    if not own_identity().namespace:
+        return note(
+            f"{found}; /proc belongs to another PID namespace",
+            "mount /proc anew in this namespace: else a worker that outlived its engine is ended only if it listens",
+        )
+    return ok(found)
 
 
 def cores() -> Finding:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 from typing import Protocol
 
-from ipc import LedgerError, LedgerNotFound
+from ipc import LedgerNotFound
 from ipc.names import objects_of, remove_objects, unlink
 from ipc.signals import Signals
 from kvledger.errors import HandoffError
 from kvledger.manager.wait import loop
-from workers import transfer
 from workers.handoff import pushes
 from workers.handoff.tickets import Tickets, board_name, claimed
 from workers.processes.adopted import AdoptedProcess
@@ -46,17 +45,33 @@ class Handoff(Protocol):
 
 
 def end_pushers(ledger: str) -> None:
-    """End what a dead engine of this ledger was sending."""
+    """End what a dead engine of this ledger was sending.
+
+    Raises:
+        HandoffError: a pusher cannot be ended; it may still be writing into another instance's pool.
+        ipc.NotPrivate, ipc.TooManyFiles: it cannot be told.
+    """
     log = pushes.log_name(ledger)
     for name in objects_of(log):
         if name.endswith(".signals"):
-            with contextlib.suppress(LedgerError):
-                signals = Signals(f"/{name}", read_only=True)
-                process = AdoptedProcess.of(signals.words[transfer.PID], signals.words[transfer.START])
-                signals.close()
-                if process is not None:
-                    end(process)
+            with contextlib.suppress(LedgerNotFound):
+                signals = Signals(f"/{name}")
+                try:
+                    _end_pusher(ledger, signals)
+                finally:
+                    signals.close()
     remove_objects(log)
+
+
+def _end_pusher(ledger: str, signals: Signals) -> None:
+    process = AdoptedProcess.of(signals)
+    if process is not None:
+        end(process)
+        if process.poll() is None:  # its signals stay: they are what an instance it writes to looks at
+            raise HandoffError(
+                f"process {process.pid}, which pushed blocks of {ledger!r}, still runs and cannot be ended from here: "
+                "end it (it may belong to another container, or hang in the kernel), and try again"
+            )
 
 
 def end_receiving(ledger: str) -> None:

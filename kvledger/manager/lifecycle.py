@@ -19,6 +19,7 @@ from statemachine.records import codec
 from statemachine.state.state import State
 from workers.pools.backends import create_pools, ids_of, reopen_pools
 from workers.pools.interface import Pools
+from workers.processes.supervisor import end_strays
 
 
 class Beginning(NamedTuple):
@@ -67,7 +68,10 @@ def reopened(name: str, config: CacheConfig | None) -> Beginning:
             config = CacheConfig.of(state.opened, rebuilt.segment_bytes)
         config.expect(state.opened)
         layout = config.layout if config.ranks else None
+        end_strays(name, config.ranks, state.workers)
         pools, lost = reopen_pools(name, layout, state.pools) if layout is not None else ([], {})
+        if lost:
+            end_strays(name, config.ranks, {})
         end_pushers(name)
         end_receiving(name)  # nothing becomes free while somebody else may still write it
         epoch = next_epoch(control)

@@ -125,8 +125,10 @@ class CacheManager(BlockCalls):
             ipc.LogCorrupt: the log is damaged, with segment and offset. Nothing was changed.
             ipc.Overrun: the log does not reach back to its beginning, and there is no snapshot to start from.
             ConfigError: ``config`` does not agree with the ledger, in the setting that is named.
-            ipc.SharedMemoryFull: there is no room for a new segment.
-            HandoffError: a prefill instance hangs while it writes into the device pool.
+            ipc.SharedMemoryFull: there is no room for a new segment. Nothing was changed.
+            HandoffError: a prefill instance hangs while it writes into the device pool, or a process that pushed for
+                the dead engine cannot be ended. Nothing was changed.
+            workers.WorkerFailed: a worker of the dead engine cannot be ended, or a new one cannot be started.
         """
         return cls._from(name, lifecycle.reopened(name, config), publish)
 

@@ -14,7 +14,8 @@ import subprocess
 import threading
 import time
 
-from ipc import LogWriter
+from ipc import LogWriter, memory
+from ipc.names import segments_of
 from kvledger.manager.notices import tell
 from workers.followers import auditor
 from workers.processes.programs import environment, python
@@ -24,7 +25,15 @@ _LONGEST_BACK_OFF_S = 60.0
 _STOP_S = 5.0
 _FAR_OVER = 1.25
 """Some segments above the limit are nothing to speak of: snapshots take a moment."""
+_TIGHT_SNAPSHOTS = 4
+"""So many per segment where there is little room."""
 _log = logging.getLogger(__name__)
+
+
+def _most_in(writer: LogWriter) -> int:
+    """Half of the room that there is for this log, what it has included: the rest is for snapshots and for others."""
+    own = len(segments_of(writer.ledger)) * writer.segment_bytes  # looked at first: the next one may just be reserved
+    return max((own + memory.free_bytes()) // 2, writer.segment_bytes)
 
 
 class Retention:
@@ -33,7 +42,9 @@ class Retention:
     def __init__(self, writer: LogWriter, limit: int | None) -> None:
         self._writer = writer
         self._ledger = writer.ledger
-        self._limit = limit
+        self._limit = limit if limit is None else min(limit, _most_in(writer))
+        self._is_tight = self._limit != limit
+        """There is less room than the log was allowed to take: snapshots come sooner, and more often."""
         self._process: subprocess.Popen[bytes] | None = None
         self._next_start = 0.0
         self._failures = 0
@@ -43,6 +54,10 @@ class Retention:
         self._stopped = False
         self._lock = threading.RLock()
         writer.on_rotation = self._rotated
+        if self._is_tight and self._limit is not None:
+            writer.keep(self._limit)
+            tell(logging.INFO, "log_limit_follows_room", ledger=self._ledger, log_limit_bytes=self._limit)
+            self._rotated()
 
     def _rotated(self) -> None:
         """In the log writer's thread: start the auditor where it is needed, and again where it died."""
@@ -86,13 +101,15 @@ class Retention:
     def _start(self) -> None:
         self._next_start = 0.0
         try:
-            # exec, never fork: an inherited descriptor would keep the engine's lock
+            # exec, never fork: an inherited descriptor would keep the engine's lock; see the supervisor on sessions
+            often = [f"{self._writer.segment_bytes // _TIGHT_SNAPSHOTS}"] if self._is_tight else []
             self._process = subprocess.Popen(
-                python("-m", "workers.followers.auditor", self._ledger),
+                python("-m", "workers.followers.auditor", self._ledger, *often),
                 env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
         except OSError as error:
             _log.warning("the auditor of ledger %s cannot be started: %s", self._ledger, error)

@@ -16,6 +16,7 @@ import mmap
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -34,6 +35,8 @@ from kvledger.testing.weak_memory import SharedObject
 
 CAPACITY = 1 << 30
 """Of the simulated ``/dev/shm``, in bytes."""
+_EVERYTHING = 1 << 62
+_FLOCK = struct.Struct("hhxxxxqqixxxx")
 _PACKAGES = ("ipc", "workers", "kvledger")
 _NOT_REPLACED = ("kvledger.testing", "kvledger.cli")
 
@@ -49,7 +52,8 @@ class System:
         self.semaphores: dict[str, list[int]] = {}
         self.capacity = CAPACITY
         self._descriptors: dict[int, tuple[Process, SharedObject | Process]] = {}
-        self._locks: dict[SharedObject, Process] = {}
+        self._locks: dict[SharedObject, list[tuple[int, int, int]]] = {}
+        """``(descriptor, start, length)`` of the bytes that are locked."""
         self._next_descriptor = 1000
 
     def describe(self, thing: SharedObject | Process) -> int:
@@ -66,19 +70,46 @@ class System:
         return found[1]
 
     def forget(self, descriptor: int) -> None:
-        """Close a descriptor; with the last one on an object the process gives up its lock."""
-        process, thing = self._descriptors.pop(descriptor)
-        held = any(entry == (process, thing) for entry in self._descriptors.values())
-        if isinstance(thing, SharedObject) and self._locks.get(thing) is process and not held:
-            del self._locks[thing]
+        """Close a descriptor; its locks are given up."""
+        _, thing = self._descriptors.pop(descriptor)
+        if isinstance(thing, SharedObject):
+            self._unlock(thing, descriptor, 0, _EVERYTHING)
 
-    def lock(self, shared: SharedObject) -> None:
-        """``flock``, exclusive, without waiting; a dead process holds nothing."""
-        holder = self._locks.get(shared)
-        me = self.schedule.current()
-        if holder is not None and holder.alive and holder is not me:
+    def reopen(self, path: str) -> int:
+        """``open("/proc/self/fd/N")``: another description of the same object."""
+        self.schedule.current()
+        return self.describe(self.behind(int(path.rpartition("/")[2])))
+
+    def lock(self, descriptor: int, command: int, argument: bytes) -> bytes:
+        """Open file description locks of ``fcntl``; a dead process holds none."""
+        self.schedule.current()
+        shared = self.behind(descriptor)
+        kind, whence, start, length, _ = _FLOCK.unpack(argument)
+        held = self._locks.setdefault(shared, [])
+        taken = any(
+            other != descriptor
+            and first < start + length
+            and start < first + size
+            and self._descriptors[other][0].alive
+            for other, first, size in held
+        )
+        if command == fcntl.F_OFD_GETLK:
+            return _FLOCK.pack(fcntl.F_WRLCK if taken else fcntl.F_UNLCK, whence, start, length, -1)
+        if kind == fcntl.F_UNLCK:
+            self._unlock(shared, descriptor, start, length)
+        elif taken:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        self._locks[shared] = me
+        else:
+            held.append((descriptor, start, length))
+        return argument
+
+    def _unlock(self, shared: SharedObject, descriptor: int, start: int, length: int) -> None:
+        kept = [
+            (other, first, size)
+            for other, first, size in self._locks.get(shared, ())
+            if other != descriptor or not start <= first < start + length
+        ]
+        self._locks[shared] = kept
 
     def used(self) -> int:
         """Bytes reserved."""
@@ -206,7 +237,11 @@ def _os(system: System) -> _Module:
         return system.describe(process)
 
     def kill(pid: int, number: int) -> None:
-        system.schedule.kill(system.schedule.processes[pid])
+        process = system.schedule.processes.get(pid)
+        if process is None or not process.alive:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        if number:
+            system.schedule.kill(process)
 
     return _Module(
         os,
@@ -218,6 +253,7 @@ def _os(system: System) -> _Module:
         fstat=lambda descriptor: status(system.behind(descriptor)),
         chmod=lambda path, mode: None,
         fchmod=lambda descriptor, mode: None,
+        open=lambda path, flags: system.reopen(path),
         pidfd_open=pidfd_open,
         kill=kill,
         close=system.forget,
@@ -322,9 +358,7 @@ def _replacements(system: System) -> dict[Any, Any]:
         posix_ipc: _posix_ipc(system),
         os: _os(system),
         mmap: _Module(mmap, mmap=mapped),
-        fcntl: _Module(
-            fcntl, flock=lambda fd, how: system.lock(system.behind(fd)), lockf=lambda *arguments: schedule.current()
-        ),
+        fcntl: _Module(fcntl, fcntl=system.lock),
         time: _Module(
             time,
             time_ns=lambda: schedule.now_ns,
@@ -351,7 +385,7 @@ def _places(modules: int) -> list[tuple[Any, str, Any]]:
     ``modules``: how many there are; a run may import further ones.
     """
     reached = (posix_ipc, os, mmap, fcntl, time, subprocess, signal, select, threading)
-    named = ("Background", "start_time", "tempfile", "populate", "available_memory", "_living")
+    named = ("Background", "start_time", "own_namespace", "tempfile", "populate", "available_memory", "_living")
     found: list[tuple[Any, str, Any]] = []
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in _PACKAGES and not name.startswith(_NOT_REPLACED):
@@ -388,6 +422,7 @@ def installed(system: System, *others: tuple[Any, str, Any]) -> Iterator[None]:
         **_replacements(system),
         "Background": _Inline,
         "start_time": start_time,
+        "own_namespace": lambda: 1,
         "tempfile": SimpleNamespace(TemporaryFile=io.BytesIO),
         "populate": lambda map: None,
         "available_memory": lambda: system.capacity,  # statvfs says what is left of the simulated one

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ipc.names import SHM
-from ipc.processes import alive, start_time
+from ipc.processes import start_time
 from kvledger import OutOfBlocks
 from kvledger.adapters.fastdeploy import (
     BlockNode,
@@ -30,6 +30,7 @@ from kvledger.adapters.fastdeploy import (
 )
 from kvledger.adapters.fastdeploy.launch import envs
 from tests.adapters.fastdeploy_engine import config, finish, manager, port, request, serve
+from tests.processes import alive
 from tests.waiting import PATIENCE_S, wait_until
 from workers import WorkerFailed
 

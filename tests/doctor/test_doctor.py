@@ -37,7 +37,7 @@ __all__ = ["libraries"]
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("statemachine", "ipc", "workers", "kvledger")
-NEEDED = ("version", "packages", "imports", "/dev/shm", "segment", "semaphore", "worker", "trial")
+NEEDED = ("version", "packages", "imports", "/dev/shm", "segment", "semaphore", "who lives", "worker", "trial")
 """Checks that find nothing wrong wherever these tests run."""
 PYTHON = [sys.executable, "-P", "-S"]
 """Without what site-packages says in .pth files: an editable kvledger would stand in for what a test removes."""
@@ -231,7 +231,7 @@ from kvledger.doctor import examine
 subprocess.run(["mount", "-o", "remount,nr_inodes=1", "/dev/shm"], check=True)
 found = {result.check: result.finding for result in examine()}
 bad = {name for name in found if found[name].status == "problem"}
-assert bad == {"segment", "semaphore", "trial"}, found
+assert bad == {"segment", "semaphore", "who lives", "trial"}, found
 assert "No space left" in found["semaphore"].found and "inodes" in found["semaphore"].advice
 assert os.listdir("/dev/shm") == []
 """

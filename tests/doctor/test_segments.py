@@ -14,10 +14,10 @@ import pytest
 
 from ipc import LogWriter, snapshots
 from ipc.names import SHM, objects_of, remove_objects
-from ipc.processes import alive
 from kvledger.doctor import ledgers as module
 from kvledger.doctor.ledgers import Ledger, ledgers
 from tests.manager.test_recovery import THREE_SERVED, Engine
+from tests.processes import alive
 from tests.run.test_run import kvledger
 from tests.waiting import PATIENCE_S, wait_until
 

@@ -10,12 +10,10 @@ import pytest
 
 from ipc import LedgerNotFound, LogWriter, writer
 from ipc.names import remove_objects
-from ipc.processes import own_identity
 from ipc.signals import Signals
 from kvledger.testing.schedule import Schedule
 from kvledger.testing.system import System, installed
 from kvledger.testing.weak_memory import Order
-from workers import transfer
 from workers.handoff import shared_memory
 from workers.handoff.progress import LayerProgress
 from workers.handoff.pushes import PushStarted, log_name
@@ -27,6 +25,7 @@ from workers.pools.layout import KVTensor, PoolLayout
 from workers.pools.memory import PoolMemory
 from workers.pools.numpy import NumpyPools
 from workers.processes.acknowledgements import signals_name
+from workers.processes.presence import Presence
 
 SEEDS = 60
 ROUNDS = 8
@@ -99,7 +98,8 @@ def take_back(seed: int, order: Order) -> int:
         for piece in sources.pieces:
             piece[:] = THEIRS
         signals = Signals(signals_name(log_name(PREFILL), 0, 1), create=True)
-        signals.words[transfer.PID], signals.words[transfer.START] = own_identity()
+        presence = Presence.announce(signals)
+        assert presence is not None
         channel = SharedMemory(0, sources, signals)
         destination: MappedPool | None = None
         while not closed:
@@ -118,6 +118,7 @@ def take_back(seed: int, order: Order) -> int:
         if destination is not None:
             destination.close()
         signals.close(remove=True)
+        presence.close()
         remove_objects(PREFILL)
         return 0
 

@@ -18,7 +18,7 @@ import pytest
 
 from ipc import TooManyFiles, memory
 from ipc.names import objects_of, remove_objects
-from ipc.processes import alive, start_time
+from ipc.processes import start_time
 from ipc.signals import Signals
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy, InvalidCommand, OutOfBlocks, RequestNotReady
 from kvledger.doctor.ledgers import ledgers
@@ -31,6 +31,7 @@ from statemachine.check import check
 from statemachine.content import words_of
 from statemachine.events import Outcome
 from tests.handoff.split_instance import CONFIG, LAYERS, prompt, write_layer
+from tests.processes import alive
 from tests.waiting import PATIENCE_S, wait_until
 from workers import WorkerFailed
 from workers.handoff import pusher

@@ -319,13 +319,21 @@ def test_no_room_for_the_next_segment_refuses_until_there_is(name: str, monkeypa
 
 def test_too_many_readers_and_dead_lines_are_reused(name: str) -> None:
     writer = LogWriter.create(name, schema_hash=1)
-    control = Control.open(name)
-    lines = [control.claim("x", mask=0, worker=False, cursor=1) for _ in range(READERS)]
+    control, killed = Control.open(name), Control.open(name)
+    lines = [control.claim("x", mask=0, worker=False, cursor=1) for _ in range(5)]
+    lines.append(killed.claim("y", mask=0, worker=True, cursor=1))
+    lines += [control.claim("x", mask=0, worker=False, cursor=1) for _ in range(READERS - 6)]
     assert lines == list(range(READERS))
     with pytest.raises(LedgerError, match="128 readers"):
         control.claim("x", mask=0, worker=False, cursor=1)
-    control.words[Control.line(5) + 1] += 1  # another start time: that process is dead
-    assert control.claim("y", mask=0, worker=False, cursor=1) == 5
+    assert all(line.alive for line in control.readers())
+    killed.close()  # what is left of one that was killed: a line that says who it was, and no lock
+    assert [line.line for line in control.readers() if not line.alive] == [5]
+    assert control.claim("z", mask=0, worker=False, cursor=1) == 5
+    control.give_back(7)
+    other = Control.open(name)
+    assert other.claim("z", mask=0, worker=False, cursor=1) == 7
+    other.close()
     control.close()
     writer.close(unlink=True)
 

@@ -13,7 +13,7 @@ import pytest
 from ipc import LogCorrupt, LogReader, LogWriter, Overrun, Record, SharedMemoryFull, memory, record_bytes, segment
 from ipc.control import Control
 from ipc.names import remove_objects, segment_name, segments_of
-from ipc.processes import start_time
+from ipc.processes import own_identity
 from ipc.recovery import Decision, End, examine, recover
 from ipc.segment import HEADER_BYTES, TAIL, MappedSegment
 from ipc.writer import next_epoch
@@ -280,7 +280,7 @@ KILLED_WHILE_IT_STARTS_A_PROCESS = """
 import os, subprocess, sys
 from ipc.control import Control
 control = Control.create(sys.argv[1], 1)
-subprocess.Popen(["sleep", "0.5"], pass_fds=[control._fd])
+subprocess.Popen(["sleep", "0.5"], pass_fds=[control._lock.fd])
 os.kill(os.getpid(), 9)
 """
 
@@ -292,7 +292,8 @@ def test_a_lock_that_a_dying_writer_left_to_a_child_is_waited_for(name: str, mon
     control = Control.open(name)
     assert not control.writer_alive()
     control.lock()
-    assert control.writer == (os.getpid(), start_time(os.getpid()))
+    control.begin_writing()
+    assert control.writer == own_identity()
     control.close()
 
 

@@ -323,7 +323,7 @@ def test_a_fork_closes_no_file_of_somebody_else(name: str) -> None:
     manager = CacheManager.create(name, config())
     supervised = manager._ranks
     assert supervised is not None
-    number = manager._writer._control._fd
+    number = manager._writer._control._lock.fd
     manager._writer.close()
     other = os.open("/dev/null", os.O_RDONLY)
     try:

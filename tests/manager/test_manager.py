@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ipc import LedgerExists, LogReader
 from ipc.names import remove_objects
-from ipc.processes import alive, start_time
+from ipc.processes import start_time
 from kvledger import (
     Admission,
     Busy,
@@ -41,6 +41,7 @@ from statemachine.errors import InvariantViolation
 from statemachine.events import RequestMatched, WorkerLost
 from statemachine.records.replay import event_of, replay
 from statemachine.records.snapshot import state_digest
+from tests.processes import alive
 from tests.waiting import PATIENCE_S, wait_until
 from workers import WorkerFailed
 from workers.pools import backends as pools

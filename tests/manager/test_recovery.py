@@ -13,7 +13,7 @@ import pytest
 
 from ipc import LedgerError, LedgerNotFound, LogCorrupt, LogReader, LogWriter, Overrun, WriterAlive, memory, snapshots
 from ipc.names import remove_objects, segments_of, unlink
-from ipc.processes import alive, start_time
+from ipc.processes import start_time
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy, ReleaseReason
 from kvledger.doctor.ledgers import Ledger, ledgers
 from kvledger.run.pattern import PatternEngine, chain
@@ -33,6 +33,7 @@ from statemachine.records.replay import Replay, event_of, replay
 from statemachine.records.snapshot import snapshot, state_digest
 from statemachine.state.state import State
 from tests.manager.test_manager import admit
+from tests.processes import alive
 from tests.waiting import wait_until
 from workers.pools import backends as pools
 from workers.pools import memory as pool_memory

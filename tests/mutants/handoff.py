@@ -26,8 +26,8 @@ MUTANTS: list[Mutant] = [
     mutant(
         "the claim of a dead pusher counts",
         "workers/handoff/tickets.py",
-        "        if claim in tickets and alive(pid, started):\n",
-        "        if claim in tickets:\n",
+        "in tickets and may_live(signals):\n",
+        "in tickets:\n",
         TAKEN_BACK,
     ),
     mutant(

@@ -11,6 +11,7 @@ WRITERS = "tests/campaigns/test_simulation.py::test_the_log_delivers_across_writ
 BEGUN = "tests/campaigns/test_simulation.py::test_a_ledger_that_is_being_created_is_not_there_or_whole"
 WAKE = "tests/campaigns/test_simulation.py::test_a_parked_worker_is_never_forgotten"
 SEEDS = "tests/campaigns/test_simulation.py::test_engines_workers_and_followers_survive_what_seeds_plan"
+LIVENESS = "tests/ipc/test_liveness.py"
 LOG = "tests/ipc/test_log.py"
 RECOVERY = "tests/ipc/test_log_recovery.py"
 _FENCE = "        self._release()\n        self._acquire()\n"
@@ -164,22 +165,43 @@ MUTANTS = [
     mutant(
         "lines of dead readers are never used again",
         "ipc/control.py",
-        "                if not alive(self.words[base + PID], self.words[base + START]):\n",
-        "                if not self.words[base + PID]:\n",
+        "            if line not in self._own_lines and self._lock.take(_LINES + line * _LINE_BYTES, _LINE_BYTES):\n",
+        "            if not self.words[self.line(line) + PID] and self._lock.take(_LINES + line * 64, 64):\n",
         f"{LOG}::test_too_many_readers_and_dead_lines_are_reused",
     ),
     mutant(
         "a reused process id is taken for the process",
         "ipc/processes.py",
-        "    return pid != 0 and started != 0 and start_time(pid) == started",
-        "    return pid != 0 and started != 0 and start_time(pid) != 0",
-        f"{LOG}::test_too_many_readers_and_dead_lines_are_reused",
+        "    if found == process.started:\n",
+        "    if found:\n",
+        f"{LIVENESS}::test_numbers_prove_a_death_or_say_nothing",
+    ),
+    mutant(
+        "any error counts as proof of death",
+        "ipc/processes.py",
+        "        if error.errno == errno.ESRCH:\n            return Life.DEAD\n",
+        "        return Life.DEAD\n",
+        f"{LIVENESS}::test_numbers_prove_a_death_or_say_nothing",
+    ),
+    mutant(
+        "numbers of another namespace are believed",
+        "ipc/processes.py",
+        "process.namespace == UNKNOWN_NAMESPACE or process.namespace != own_namespace()",
+        "process.namespace == UNKNOWN_NAMESPACE",
+        f"{LIVENESS}::test_numbers_prove_a_death_or_say_nothing",
+    ),
+    mutant(
+        "a fork keeps its parent's locks",
+        "ipc/liveness.py",
+        "        lock.disown()\n",
+        "        pass\n",
+        f"{LIVENESS}::test_a_fork_keeps_no_lock_of_its_parent",
     ),
     mutant(
         "two writers",
         "ipc/control.py",
-        "                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n                break",
-        "                break",
+        "        while not self._lock.take(0, _LINES):\n",
+        "        while False:\n",
         "tests/manager/test_recovery.py::test_a_killed_engine_is_succeeded_with_a_warm_cache",
     ),
     mutant(

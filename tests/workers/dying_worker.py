@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ipc import LogReader, LogWriter
-from statemachine.events import Direction, IntArray, WorkerLost
-from statemachine.records.codec import KIND_OF
+from statemachine.events import KIND_OF, Direction, IntArray, WorkerLost
 from tests.campaigns.dying import Moment, die_in_append
 from tests.waiting import wait_until
 from workers import transfer

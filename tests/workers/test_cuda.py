@@ -309,9 +309,9 @@ def test_a_handle_that_is_none(standin: Standin) -> None:
     def publish(pools: Sequence[CudaPools]) -> None:
         allocate(pools)
         published = Published.read(pools[0]._memory.device_object)
-        assert published is not None and published.owner_alive()
+        assert published is not None and published.owner_alive(f"/cuda-{os.getpid()}.pool.device.0")
         table = bytes(pools[0]._memory.device).replace(published.handles[0], b"x" * 64)
-        pools[0]._write(bytes(pools[0]._memory.device_object[64:96]), table)
+        pools[0]._write(bytes(pools[0]._memory.device_object[64:104]), table)
 
     with pytest.raises(WorkerFailed, match=r"rank 0 did not start: CudaError: cuIpcOpen.*CUDA_ERROR_INVALID_HANDLE"):
         CacheManager.create(f"cuda-{os.getpid()}", CONFIG, publish=publish)

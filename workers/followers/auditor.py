@@ -13,7 +13,6 @@ it reports is as exact as if it had checked after each.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import sys
@@ -33,8 +32,9 @@ from ipc import (
     record_bytes,
     snapshots,
 )
+from ipc.liveness import Lock, life_of
 from ipc.names import SHM, unlink
-from ipc.processes import alive, own_identity
+from ipc.processes import Identity, Life, own_identity
 from ipc.signals import Signals
 from statemachine.check import check
 from statemachine.errors import InvariantViolation
@@ -45,7 +45,7 @@ from statemachine.records.snapshot import restore, snapshot
 from statemachine.state.state import State
 from workers.followers.follow import Follower, Skipped
 
-STATE, HEARTBEAT, AUDITED, SNAPSHOT, BROKEN, PROCESS, STARTED = 0, 8, 16, 24, 32, 40, 41
+STATE, HEARTBEAT, AUDITED, SNAPSHOT, BROKEN, PROCESS, STARTED, NAMESPACE = 0, 8, 16, 24, 32, 40, 41, 42
 """Words of the auditor's signals."""
 _SNAPSHOTS_KEPT = 2
 _SLICE = 64
@@ -103,10 +103,15 @@ def progress(ledger: str) -> AuditProgress | None:
     words = signals.words
     try:
         state = AuditState(words[STATE])
-        lives = alive(words[PROCESS], words[STARTED])
         verdict = Verdict(words[BROKEN], signals.text) if state == AuditState.BROKEN else None
+        lock = Lock.on(signals.name)
+        try:
+            owner = Identity(words[PROCESS], words[STARTED], words[NAMESPACE])
+            lives = life_of(lock.is_taken(), owner) is not Life.DEAD
+        finally:
+            lock.close()
         return AuditProgress(state, words[AUDITED], words[SNAPSHOT], verdict, words[PROCESS], lives)
-    except ValueError:
+    except (ValueError, LedgerNotFound):  # no auditor's, or gone with the ledger since
         return None
     finally:
         signals.close()
@@ -321,15 +326,14 @@ class _Publisher:
         name = signals_name(follower.ledger)
         self._signals = _made_or_found(name)
         words = self._signals.words
-        self._lock = os.open(SHM / name[1:], os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self._lock = Lock.on(name)
+        if not self._lock.take():
             pid = words[PROCESS]
-            os.close(self._lock)
+            self._lock.close()
             self._signals.close()
             raise AuditorRunning(f"process {pid} audits ledger {follower.ledger!r} already") from None
-        words[PROCESS], words[STARTED] = own_identity()
+        words[STARTED], words[NAMESPACE] = 0, 0
+        words[PROCESS], words[STARTED], words[NAMESPACE] = own_identity()
         words[BROKEN] = 0
         words[SNAPSHOT] = snapshots.newest_sequence(follower.ledger)
         words[AUDITED] = follower.sequence
@@ -370,14 +374,14 @@ class _Publisher:
         """Leave; with the ledger gone, its signals go too."""
         if not self._follower.reader.exists():
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(SHM / self._signals.name[1:]), os.fstat(self._lock)):
+                if os.path.samestat(os.stat(SHM / self._signals.name[1:]), os.fstat(self._lock.fd)):
                     unlink(self._signals.name)
         self._signals.close()
-        os.close(self._lock)
+        self._lock.close()
 
 
 def main(arguments: list[str]) -> int:
-    """``ledger``: audits until SIGTERM, a verdict (exit status 1), or until the ledger's engine is gone."""
+    """``ledger [snapshot_bytes]``: audits until SIGTERM, a verdict (exit status 1), or until the engine is gone."""
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -388,7 +392,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then stops its auditor
     os.nice(5)  # the engine and its workers come first
     try:
-        auditor = Auditor(arguments[0])
+        auditor = Auditor(arguments[0], snapshot_bytes=int(arguments[1]) if len(arguments) > 1 else None)
     except LedgerError as error:
         print(error, file=sys.stderr)
         return 2

@@ -17,9 +17,8 @@ from collections.abc import Collection
 from ipc import LedgerError, memory
 from ipc.fence import make_fence
 from ipc.names import SHM, unlink
-from ipc.processes import alive
 from ipc.signals import Signals
-from workers import transfer
+from workers.processes.presence import may_live, owner_of
 
 SLOTS = 2047
 """Tickets that may be out at once."""
@@ -116,10 +115,11 @@ def claimed(tickets: Collection[int]) -> dict[int, int]:
             signals = Signals(f"/{name}", read_only=True)
         except LedgerError:  # gone with its process, or another user's, who cannot open our pools
             continue
-        claim, pid, started = signals.words[CLAIM], signals.words[transfer.PID], signals.words[transfer.START]
-        signals.close()
-        if claim in tickets and alive(pid, started):
-            found[claim] = pid
+        try:
+            if (claim := signals.words[CLAIM]) in tickets and may_live(signals):
+                found[claim] = owner_of(signals).pid
+        finally:
+            signals.close()
     return found
 
 

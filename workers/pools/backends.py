@@ -121,7 +121,7 @@ def reopen_pools(ledger: str, layout: PoolLayout, ids: str) -> tuple[Sequence[Po
             except LedgerNotFound:
                 lost.setdefault(tier, f"{name} is gone")
             else:
-                if there == id and (tier == "host" or not layout.on_gpu or _is_owned(found)):
+                if there == id and (tier == "host" or not layout.on_gpu or _is_owned(name, found)):
                     continue
                 lost.setdefault(tier, f"{name} is not the memory that it was")
             unlink(name)  # it may also be one that a dead engine had only begun to create
@@ -129,9 +129,9 @@ def reopen_pools(ledger: str, layout: PoolLayout, ids: str) -> tuple[Sequence[Po
     return [open_pools(ledger, rank, layout) for rank in range(layout.ranks)], lost
 
 
-def _is_owned(device_object: Bytes) -> bool:
+def _is_owned(name: str, device_object: Bytes) -> bool:
     """Whether the process that published GPU memory lives."""
     from workers.pools.cuda_pools import Published
 
     published = Published.read(device_object)
-    return published is not None and published.owner_alive()
+    return published is not None and published.owner_alive(name)

@@ -15,14 +15,15 @@ import numpy as np
 import xxhash
 
 from ipc import LedgerNotFound
-from ipc.processes import alive, own_identity
+from ipc.liveness import Lock, life_of
+from ipc.processes import Identity, Life, own_identity
 from workers.pools.cuda_driver import HANDLE_BYTES, CudaError, Driver
 from workers.pools.interface import Bytes
 from workers.pools.layout import PoolLayout
-from workers.pools.memory import HEADER_BYTES, PoolMemory
+from workers.pools.memory import HEADER_BYTES, PoolMemory, pool_names
 
 _ENTRY = struct.Struct(f"<{HANDLE_BYTES}sQQ")
-_OWNER = struct.Struct("<16sQQ")
+_OWNER = struct.Struct("<16sQQQ")
 _OWNER_AT, _PROOF_AT = 64, 128
 _TIED = "the tensors of a rank must be on one device"
 
@@ -32,8 +33,8 @@ class Published(NamedTuple):
 
     device: bytes
     """UUID of the GPU."""
-    owner: tuple[int, int]
-    """Process id and start time."""
+    owner: Identity
+    """The process whose memory it is; it holds a lock on this in the object, see :mod:`ipc.liveness`."""
     handles: list[bytes]
     offsets: list[int]
     sizes: list[int]
@@ -45,13 +46,21 @@ class Published(NamedTuple):
         table = bytes(device_object[HEADER_BYTES:])
         if int(device_object[_PROOF_AT : _PROOF_AT + 8].view(np.uint64)[0]) != xxhash.xxh3_64_intdigest(owner + table):
             return None
-        device, pid, started = _OWNER.unpack(owner)
+        device, *numbers = _OWNER.unpack(owner)
         entries = list(_ENTRY.iter_unpack(table))
-        return cls(device, (pid, started), *([entry[i] for entry in entries] for i in range(3)))
+        return cls(device, Identity(*numbers), *([entry[i] for entry in entries] for i in range(3)))
 
-    def owner_alive(self) -> bool:
-        """Whether the process runs whose memory it is."""
-        return alive(*self.owner)
+    def owner_alive(self, name: str) -> bool:
+        """Whether the process may run whose memory it is. ``name``: of the object.
+
+        Raises:
+            ipc.LedgerNotFound, ipc.NotPrivate, ipc.TooManyFiles
+        """
+        lock = Lock.on(name)
+        try:
+            return life_of(lock.is_taken(_OWNER_AT), self.owner) is not Life.DEAD
+        finally:
+            lock.close()
 
 
 def address_of(tensor: Any) -> int:
@@ -79,6 +88,7 @@ class CudaPools:
         self.id = self._memory.id
         self.host: Bytes = self._memory.host
         self._tensors: list[Any] = []
+        self._name = pool_names(ledger, rank)[0]
 
     def publish(self, tensors: Sequence[Any]) -> None:
         """Hand the rank's device tensors to its transfer worker, in the order of ``layout.pieces``.
@@ -98,7 +108,7 @@ class CudaPools:
         before = Published.read(self._memory.device_object)
         if before is not None:
             what = f"the device tensors of rank {self.rank}"
-            if before.owner_alive():
+            if before.owner_alive(self._name):
                 raise ValueError(f"process {before.owner[0]} has published {what} already")
             # a manager would take the new ones for those that hold its cache
             gone = f"{what} ended with process {before.owner[0]}"
@@ -125,9 +135,18 @@ class CudaPools:
         finally:
             driver.pop()
             driver.release(device)
+        replaced = LedgerNotFound(f"the manager has made the pools of rank {self.rank} anew: open them again")
+        try:
+            lock = Lock.on(self._name)  # held until this process ends
+        except LedgerNotFound:
+            raise replaced from None
+        if not lock.take(_OWNER_AT):
+            lock.close()
+            raise ValueError(f"another process is publishing the device tensors of rank {self.rank}")
         self._write(owner, b"".join(entries))
         if not self._memory.is_current():
-            raise LedgerNotFound(f"the manager has made the pools of rank {self.rank} anew: open them again")
+            lock.close()
+            raise replaced
         self._tensors = list(tensors)
 
     def _write(self, owner: bytes, table: bytes) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import IO, NamedTuple, Self
 
-from ipc import LedgerError, LogReader, Overrun
+from ipc import LedgerError, LedgerNotFound, LogCorrupt, LogReader, Overrun
 from ipc.names import objects_of, remove_objects
 from ipc.signals import Signals
 from workers import transfer
@@ -86,14 +86,16 @@ class _Worker:
         arguments = [str(rank), str(incarnation), str(epoch), str(from_sequence), layout.text()]
         stderr: IO[bytes] | None = None
         try:
-            stderr = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-            # exec, never fork: an inherited descriptor would keep the engine's lock
+            stderr = os.fdopen(os.memfd_create("worker-stderr"), "w+b")  # needs no directory that may be written
+            # exec, never fork: an inherited descriptor would keep the engine's lock. A session of its own: what is
+            # sent to the engine's terminal or process group is the engine's, and what is sent to a worker's, a worker's
             process = subprocess.Popen(
                 python(*(program or _PROGRAM), ledger, *arguments),
                 env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
+                start_new_session=True,
             )
         except OSError as error:
             signals.close(remove=True)
@@ -104,22 +106,26 @@ class _Worker:
 
     @classmethod
     def adopt(cls, ledger: str, rank: int, incarnation: int) -> Self | None:
-        """Take over an incarnation that was ready and still lives; ``None``: there is none."""
+        """Take over an incarnation that was ready and may still live; ``None``: there is none.
+
+        Raises:
+            WorkerFailed: it is of no use, and cannot be ended.
+            ipc.NotPrivate, ipc.TooManyFiles: it cannot be told.
+        """
         try:
             signals = Signals(signals_name(ledger, rank, incarnation))
-        except LedgerError:
+        except LedgerNotFound:
             return None
-        words = signals.words
-        process = AdoptedProcess.of(words[transfer.PID], words[transfer.START])
-        if process is None or words[transfer.READY] != transfer.IS_READY:
-            if process is not None:
-                end(process)
+        process = AdoptedProcess.of(signals)
+        if process is None:
             signals.close()
             return None
         worker = cls(ledger, rank, incarnation, signals, process, None)
         try:
+            if signals.words[transfer.READY] != transfer.IS_READY:
+                raise LedgerNotFound("it is not ready")
             worker.listen()
-        except LedgerError:  # its answers cannot be read: another one does it again
+        except (LedgerNotFound, LogCorrupt):  # its answers cannot be read: another one does it again
             process.kill()
             worker.discard()
             return None
@@ -156,7 +162,11 @@ class _Worker:
         return f"exit status {code}: {lines[-1]}" if lines else f"exit status {code}"
 
     def discard(self) -> None:
-        """Make sure that it is dead, and remove what it leaves."""
+        """Make sure that it is dead, and remove what it leaves.
+
+        Raises:
+            WorkerFailed: it cannot be ended. What it leaves stays, and shows that it lives.
+        """
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -167,8 +177,45 @@ class _Worker:
             self.reader.close()
         if self.stderr is not None:
             self.stderr.close()
-        self.signals.close(remove=True)
+        ended = self.process.poll() is not None
+        self.signals.close(remove=ended)
+        if not ended:
+            raise WorkerFailed(_still_runs(self.rank, self.process.pid))
         remove_objects(self.log)
+
+
+def _still_runs(rank: int, pid: int) -> str:
+    return (
+        f"process {pid}, a worker of rank {rank}, still runs and cannot be ended from here: end it (it may belong to "
+        "another container, or hang in the kernel), and try again"
+    )
+
+
+def end_strays(ledger: str, ranks: int, keep: Mapping[int, int]) -> None:
+    """End the workers that a dead engine left, except the incarnation of each rank that ``keep`` names, if it is ready.
+
+    Raises:
+        WorkerFailed: one cannot be ended; it might still write to the pools.
+        ipc.NotPrivate, ipc.TooManyFiles: it cannot be told.
+    """
+    for rank in range(ranks):
+        for incarnation in incarnations_left(ledger, rank):
+            with contextlib.suppress(LedgerNotFound):
+                signals = Signals(signals_name(ledger, rank, incarnation))
+                try:
+                    ready = signals.words[transfer.READY] == transfer.IS_READY
+                    if incarnation != keep.get(rank) or not ready:
+                        _end_stray(signals, rank)
+                finally:
+                    signals.close()
+
+
+def _end_stray(signals: Signals, rank: int) -> None:
+    process = AdoptedProcess.of(signals)
+    if process is not None:
+        end(process)
+        if process.poll() is None:
+            raise WorkerFailed(_still_runs(rank, process.pid))
 
 
 def incarnations_left(ledger: str, rank: int) -> list[int]:
@@ -211,32 +258,22 @@ class Supervisor:
 
         What other incarnations leave is removed. Without ``keep`` the joined ones are ended too. Returns the ranks
         that have a worker.
+
+        Raises:
+            WorkerFailed, ipc.LedgerError: see :func:`end_strays`.
         """
+        end_strays(self._ledger, self._layout.ranks, joined if keep else {})
         for rank in range(self._layout.ranks):
             number = joined.get(rank, 0)
             worker = _Worker.adopt(self._ledger, rank, number) if number else None
-            if worker is not None and not keep:
-                worker.process.kill()
-                worker.discard()
-                worker = None
             if worker is not None:
                 self._workers[rank] = worker
             self._incarnations[rank] = number
             for incarnation in incarnations_left(self._ledger, rank):
                 self._incarnations[rank] = max(self._incarnations[rank], incarnation)
                 if worker is None or incarnation != number:
-                    self._remove(rank, incarnation)
+                    remove_objects(log_name(self._ledger, rank, incarnation))
         return self.ranks()
-
-    def _remove(self, rank: int, incarnation: int) -> None:
-        """An incarnation that never joined, or is dead. One that is only starting finds that it is not wanted."""
-        with contextlib.suppress(LedgerError):
-            signals = Signals(signals_name(self._ledger, rank, incarnation))
-            process = AdoptedProcess.of(signals.words[transfer.PID], signals.words[transfer.START])
-            if process is not None:
-                end(process)
-            signals.close()
-        remove_objects(log_name(self._ledger, rank, incarnation))
 
     def ranks(self) -> list[int]:
         """Ranks that have a worker, ready or not."""
@@ -353,6 +390,8 @@ class Supervisor:
             if worker.process.poll() is None:
                 worker.process.terminate()
         for worker in self._workers.values():
-            with contextlib.suppress(LedgerError, OSError):
+            try:
                 worker.discard()
+            except (WorkerFailed, LedgerError, OSError) as error:
+                _log.warning("worker %d of rank %d: %s", worker.incarnation, worker.rank, error)
         self._workers.clear()
