@@ -15,7 +15,7 @@ from typing import IO
 import zstandard
 
 from ipc import KvlogReader, Record
-from kvledger.recordings.postings import Mentioned
+from kvledger.recordings.postings import Postings
 from kvledger.recordings.timeline import ROW_EVENTS, Timeline
 from statemachine.errors import Contradiction
 from statemachine.records.replay import Replay
@@ -47,8 +47,8 @@ def build(
     """
     before = restore(reader.snapshot, expect_sound=False) if reader.snapshot else None
     with zipfile.ZipFile(file, "w") as archive:
-        mentioned = Mentioned(before, archive.writestr)
-        replay = Replay(before, compare=False, watch=mentioned.add)
+        postings = Postings(before, archive.writestr)
+        replay = Replay(before, compare=False, watch=postings.add)
         timeline = Timeline()
         context = _Context(reader)
         places = [reader.place]
@@ -67,7 +67,7 @@ def build(
                 contexts.append(context.start(len(state)))
                 places.append(place)
                 archive.writestr(str(place.sequence), pack(state, reader.unpack(contexts[-1], place.offset)))
-                mentioned.end_stretch(replay.state)
+                postings.end_stretch(replay.state)
                 indexed = replay.events
                 progress(place.offset)
             try:
@@ -75,8 +75,8 @@ def build(
                     _replay_row(replay, timeline, records[begin : begin + ROW_EVENTS])
             except Contradiction as error:
                 contradiction = error
-        mentioned.end_stretch(replay.state if replay.events else before)
-        mentioned.close()
+        postings.end_stretch(replay.state if replay.events else before)
+        postings.close()
         last = reader.place.sequence - 1
         table = {
             "identity": identity,

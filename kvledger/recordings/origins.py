@@ -24,7 +24,7 @@ def hash_number(digits: str) -> int:
     return int(digits[:LEAST_DIGITS], 16)
 
 
-class Brought:
+class Origins:
     """Collects the hashes that the events of a stretch bring.
 
     Args:

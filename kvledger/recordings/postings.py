@@ -17,7 +17,7 @@ import numpy.typing as npt
 import zstandard
 from crc32c import crc32c
 
-from kvledger.recordings.origins import Brought
+from kvledger.recordings.origins import Origins
 from statemachine.events import (
     AllocationRefused,
     BlocksCached,
@@ -53,7 +53,7 @@ def key_number(key: str) -> int:
     return int(crc32c(key.encode()))
 
 
-class Mentioned:
+class Postings:
     """The tables, while they are built stretch by stretch.
 
     A request mentions all runs and blocks of its path, from its match to its end, and the transfers that it waits
@@ -66,7 +66,7 @@ class Mentioned:
 
     def __init__(self, before: State | None, write: Callable[[str, bytes], None]) -> None:
         self._write = write
-        self._brought = Brought(before)
+        self._origins = Origins(before)
         self._stretches = 0
         self._done: dict[Kind, list[npt.NDArray[Any]]] = {kind: [] for kind in _KINDS}
         self._blocks: dict[Kind, list[bytes]] = {kind: [] for kind in _BLOCKS.values()}
@@ -102,7 +102,7 @@ class Mentioned:
             if request is not None and request.waits:
                 for transfer in request.waits:
                     self._waiting.setdefault(transfer, set()).add(id)
-        self._brought.add(event, state)
+        self._origins.add(event, state)
         if isinstance(event, RequestMatched | RequestExtended | BlocksCached):
             leaf = self._leaves[event.request] = state.requests[event.request].leaf
             if not isinstance(event, BlocksCached):
@@ -162,7 +162,7 @@ class Mentioned:
             small = not len(numbers) or int(numbers[-1]) < 1 << 32
             self._done[kind].append(numbers.astype(np.uint32) if small else numbers)
             self._numbers[kind].clear()
-        self._done["hash"].append(self._brought.end_stretch(state))
+        self._done["hash"].append(self._origins.end_stretch(state))
         self._stretches += 1
         if not self._stretches % _VOLUME:
             self._write_volume()

@@ -24,7 +24,7 @@ import zstandard
 
 from ipc import KvlogReader, LogCorrupt, Record
 from ipc.kvlog import Place
-from kvledger.recordings import index as indexing
+from kvledger.recordings.index import TABLE, TIMELINE, VERSION, build, unpack
 from kvledger.recordings.postings import Kind, stretches
 from kvledger.recordings.timeline import Timeline
 from statemachine.errors import Contradiction
@@ -96,7 +96,7 @@ class Recording:
                 with os.fdopen(handle, "w+b") as file:
                     try:
                         size = self.path.stat().st_size
-                        indexing.build(self._reader, self._upcast, identity, file, lambda done: progress(done, size))
+                        build(self._reader, self._upcast, identity, file, lambda done: progress(done, size))
                     except BaseException:
                         with contextlib.suppress(FileNotFoundError):
                             os.unlink(name)
@@ -123,7 +123,7 @@ class Recording:
             ends = file.read(4096)
             file.seek(max(size - 4096, 0))
             ends += file.read()
-        return f"{indexing.VERSION}-{codec.SCHEMA_HASH:x}-{MAGIC.decode()}-{size}-{xxhash.xxh3_128_hexdigest(ends)}"
+        return f"{VERSION}-{codec.SCHEMA_HASH:x}-{MAGIC.decode()}-{size}-{xxhash.xxh3_128_hexdigest(ends)}"
 
     def _load(self, index: Path, identity: str) -> dict[str, Any] | None:
         try:
@@ -131,7 +131,7 @@ class Recording:
         except (OSError, zipfile.BadZipFile):
             return None
         with contextlib.suppress(KeyError, ValueError, TypeError, zipfile.BadZipFile):
-            table = json.loads(archive.read(indexing.TABLE))
+            table = json.loads(archive.read(TABLE))
             if table["identity"] == identity:
                 self._archive = archive
                 return dict(table)
@@ -146,7 +146,7 @@ class Recording:
         """
         assert self._archive is not None
         try:
-            return Timeline.unpack(self._archive.read(indexing.TIMELINE), self.base())
+            return Timeline.unpack(self._archive.read(TIMELINE), self.base())
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
             raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
 
@@ -221,7 +221,7 @@ class Recording:
         place = self._places[number]
         try:
             context = self._reader.unpack(self._contexts[number], place.offset)
-            return indexing.unpack(self._archive.read(str(place.sequence)), context)
+            return unpack(self._archive.read(str(place.sequence)), context)
         except (KeyError, zstandard.ZstdError, zipfile.BadZipFile) as error:
             raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
 

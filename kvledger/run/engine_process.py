@@ -46,7 +46,7 @@ def say(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
-class Life(Run):
+class EngineProcess(Run):
     """The run from here to its end, or to the next crash."""
 
     def __init__(self, trace: Trace, options: RunOptions, job: dict[str, Any]) -> None:
@@ -132,14 +132,14 @@ def main() -> int:
     job = read_job(sys.stdin)
     options = job["options"] | {"record": None, "host_policy": HostPolicy(job["options"]["host_policy"])}
     source = job["source"]
-    life: Life | None = None
+    process: EngineProcess | None = None
     stopped = False
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
         stopped = True
-        if life is not None:
-            life.stop = True
+        if process is not None:
+            process.stop = True
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
@@ -149,9 +149,9 @@ def main() -> int:
         else:
             trace = traces.load(Path(source["path"]))
             trace = trace._replace(requests=trace.requests[: source["requests"]])
-        life = Life(trace, RunOptions(**options), job)
-        life.stop = stopped
-        say(summary=asdict(life.execute(job["ledger"])))
+        process = EngineProcess(trace, RunOptions(**options), job)
+        process.stop = stopped
+        say(summary=asdict(process.execute(job["ledger"])))
     except (
         WrongBytes,
         InvariantViolation,

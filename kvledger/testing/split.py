@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvledger.config import CacheConfig
 from kvledger.errors import HandoffError
-from kvledger.handoff import sender as sending
+from kvledger.handoff import sender
 from kvledger.handoff.receiver import Receiver
 from kvledger.handoff.sender import Sender
 from kvledger.manager.manager import CacheManager
@@ -152,7 +152,7 @@ class SplitSimulation(Simulation):
             operators,
             (shared_memory, "_copy", self._copy(shared_memory._copy)),
             (pusher, "_ACK_SEGMENT_BYTES", SEGMENT_BYTES),
-            (sending, "_SEGMENT_BYTES", SEGMENT_BYTES),
+            (sender, "_SEGMENT_BYTES", SEGMENT_BYTES),
             (tickets, "SLOTS", _SLOTS),
             (tickets, "_WORDS", _SLOTS + 1),
         )

@@ -15,7 +15,7 @@ from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.explain.wording import Wording
 from kvledger.debugger.source.source import RecordedSource, Tail
 from kvledger.recordings.timeline import ROW_EVENTS, Timeline
-from kvledger.view import explaining
+from kvledger.view import answers
 from kvledger.view.picture import Picture
 from statemachine.apply import apply, genesis
 from statemachine.events import KIND_OF, KINDS
@@ -134,17 +134,17 @@ class Log:
         return genesis(entry.event) if state is None else state
 
     def explain(self, type: str, id: int, at: int) -> dict[str, Any]:
-        """See :func:`kvledger.view.explaining.explain`."""
-        return explaining.explain(self._source, type, id, at, words=self._words)
+        """See :func:`kvledger.view.answers.explain`."""
+        return answers.explain(self._source, type, id, at, words=self._words)
 
     def neighbour(self, type: str, id: int, at: int, *, forward: bool) -> int | None:
-        """See :func:`kvledger.view.explaining.neighbour`; only events that have a state."""
-        found = explaining.neighbour(self._source, type, id, at, forward=forward)
+        """See :func:`kvledger.view.answers.neighbour`; only events that have a state."""
+        found = answers.neighbour(self._source, type, id, at, forward=forward)
         return found if found is None or found <= self.last else None
 
     def find(self, text: str) -> dict[str, Any]:
-        """See :func:`kvledger.view.explaining.find`."""
-        return explaining.find(self._source, text)
+        """See :func:`kvledger.view.answers.find`."""
+        return answers.find(self._source, text)
 
     def words(self, run: int, at: int) -> list[list[int]]:
         """The content words of a run's blocks; negative ones stand for images and the like.

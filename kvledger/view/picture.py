@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from kvledger.view.touched import Touched, touched
+from kvledger.view.changes import Changes, changes_of
 from statemachine.apply import apply
 from statemachine.events import Direction, Event, IntArray, LedgerOpened, Tier
 from statemachine.state.nodes import Copy, Node, Request, Transfer
@@ -75,11 +75,11 @@ class Picture:
         Raises:
             InvariantViolation: the event contradicts the state; the picture is unchanged.
         """
-        before = touched(self.state, event)
+        before = changes_of(self.state, event)
         if not isinstance(event, LedgerOpened):
             apply(self.state, event)
-        after = touched(self.state, event)
-        return self._refresh(Touched(*(old | new for old, new in zip(before, after))))
+        after = changes_of(self.state, event)
+        return self._refresh(Changes(*(old | new for old, new in zip(before, after))))
 
     def keyframe(self) -> dict[str, Any]:
         """The whole picture: kinds as base64 of uint8, owners as base64 of little-endian uint32, rows by id."""
@@ -87,9 +87,9 @@ class Picture:
             tier.name.lower(): {"kinds": _base64(self._kinds[tier]), "owners": _base64(self._owners[tier])}
             for tier in Tier
         }
-        return pools | {name: dict(rows) for name, rows in zip(Touched._fields, self._rows)}
+        return pools | {name: dict(rows) for name, rows in zip(Changes._fields, self._rows)}
 
-    def _refresh(self, changed: Touched) -> dict[str, Any]:
+    def _refresh(self, changes: Changes) -> dict[str, Any]:
         delta: dict[str, Any] = {}
         state = self.state
         if any(len(self._kinds[tier]) != state.pool(tier).capacity for tier in Tier):
@@ -101,7 +101,7 @@ class Picture:
                     arrays[tier] = np.pad(old, (0, size - len(old)))
         wiped: dict[Tier, dict[int, tuple[int, int]]] = {tier: {} for tier in Tier}
         painted: list[tuple[Paint, int]] = []
-        for which, (name, ids) in enumerate(zip(Touched._fields, changed)):
+        for which, (name, ids) in enumerate(zip(Changes._fields, changes)):
             rows, paints = self._rows[which], self._paints[which]
             moved = {}
             for id in sorted(ids):
@@ -169,8 +169,8 @@ class Picture:
         return [above, node.start, node.size, copies, node.pins, transfer, int(node in self.state.device.final)]
 
 
-def _everything(state: State) -> Touched:
-    return Touched(set(state.nodes), set(state.requests), set(state.transfers))
+def _everything(state: State) -> Changes:
+    return Changes(set(state.nodes), set(state.requests), set(state.transfers))
 
 
 def _copy(copy: Copy | None) -> int:

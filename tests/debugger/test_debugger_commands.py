@@ -232,16 +232,16 @@ def test_check_and_replay_a_sound_log(chat: Path) -> None:
 
 def test_what_the_incremental_check_overlooks_is_pinned_down(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if something far from the event had been changed: the full check at the end finds it, and where it began."""
-    from kvledger.debugger.verify import check as checking
+    from kvledger.debugger.verify import check
 
-    real = checking.apply
+    real = check.apply
 
     def spoil(state: Any, event: Any) -> None:
         real(state, event)
         if state.next_request > 20:
             state.keys["ghost"] = 0
 
-    monkeypatch.setattr(checking, "apply", spoil)
+    monkeypatch.setattr(check, "apply", spoil)
     monkeypatch.setattr(IncrementalCheck, "after", lambda self, event: [])
     with open_source(str(chat)) as source:
         checked = check_log(source, 1, source.last)
@@ -269,9 +269,9 @@ def test_bisect(chat: Path, rows: list[dict[str, Any]]) -> None:
 def test_bisect_by_halves_agrees_over_many_stretches(
     chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvledger.recordings import index as indexing
+    from kvledger.recordings import index
 
-    monkeypatch.setattr(indexing, "SNAPSHOT_EVERY", 50)
+    monkeypatch.setattr(index, "SNAPSHOT_EVERY", 50)
     path = tmp_path / "copy.kvlog"
     path.write_bytes(chat.read_bytes())
     with open_source(str(path)) as source:

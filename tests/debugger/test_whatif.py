@@ -17,7 +17,7 @@ from kvledger import CacheConfig, CacheManager, OutOfBlocks
 from kvledger.cli import app
 from kvledger.debugger import open_source
 from kvledger.debugger.whatif.curve import curve
-from kvledger.debugger.whatif.recency import Ranked
+from kvledger.debugger.whatif.recency import Recency
 from kvledger.debugger.whatif.traffic import Again, Begin, Forget, Grow, Move, Publish, Refused, Shrink, traffic
 from kvledger.debugger.whatif.whatif import Hints, Result, Scenario, what_if
 from kvledger.run import sample, traces
@@ -176,20 +176,20 @@ def test_curve_agrees_on_the_conversation_trace(tmp_path: Path) -> None:
 @given(st.lists(st.one_of(st.integers(1, 600), st.lists(st.integers(0, 10_000), max_size=60)), max_size=40))
 @settings(max_examples=50)
 def test_ranked_places(steps: list[int | list[int]]) -> None:
-    ranked, model = Ranked(), list[int]()
+    recency, model = Recency(), list[int]()
     for step in steps:
         if isinstance(step, int):
-            model += ranked.push(step).tolist()
+            model += recency.push(step).tolist()
         elif model:
             gone = sorted({model[index % len(model)] for index in step})
-            ranked.remove(np.array(gone, np.int64))
+            recency.remove(np.array(gone, np.int64))
             model = [place for place in model if place not in set(gone)]
-        if ranked.sparse:
-            before = ranked.renumber()
+        if recency.sparse:
+            before = recency.renumber()
             model = [int(before[place]) for place in model]
         kept = np.array([0, 1, 7, max(len(model) - 1, 0), len(model), len(model) + 5])
         expected = [model[-1 - k] if k < len(model) else -1 for k in kept.tolist()]
-        assert ranked.newest_without(kept).tolist() == expected and ranked.live == len(model)
+        assert recency.newest_without(kept).tolist() == expected and recency.live == len(model)
 
 
 def test_perfect_hints_help_in_a_tight_cache(tmp_path: Path) -> None:

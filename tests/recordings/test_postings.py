@@ -20,8 +20,7 @@ from kvledger.debugger.explain.explain import (
     explain_transfer,
 )
 from kvledger.debugger.source.source import RecordedSource
-from kvledger.recordings import index as indexing
-from kvledger.recordings import postings as mentioned
+from kvledger.recordings import index, postings
 from kvledger.recordings.postings import Kind
 from statemachine.decide.derive import path_words
 from statemachine.events import HostPolicy, RequestMatched, Tier
@@ -56,8 +55,8 @@ def sources(
     request: pytest.FixtureRequest, path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Source, Source]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexing, "SNAPSHOT_EVERY", 8)
-        patch.setattr(mentioned, "_VOLUME", 3)
+        patch.setattr(index, "SNAPSHOT_EVERY", 8)
+        patch.setattr(postings, "_VOLUME", 3)
         if request.param == "cut":
             path = second_half(path, tmp_path_factory.mktemp("cut"))
         with open_source(str(path)) as indexed, Unread(str(path), lambda done, total: None) as unread:

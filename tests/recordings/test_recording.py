@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipc import KvlogReader, LedgerError
-from kvledger.recordings import index as indexing
-from kvledger.recordings import recording
+from kvledger.recordings import index, recording
 from kvledger.recordings.recording import Recording
 from kvledger.run import sample
 from kvledger.run.run import Run, RunOptions
@@ -20,7 +19,7 @@ from statemachine.records.snapshot import state_digest
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexing, "SNAPSHOT_EVERY", 300)
+    monkeypatch.setattr(index, "SNAPSHOT_EVERY", 300)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 
 from kvledger.adapters.fastdeploy.signals import SignalBoard
 from kvledger.handoff.sender import Sender
-from kvledger.manager import wait as waiting
 from kvledger.manager.manager import CacheManager
+from kvledger.manager.wait import loop
 
 _ITEM_BYTES = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "block_wise_fp8": 1, "int4_zp": 1, "float32": 4}
 
@@ -91,7 +91,7 @@ class Launched:
         signal = self.cache_ready_signal
         if create_cache_tensor or self._board.made(signal):
             return
-        if not waiting.loop(lambda: int(signal.value.sum()) == self._ranks, timeout):
+        if not loop(lambda: int(signal.value.sum()) == self._ranks, timeout):
             missing = [rank for rank in range(self._ranks) if signal.value[rank] != 1]
             raise TimeoutError(f"the KV tensors of ranks {missing} are not there after {timeout:g} s")
 

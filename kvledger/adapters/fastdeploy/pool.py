@@ -20,8 +20,8 @@ from kvledger.adapters.fastdeploy.metrics import CacheMetrics, Gauges, main_proc
 from kvledger.adapters.fastdeploy.raw_blocks import RawBlocks
 from kvledger.adapters.fastdeploy.views import FreeList, run_of
 from kvledger.config import CacheConfig, ConfigError
-from kvledger.manager import wait as waiting
 from kvledger.manager.manager import CacheManager
+from kvledger.manager.wait import loop
 from statemachine.errors import InvalidCommand, OutOfBlocks
 from statemachine.events import AllocationRefused, Direction, HostPolicy, Tier
 
@@ -293,7 +293,7 @@ class DevicePool:
 
     def _until(self, done: Callable[[], object]) -> None:
         limit = self._manager.config.transfer_timeout_s * 2
-        if not waiting.loop(done, limit):
+        if not loop(done, limit):
             raise TimeoutError(f"transfers {[*self._manager.state.transfers]} do not end within {limit:g} s")
 
     @own

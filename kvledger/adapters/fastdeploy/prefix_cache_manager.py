@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvledger.adapters.fastdeploy.cache_data import BlockNode
-from kvledger.adapters.fastdeploy.matching import item_around, items_of, tokens_of
+from kvledger.adapters.fastdeploy.content import item_around, items_of, tokens_of
 from kvledger.adapters.fastdeploy.pool import Live, Match, own
 from kvledger.adapters.fastdeploy.signals import PrefixTreeStatus
 from kvledger.adapters.fastdeploy.split import SplitInstance
 from kvledger.adapters.fastdeploy.views import View, leaf_view, node_map, root_view, run_of
-from kvledger.manager import wait as waiting
 from kvledger.manager.manager import Admission
+from kvledger.manager.wait import loop
 from statemachine.content import Item
 from statemachine.errors import InvalidCommand, OutOfBlocks
 from statemachine.state.nodes import ALL, Request
@@ -301,7 +301,7 @@ class PrefixCacheManager(SplitInstance):
     @own
     def reset(self) -> None:
         """Forget everything: every block is free afterwards, and what was live holds nothing any more."""
-        waiting.loop(self._no_transfers, self._manager.config.transfer_timeout_s)
+        loop(self._no_transfers, self._manager.config.transfer_timeout_s)
         for req_id in list(self._live):
             self._release(req_id)
         self._raw.release_all()

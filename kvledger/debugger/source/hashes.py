@@ -143,7 +143,7 @@ def _brought_last(source: Source, digits: str, at: int, progress: Callable[[int,
             content = _cached(before, digits) or _in_requests(before, digits)
             found = Found(content, start - 1) if content is not None else None
         for entry, state in source.replay(start, min(stop, at)):
-            content = _brought(state, entry.event, digits)
+            content = _origins(state, entry.event, digits)
             if content is not None:
                 found = Found(content, entry.sequence)
         if found is not None:
@@ -176,7 +176,7 @@ def _in_requests(state: State, digits: str) -> Content | None:
     return None
 
 
-def _brought(state: State, event: Event, digits: str) -> Content | None:
+def _origins(state: State, event: Event, digits: str) -> Content | None:
     """Among what an event, just applied, brings into the log."""
     if isinstance(event, RequestMatched) or (isinstance(event, BlocksCached) and event.words):
         return _on_path(state, state.requests[event.request], digits)

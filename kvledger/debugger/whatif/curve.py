@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from kvledger.debugger.source.source import Source
 from kvledger.debugger.whatif.prefixes import chain, root_seed
-from kvledger.debugger.whatif.recency import Places, Ranked
+from kvledger.debugger.whatif.recency import Places, Recency
 from kvledger.debugger.whatif.traffic import Again, Begin, End, Forget, Grow, Moment, Publish, traffic
 from statemachine.events import Tier
 
@@ -102,7 +102,7 @@ class CurveBuilder:
         self._references = np.zeros(_KINDS, np.int64)
         """All references by kind."""
         self._requests = 0
-        self._used, self._unused = Ranked(), Ranked()
+        self._used, self._unused = Recency(), Recency()
         self._used_mark = np.full(len(capacities), -1, np.int64)
         """By capacity: the newest place whose block is gone."""
         self._unused_mark = np.full(len(capacities), -1, np.int64)

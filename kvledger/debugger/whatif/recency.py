@@ -10,7 +10,7 @@ Places = npt.NDArray[np.int64]
 _BUCKET = 256
 
 
-class Ranked:
+class Recency:
     """Places are handed out in ascending order and taken back in any order.
 
     Counts per bucket of 256 places and one flag per place: adding and removing touch what they name, a query reads the

@@ -18,7 +18,7 @@ _SWEEPING = (LedgerOpened, CacheCleared, PoolResized, TierLost)
 """They name nothing, and can change everything."""
 
 
-class Touched(NamedTuple):
+class Changes(NamedTuple):
     """Ids; some of them may not exist (any more, or yet)."""
 
     runs: set[int]
@@ -26,9 +26,9 @@ class Touched(NamedTuple):
     transfers: set[int]
 
 
-def touched(state: State, event: Event) -> Touched:
+def changes_of(state: State, event: Event) -> Changes:
     """What ``event`` can change of ``state``, or has just changed in it."""
-    found = Touched(set(), set(), set())
+    found = Changes(set(), set(), set())
     if isinstance(event, _SWEEPING):
         found.runs.update(state.nodes)
         found.requests.update(state.requests)
@@ -45,7 +45,7 @@ def touched(state: State, event: Event) -> Touched:
     return found
 
 
-def _request(state: State, found: Touched, id: int) -> None:
+def _request(state: State, found: Changes, id: int) -> None:
     request = state.requests.get(id)
     found.requests.add(id)
     if request is not None:
@@ -53,14 +53,14 @@ def _request(state: State, found: Touched, id: int) -> None:
         _path(found, request.leaf)
 
 
-def _path(found: Touched, leaf: Node | None) -> None:
+def _path(found: Changes, leaf: Node | None) -> None:
     node = leaf
     while node is not None and node.parent is not None:
         _run(found, node)
         node = node.parent
 
 
-def _run(found: Touched, node: Node | None) -> None:
+def _run(found: Changes, node: Node | None) -> None:
     """A run and its transfer."""
     if node is not None:
         found.runs.add(node.id)
@@ -68,7 +68,7 @@ def _run(found: Touched, node: Node | None) -> None:
             found.transfers.add(node.transfer.id)
 
 
-def _transfer(state: State, found: Touched, id: int) -> None:
+def _transfer(state: State, found: Changes, id: int) -> None:
     """A transfer, all whose path or waiting it may change, and what hangs below its runs."""
     found.transfers.add(id)
     transfer = state.transfers.get(id)
@@ -81,7 +81,7 @@ def _transfer(state: State, found: Touched, id: int) -> None:
     _below(found, [part.node for part in transfer.parts if part.node is not None])
 
 
-def _below(found: Touched, nodes: Iterable[Node]) -> None:
+def _below(found: Changes, nodes: Iterable[Node]) -> None:
     stack = list(nodes)
     while stack:
         node = stack.pop()
