@@ -16,5 +16,6 @@ Rules:
 
 A verb has a folder, a subject has a file, the same subjects in each verb. ``state`` imports none of the verbs;
 ``apply``, ``check`` and ``records`` never import ``decide``: who follows a log needs no policy.
-The one table of events is :mod:`statemachine.events`. Words: ``docs/glossary.md``.
+The one table of events is :mod:`statemachine.events`; :mod:`.fields` and :mod:`.mentions` follow from it.
+Words: ``docs/glossary.md``.
 """

@@ -3,7 +3,7 @@
 An event carries the outcome that was decided (these block ids, these runs), never the wish, so that applying it
 needs no policy. Events are immutable named tuples. The annotation of a field says how it travels in a log record (see
 :mod:`statemachine.records.codec`; a first field of 64 bits is the record's *subject*), and what it means. Indexes,
-histories, tables, redaction and the documents follow from that (:mod:`statemachine.records.fields`), so that an event
+histories, tables, redaction and the documents follow from that (:mod:`statemachine.fields`), so that an event
 is told once, here.
 
 Conventions

@@ -35,7 +35,7 @@ from statemachine.events import (
     TransferFinished,
     TransferStarted,
 )
-from statemachine.records.mentions import mentions
+from statemachine.mentions import mentions
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
 

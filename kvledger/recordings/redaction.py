@@ -25,9 +25,9 @@ from ipc import KvlogReader, KvlogWriter, LedgerError, LogCorrupt, Record
 from statemachine.apply import apply, genesis
 from statemachine.errors import InvariantViolation
 from statemachine.events import BlocksCached, DigestScope, DigestTaken, Event, LedgerOpened, Meaning, RequestMatched
+from statemachine.fields import FIELDS
 from statemachine.records import codec
 from statemachine.records.codec import CodecError
-from statemachine.records.fields import FIELDS
 from statemachine.records.replay import event_of
 from statemachine.records.snapshot import SnapshotError, counters_digest, restore, snapshot, state_digest
 from statemachine.records.upcast import UnknownSchema, digests_comparable, upcaster

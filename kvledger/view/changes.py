@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from statemachine.events import CacheCleared, Event, LedgerOpened, PoolResized, TierLost
-from statemachine.records.mentions import mentions
+from statemachine.mentions import mentions
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
 

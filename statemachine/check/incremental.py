@@ -31,7 +31,7 @@ from statemachine.events import (
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.records.mentions import mentions
+from statemachine.mentions import mentions
 from statemachine.state.nodes import Node, Transfer
 from statemachine.state.order import Order
 from statemachine.state.places import Place

@@ -9,7 +9,6 @@ Rules:
 ::
 
     record ─► upcast ─► codec ─► event ─► replay (apply, compare digests) ─► state ─► snapshot ─► bytes, digest
-                                   └─► mentions: the blocks, runs, requests and transfers that it speaks of
 
 Words: ``docs/glossary.md``.
 """

@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from statemachine.events import KINDS, Event
-from statemachine.records.fields import FIELDS, fields_of
+from statemachine.fields import FIELDS, fields_of
 
 ARGS_BYTES = 24
 

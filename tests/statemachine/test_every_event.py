@@ -47,7 +47,7 @@ from statemachine.events import (
     TransferFinished,
     TransferStarted,
 )
-from statemachine.records.mentions import FINDERS
+from statemachine.mentions import FINDERS
 from statemachine.records.snapshot import state_digest
 from tests.data.generate import drive
 

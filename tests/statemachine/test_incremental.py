@@ -18,7 +18,7 @@ from statemachine.check.incremental import IncrementalCheck
 from statemachine.decide import decide
 from statemachine.errors import CommandRejected, InvariantViolation
 from statemachine.events import Direction, Event, HostPolicy, LedgerOpened, Outcome, ReleaseReason, Tier
-from statemachine.records.mentions import mentions
+from statemachine.mentions import mentions
 from statemachine.records.snapshot import restore, snapshot
 from statemachine.state.nodes import ALL, Node, Request
 from statemachine.state.state import State

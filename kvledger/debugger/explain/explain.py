@@ -34,7 +34,7 @@ from statemachine.events import (
     TransferFinished,
     TransferStarted,
 )
-from statemachine.records.mentions import mentions
+from statemachine.mentions import mentions
 from statemachine.records.replay import MISFITS, said
 from statemachine.state.state import State
 

@@ -8,7 +8,7 @@ from kvledger.debugger.explain.wording import DIRECTIONS, Wording, block_name, c
 from kvledger.debugger.source.source import Entry, Source
 from kvledger.recordings.postings import Kind
 from statemachine.events import AllocationRefused, Tier
-from statemachine.records.mentions import mentions
+from statemachine.mentions import mentions
 from statemachine.state.nodes import Request
 from statemachine.state.ownership import owners
 from statemachine.state.state import State

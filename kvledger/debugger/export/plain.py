@@ -7,7 +7,7 @@ from typing import Any
 
 from kvledger.debugger.source.source import Entry
 from statemachine.events import Event, Meaning, Tier
-from statemachine.records.fields import FIELDS
+from statemachine.fields import FIELDS
 from statemachine.state.nodes import ALL, Node, Request, Transfer
 from statemachine.state.order import Order
 from statemachine.state.state import State

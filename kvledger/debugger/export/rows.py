@@ -9,7 +9,7 @@ import numpy as np
 
 from kvledger.debugger.source.source import Entry, Source
 from statemachine.events import KINDS, Event, Meaning
-from statemachine.records.fields import FIELDS, Field
+from statemachine.fields import FIELDS, Field
 
 RENAMED = {
     ("PoolResized", "blocks"): "capacity",

@@ -9,7 +9,7 @@ from kvledger.debugger.source.hashes import Content
 from kvledger.debugger.source.source import Entry, Source, SourceError
 from kvledger.recordings.postings import key_number
 from statemachine.events import KINDS, AllocationRefused, Event, RequestMatched, Tier, WorkerJoined, WorkerLost
-from statemachine.records.mentions import mentions
+from statemachine.mentions import mentions
 
 
 def kinds_named(names: list[str]) -> frozenset[type[Event]]:

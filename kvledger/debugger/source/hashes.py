@@ -12,7 +12,7 @@ from statemachine.decide.derive import path_words
 from statemachine.errors import Contradiction
 from statemachine.events import BlocksCached, Event, RequestMatched, Tier
 from statemachine.hashing import HASH_BYTES, block_hashes
-from statemachine.records.mentions import mentions
+from statemachine.mentions import mentions
 from statemachine.records.replay import MISFITS, said
 from statemachine.state import tree
 from statemachine.state.nodes import Node, Request

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from statemachine.events import ROUTES, Event, Meaning, Tier
-from statemachine.records.fields import FIELDS, Field
+from statemachine.fields import FIELDS, Field
 
 _NONE: tuple[int, ...] = ()
 _END = {Meaning.SOURCES: 0, Meaning.TARGETS: 1}
