@@ -16,7 +16,6 @@ import struct
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_type_hints
 
 import grimp
 
@@ -25,6 +24,7 @@ from statemachine.apply import apply, genesis
 from statemachine.decide import decide
 from statemachine.errors import CommandRejected
 from statemachine.events import KINDS, Direction, HostPolicy, LedgerOpened, Outcome, ReleaseReason, Tier
+from statemachine.fields import FIELDS, Field
 from statemachine.records.codec import SCHEMA_HASH
 from statemachine.state.state import State
 
@@ -52,10 +52,23 @@ def events_page() -> str:
         f"Schema hash: `{SCHEMA_HASH:016x}`.",
     ]
     for kind, event in KINDS.items():
-        hints = get_type_hints(event, include_extras=True)
         lines += ["", f"## {kind} `{event.__name__}`", "", " ".join((event.__doc__ or "").split()), ""]
-        lines += [f"- `{name}`: {hints[name].__metadata__[0]}" for name in event._fields]
+        lines += [f"- `{field.name}`: {_meaning(field)}" for field in FIELDS[event]]
     return "\n".join(lines) + "\n"
+
+
+_NUMBERS = {"B": "u8", "I": "u32", "Q": "u64", "i": "i32"}
+
+
+def _meaning(field: Field) -> str:
+    """How a field travels, and what it means where its type says that."""
+    number = _NUMBERS.get(field.code, field.code)
+    text = number if field.fixed or field.code not in _NUMBERS else f"list of {number}"
+    if field.meaning is not None:
+        text += f", {'each ' if text.startswith('list') else ''}{field.meaning.value}"
+    if field.enum is not None:
+        text += f", `{field.enum.__name__}`: " + ", ".join(f"{member.value} {member.name}" for member in field.enum)
+    return text
 
 
 def architecture_page() -> str:

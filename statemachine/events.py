@@ -32,16 +32,16 @@ else:  # array.array is not subscriptable at run time before Python 3.12
 class Meaning(Enum):
     """What a field stands for, beyond its number or bytes."""
 
-    DEVICE_BLOCKS = "block ids on the device"
-    BLOCKS_OF_TIER = "block ids on the tier that the field `tier` names"
-    SOURCES = "block ids that are read, on the tier where the `direction` begins"
-    TARGETS = "block ids that are written, on the tier where the `direction` ends"
-    REQUESTS = "numbers of requests"
-    RUNS = "ids of runs"
-    TRANSFERS = "numbers of transfers"
-    REQUEST_NAME = "the engine's own name of a request: private"
-    NAMESPACE = "a namespace, which may hold a salt: private"
-    CONTENT = "content words, what users wrote: private"
+    DEVICE_BLOCKS = "a block id on the device"
+    BLOCKS_OF_TIER = "a block id on the tier that the field `tier` names"
+    SOURCES = "a block id that is read, on the tier where the `direction` begins"
+    TARGETS = "a block id that is written, on the tier where the `direction` ends"
+    REQUESTS = "the number of a request"
+    RUNS = "the id of a run"
+    TRANSFERS = "the number of a transfer"
+    REQUEST_NAME = "the engine's own name of a request (private)"
+    NAMESPACE = "a namespace, which may hold a salt (private)"
+    CONTENT = "content words, what users wrote (private)"
 
 
 U8 = Annotated[int, "B"]

@@ -23,7 +23,7 @@ from kvledger.debugger.source.places import date
 from statemachine.events import HostPolicy, Tier
 from statemachine.records.snapshot import state_digest
 from statemachine.state.nodes import Node, Request
-from statemachine.state.order import Order
+from statemachine.state.order import EvictionOrder
 from statemachine.state.state import State
 
 _ROWS = 20
@@ -165,7 +165,7 @@ def _run(run: Node) -> str:
     return f"run {run.id}: {count(run.size, 'block')}{pins}{ahead}, {'; '.join(copies)}"
 
 
-def _order(title: str, order: Order, tier: Tier, rows: int | None) -> str:
+def _order(title: str, order: EvictionOrder, tier: Tier, rows: int | None) -> str:
     shown = [f"run {node.id} ({node.size})" for node in islice(order, rows)]
     more = f" … and {len(order) - rows:,} more" if rows is not None and len(order) > rows else ""
     return f"{title}: " + ", ".join(shown) + more

@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ipc import KvlogReader, KvlogWriter, LedgerError, LogCorrupt, Record
-from statemachine.apply import apply, genesis
 from statemachine.errors import InvariantViolation
 from statemachine.events import BlocksCached, DigestScope, DigestTaken, Event, LedgerOpened, Meaning, RequestMatched
 from statemachine.fields import FIELDS
 from statemachine.records import codec
 from statemachine.records.codec import CodecError
-from statemachine.records.replay import event_of
+from statemachine.records.replay import event_of, step
 from statemachine.records.snapshot import SnapshotError, counters_digest, restore, snapshot, state_digest
 from statemachine.records.upcast import UnknownSchema, digests_comparable, upcaster
 from statemachine.state.nodes import NO_CHILDREN, Node
@@ -151,7 +150,7 @@ class Redactor:
     def event(self, event: Event) -> Event:
         """The redacted event; both states are brought up to date."""
         if self.original is None or self.redacted is None:
-            self.original, self.redacted = genesis(event), genesis(event)
+            self.original, self.redacted = step(None, event), step(None, event)
             assert isinstance(event, LedgerOpened)
             self._names = Pseudonyms(self._key, self.original.block_bytes)
             return event
@@ -159,11 +158,11 @@ class Redactor:
             return self._rewritten(event, None)
         try:
             changed = self._rewritten(event, self.original)
-            apply(self.original, event)
+            step(self.original, event)
         except InvariantViolation as error:
             self.broken = str(error).splitlines()[0]
             return self._rewritten(event, None)
-        apply(self.redacted, changed)
+        step(self.redacted, changed)
         if isinstance(event, DigestTaken):
             take = state_digest if event.scope == DigestScope.STATE else counters_digest
             digest = take(self.redacted)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvledger.telemetry.table import DIRECTIONS, METRICS, SWAPPED_OUT, Kind, label_sets, value_of
-from statemachine.apply import apply, genesis
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
@@ -36,7 +35,7 @@ from statemachine.events import (
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.records.replay import Record, event_of
+from statemachine.records.replay import Record, event_of, step
 from statemachine.state.nodes import Node, Transfer
 from statemachine.state.state import State
 from workers.pools.layout import PoolLayout
@@ -128,14 +127,14 @@ class Derivation:
             event = event_of(record)
             state = self.state
             if state is None:
-                self.state = genesis(event)
+                self.state = step(None, event)
                 self._block_bytes = _block_bytes(self.state)
             elif (observe := OBSERVERS.get(type(event))) is None:
-                apply(state, event)
+                step(state, event)
             else:
                 steps = observe(self, state, event, record.time_ns)
                 next(steps)
-                apply(state, event)
+                step(state, event)
                 next(steps, None)
             self._count("kvledger_events_total", type(event).__name__)
             self.sequence = record.sequence

@@ -19,7 +19,6 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, Status, StatusCode, Tracer, set_span_in_context
 
 from kvledger.telemetry.derivation import TimedRecord
-from statemachine.apply import apply, genesis
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
@@ -33,7 +32,7 @@ from statemachine.events import (
     TransferFinished,
     TransferStarted,
 )
-from statemachine.records.replay import event_of
+from statemachine.records.replay import event_of, step
 from statemachine.state.state import State
 
 _QUEUED_AT_MOST = 10_000
@@ -100,11 +99,9 @@ class RequestSpans:
         """
         for record in records:
             event = event_of(record)
-            if self.state is None:
-                self.state = genesis(event)
-                continue
-            apply(self.state, event)
-            self._observe(self.state, event, record.time_ns)
+            before, self.state = self.state, step(self.state, event)
+            if before is not None:
+                self._observe(self.state, event, record.time_ns)
 
     def _observe(self, state: State, event: Event, now: int) -> None:
         if isinstance(event, RequestMatched):

@@ -17,8 +17,8 @@ from kvledger.debugger.source.source import RecordedSource, Tail
 from kvledger.recordings.timeline import ROW_EVENTS, Timeline
 from kvledger.view import answers
 from kvledger.view.picture import Picture
-from statemachine.apply import apply, genesis
 from statemachine.events import KIND_OF, KINDS
+from statemachine.records.replay import step
 from statemachine.state.state import State
 
 WINDOW = 256
@@ -131,7 +131,7 @@ class Log:
 
     def _before(self, entry: Entry) -> State:
         state = self._source.before(entry.sequence)
-        return genesis(entry.event) if state is None else state
+        return step(None, entry.event) if state is None else state
 
     def explain(self, type: str, id: int, at: int) -> dict[str, Any]:
         """See :func:`kvledger.view.answers.explain`."""
@@ -194,10 +194,7 @@ class Log:
     def _add(self, timeline: Timeline, state: State | None, start: int, stop: int, row_events: int) -> None:
         kinds: list[int] = []
         for entry in self._source.entries(start, stop):
-            if state is None:
-                state = genesis(entry.event)
-            else:
-                apply(state, entry.event)
+            state = step(state, entry.event)
             kinds.append(KIND_OF[type(entry.event)])
             if len(kinds) == row_events or entry.sequence == stop:
                 timeline.add(entry.sequence, entry.time_ns, kinds, state)

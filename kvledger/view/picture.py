@@ -15,8 +15,8 @@ import numpy as np
 import xxhash
 
 from kvledger.view.changes import Changes, changes_of
-from statemachine.apply import apply
 from statemachine.events import Direction, Event, IntArray, LedgerOpened, Tier
+from statemachine.records.replay import step
 from statemachine.state.nodes import Copy, Node, Request, Transfer
 from statemachine.state.state import State
 
@@ -77,7 +77,7 @@ class Picture:
         """
         before = changes_of(self.state, event)
         if not isinstance(event, LedgerOpened):
-            apply(self.state, event)
+            step(self.state, event)
         after = changes_of(self.state, event)
         return self._refresh(Changes(*(old | new for old, new in zip(before, after))))
 

@@ -33,7 +33,7 @@ from statemachine.events import (
 )
 from statemachine.mentions import mentions
 from statemachine.state.nodes import Node, Transfer
-from statemachine.state.order import Order
+from statemachine.state.order import EvictionOrder
 from statemachine.state.places import Place
 from statemachine.state.state import State
 
@@ -265,7 +265,7 @@ class IncrementalCheck:
                 owned.evictable -= evictable
                 owned.resident -= resident
                 _swap(owned, ids, None)
-        entering: dict[Order, list[Node]] = {}
+        entering: dict[EvictionOrder, list[Node]] = {}
         for node in nodes:
             self._look(node, entering, transfers)
         for place in state.places:
@@ -291,7 +291,7 @@ class IncrementalCheck:
             if now is not None:
                 self._transfers[id] = now
 
-    def _look(self, node: Node, entering: dict[Order, list[Node]], transfers: set[int]) -> None:
+    def _look(self, node: Node, entering: dict[EvictionOrder, list[Node]], transfers: set[int]) -> None:
         state = self._state
         run = self._runs.get(node)
         if run is None:
@@ -334,7 +334,7 @@ class IncrementalCheck:
         for number, ids in enumerate(run.ids):
             below.copies[number] += sign * (ids is not None)
 
-    def _set_marks(self, place: Place, number: int, order: Order, nodes: list[Node]) -> None:
+    def _set_marks(self, place: Place, number: int, order: EvictionOrder, nodes: list[Node]) -> None:
         """Give the runs that entered an order their marks: at the back increasing ones, a cut-off part one between."""
         entering = set(nodes)
         tail: list[Node] = []

@@ -16,7 +16,7 @@ from statemachine.check import check
 from statemachine.events import KIND_OF, Direction, HostPolicy, IntArray, LedgerOpened
 from statemachine.records import codec
 from statemachine.state.nodes import NO_CHILDREN, Copy, Node, Part, Request, Transfer
-from statemachine.state.order import Order
+from statemachine.state.order import EvictionOrder
 from statemachine.state.state import COUNTERS, State, impossible
 
 MAGIC = b"kvlstate3"
@@ -213,7 +213,7 @@ def _copy_state(copy: Copy | None) -> int:
     return _NO_COPY if copy is None else _READY if copy.ready else _ARRIVING
 
 
-def _orders(state: State) -> list[Order]:
+def _orders(state: State) -> list[EvictionOrder]:
     return [order for place in state.places for order in place.orders]
 
 
@@ -337,7 +337,7 @@ class _Reader:
                 above.children = {}
             above.children[node.words[: state.block_bytes]] = node
 
-    def _order(self, state: State, order: Order) -> None:
+    def _order(self, state: State, order: EvictionOrder) -> None:
         for number in self._array("Q"):
             order.append(state.nodes[number])
 

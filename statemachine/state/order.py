@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statemachine.state.nodes import Node
 
 
-class Order:
+class EvictionOrder:
     """Runs in eviction order, first to go at the front.
 
     Keyed by object identity only; iteration follows the links, so the order is exactly the history of calls.

@@ -10,7 +10,7 @@ from array import array
 
 from statemachine.events import IntArray, Tier
 from statemachine.state.nodes import Node
-from statemachine.state.order import Order
+from statemachine.state.order import EvictionOrder
 
 
 class Pool:
@@ -42,7 +42,7 @@ class Place:
         self.limit = limit
         self.staging = staging
         self.pool = Pool(limit + staging)
-        self.orders: tuple[Order, ...] = tuple(Order() for _ in range(orders))
+        self.orders: tuple[EvictionOrder, ...] = tuple(EvictionOrder() for _ in range(orders))
         """Runs with a copy here that nobody holds: all of the first order are evicted before any of the next one."""
         self.evictable = 0
         """Blocks in the orders."""
@@ -50,16 +50,16 @@ class Place:
         """Blocks with a copy here or arriving, without those that a swap-in takes away."""
 
     @property
-    def final(self) -> Order:
+    def final(self) -> EvictionOrder:
         """Runs that are not expected to come back, where that is told; else the same as :attr:`lru`."""
         return self.orders[0]
 
     @property
-    def lru(self) -> Order:
+    def lru(self) -> EvictionOrder:
         """All the other runs, least recently released first."""
         return self.orders[-1]
 
-    def order_of(self, node: Node) -> Order:
+    def order_of(self, node: Node) -> EvictionOrder:
         """The order in which an evictable run stands."""
         orders = self.orders
         return orders[0] if node in orders[0] else orders[-1]

@@ -9,7 +9,7 @@ from kvledger.debugger.source.source import Entry
 from statemachine.events import Event, Meaning, Tier
 from statemachine.fields import FIELDS
 from statemachine.state.nodes import ALL, Node, Request, Transfer
-from statemachine.state.order import Order
+from statemachine.state.order import EvictionOrder
 from statemachine.state.state import State
 
 
@@ -119,5 +119,5 @@ def state_fields(state: State) -> dict[str, Any]:
     }
 
 
-def _ids(order: Order) -> list[int]:
+def _ids(order: EvictionOrder) -> list[int]:
     return [node.id for node in order]

@@ -11,7 +11,7 @@ from kvledger.debugger.source.source import Entry, Source, SourceError
 from statemachine.events import Event, Tier
 from statemachine.records.replay import event_of
 from statemachine.state.nodes import Node, Request, Transfer
-from statemachine.state.order import Order
+from statemachine.state.order import EvictionOrder
 from statemachine.state.places import Place
 from statemachine.state.state import State
 
@@ -189,7 +189,7 @@ def _value(value: Any) -> str:
     return f"[{ids(value)}]" if not value or isinstance(value[0], int) else str(value)
 
 
-def _order(name: str, one: Order, other: Order) -> Iterator[str]:
+def _order(name: str, one: EvictionOrder, other: EvictionOrder) -> Iterator[str]:
     a, b = [node.id for node in one], [node.id for node in other]
     if a != b:
         place = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
