@@ -9,7 +9,6 @@ import platform
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ipc import liveness, memory, processes
 from ipc.liveness import Lock, NoLocks, life_of
 from ipc.names import unlink
 from ipc.processes import Identity, Life, life_by_number, own_identity, start_time
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -163,10 +163,8 @@ def test_a_process_whose_first_thread_has_ended_is_alive() -> None:
     process = subprocess.Popen([sys.executable, "-c", THREAD_GOES_ON, f"{number}"], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None and process.stdout.readline()
-        deadline = time.monotonic() + 60
-        while b") Z " not in Path(f"/proc/{process.pid}/stat").read_bytes():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        status = Path(f"/proc/{process.pid}/stat")
+        wait_until("the first thread has ended", lambda: b") Z " in status.read_bytes())
         started = start_time(process.pid)
         assert started and life_by_number(Identity(process.pid, started, own_identity().namespace)) is Life.ALIVE
     finally:

@@ -27,7 +27,8 @@ def test_what_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
     with pytest.raises(AssertionError, match="and never came: the bus"):
         wait_until("the bus", lambda: looks.append("look"), meanwhile=lambda: looks.append("meanwhile"))
-    assert looks[:4] == ["meanwhile", "look", "meanwhile", "look"]
+    assert looks[:2] == ["meanwhile", "look"]
+    monkeypatch.undo()
     assert wait_until("a number", iter([0, None, 7]).__next__) == 7
 
 
