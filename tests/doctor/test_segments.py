@@ -43,7 +43,8 @@ def remove_dead(name: str) -> bool:
     return name in json.loads(done.stdout)["removed"]
 
 
-def test_from_alive_to_orphaned_to_dead_to_gone(name: str) -> None:
+def test_from_alive_to_orphaned_to_dead_to_gone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table cuts names, sooner where process ids are long
     engine = Engine(name, THREE_SERVED)
     try:
         entry = listed(name)
