@@ -192,8 +192,8 @@ class Ledger:
         """The calling thread owns the manager from now on; the one that owned it must not call any more."""
         self._owner = get_ident()
 
-    def _expect_owner(self) -> None:
-        """Refuse calls from other threads, and apply what these have released."""
+    def _expect_thread(self) -> None:
+        """Refuse calls from other threads, and after the end."""
         if self._transactions.closed:
             raise ManagerClosed(f"ledger {self.name!r}: {self._transactions.closed}")
         if get_ident() != self._owner:
@@ -201,6 +201,10 @@ class Ledger:
                 f"ledger {self.name!r} belongs to thread {self._owner}, this is {get_ident()}: make all calls from "
                 "one thread (release() may come from any), or adopt_thread() in the new owner"
             )
+
+    def _expect_owner(self) -> None:
+        """Refuse calls from other threads, and apply what these have released."""
+        self._expect_thread()
         if self._releases:
             self._apply_releases()
 

@@ -77,8 +77,8 @@ class CacheManager(BlockCalls):
 
         with CacheManager.create("demo", CacheConfig(device_blocks=1000)) as manager:
             admission = manager.admit("request-1", prompt_tokens)
-            ...  # compute the KV of admission.block_table[admission.cached_blocks:]
-            manager.cache("request-1")
+            ...  # compute the KV of the tokens from admission.cached_tokens on, in the slots of admission.block_table
+            manager.commit({"request-1": len(prompt_tokens)})
             manager.release("request-1")
     """
 

@@ -72,8 +72,7 @@ class TokenCalls(WholeCache):
         Raises:
             statemachine.content.InvalidTokens, UnknownRequest
         """
-        if self._releases or self._transactions.closed:
-            self._expect_owner()
+        self._expect_thread()
         told = self._told_of(request_id)
         tail = self._tail(told)
         if type(tokens) is int:
@@ -93,7 +92,7 @@ class TokenCalls(WholeCache):
             UnknownRequest
         """
         count = whole("tokens", tokens)
-        self._expect_owner()
+        self._expect_thread()
         told = self._told_of(request_id)
         tail = self._tail(told)
         free = self._known(told, tail) - self._computed(told)

@@ -1,0 +1,1 @@
+"""Continuous batching over kvledger, in one file to copy from: :mod:`examples.scheduler.scheduler`."""

@@ -1,0 +1,117 @@
+"""The scheduler that people copy from: thousands of requests, and every token of every text is right."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.scheduler import scheduler as file
+from examples.scheduler.__main__ import SIZES, expected, traffic
+from examples.scheduler.model import CountingModel
+from examples.scheduler.scheduler import Request, Scheduler
+from examples.scheduler.serve import generate, serve
+from kvledger import CacheConfig, CacheManager, HostPolicy
+from statemachine.check import check
+from tests.manager.test_manager import replays
+from tests.waiting import PATIENCE_S
+
+HOST = {"host_blocks": 120, "host_policy": HostPolicy.EXCLUSIVE}
+
+
+@contextmanager
+def engine(**settings: Any) -> Iterator[Scheduler]:
+    config = CacheConfig(**{"device_blocks": 120, **SIZES, **settings})
+    with CacheManager.create(f"scheduler-{os.getpid()}", config) as manager:
+        yield Scheduler(manager, CountingModel(config, manager.pools))
+        while manager.state.transfers:
+            manager.poll()
+        assert not manager.state.requests and not check(manager.state) and replays(manager)
+
+
+def served(scheduler: Scheduler, requests: list[Request]) -> None:
+    for request in requests:
+        scheduler.submit(request)
+    while scheduler.waiting or scheduler.running:
+        scheduler.step()
+
+
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize(("settings", "count"), [(HOST, 1000), ({}, 1000)], ids=["host tier", "device only"])
+def test_thousands_of_requests(settings: dict[str, Any], count: int) -> None:
+    requests = traffic(count, seed=count)
+    texts = [expected(request) for request in requests]
+    with engine(**settings) as scheduler:
+        served(scheduler, requests)
+        stats = scheduler.manager.stats()
+    assert [request.tokens for request in requests] == texts and not any(request.failed for request in requests)
+    assert stats["requests"] > count, "somebody was preempted"
+    assert stats["device_hit_blocks"] > 1000
+    assert bool(stats["swapped_in_blocks"]) == bool(settings)
+
+
+def test_one_wrong_byte_is_wrong_text() -> None:
+    requests = traffic(60, seed=3)
+    texts = [expected(request) for request in requests]
+    with engine() as scheduler:
+        served(scheduler, requests[:30])
+        assert [request.tokens for request in requests[:30]] == texts[:30]
+        for pools in scheduler.manager.pools:
+            pools.device[0, :, 0] ^= 1  # one byte of each block, in one layer
+        served(scheduler, requests[30:])
+    assert [request.tokens for request in requests[30:]] != texts[30:]
+
+
+def test_who_gives_up_fails_nobody_else() -> None:
+    requests = traffic(200, seed=4)
+    texts = [expected(request) for request in requests]
+    with engine() as scheduler:
+        for request in requests:
+            scheduler.submit(request)
+        too_long = Request("too long", [1] * 4 * 121, 5)
+        scheduler.submit(too_long)
+        number = 0
+        while scheduler.waiting or scheduler.running:
+            scheduler.step()
+            number += 1
+            if number % 3 == 0:
+                thread = threading.Thread(target=scheduler.abort, args=(requests[number % len(requests)],))
+                thread.start()
+                thread.join()
+    assert "too small" in too_long.failed and all(request.done.is_set() for request in requests)
+    assert any(request.failed for request in requests) and not all(request.failed for request in requests)
+    for request, text in zip(requests, texts):
+        assert request.failed or request.tokens == text
+
+
+def test_any_number_of_tasks_ask() -> None:
+    requests = traffic(60, seed=5)
+    texts = [expected(request) for request in requests]
+
+    async def main(scheduler: Scheduler) -> list[Any]:
+        serving = asyncio.create_task(serve(scheduler))
+        tasks = [asyncio.create_task(generate(request, scheduler)) for request in requests]
+        await asyncio.sleep(0)
+        tasks[7].cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        while scheduler.running or scheduler.waiting:
+            await asyncio.sleep(0)
+        serving.cancel()
+        return found
+
+    with engine() as scheduler:
+        found = asyncio.run(main(scheduler))
+    assert isinstance(found.pop(7), asyncio.CancelledError)
+    assert found == texts[:7] + texts[8:]
+
+
+def test_it_stays_short_enough_to_copy() -> None:
+    text = Path(file.__file__).read_text()
+    assert len(text.splitlines()) <= 150
+    assert "block" not in text.replace("BlockTable", "").replace("block_table", "").split("class Model")[1]
