@@ -16,10 +16,13 @@ import typer
 
 from kvledger.cli.doctor import doctor
 from kvledger.cli.exits import BAD_INPUT
+from kvledger.cli.group import Commands
+from kvledger.cli.terminal import line, say
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,8 +31,10 @@ app = typer.Typer(
     "Exit codes:\n\n"
     "- 0: done, and the answer is yes. What follows a ledger (audit, record, metrics, spans, events, view, top, "
     "log -f) also ends with 0 when it is asked to, by Ctrl-C or SIGTERM.\n"
-    "- 1: the answer is no: wrong bytes, a broken invariant, a difference, nothing found.\n"
+    "- 1: the answer is no: wrong bytes, a broken invariant, a log that contradicts itself, a difference, nothing "
+    "found.\n"
     "- 2: bad input, a damaged recording, or no resources.\n"
+    "- 70: a fault of kvledger itself.\n"
     "- 130: interrupted before the end.",
 )
 _broken: ImportError | None = None
@@ -79,7 +84,7 @@ app.command()(doctor)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"kvledger {metadata.version('kvledger')}, {'compiled' if is_compiled() else 'interpreted'}")
+        line(f"kvledger {metadata.version('kvledger')}, {'compiled' if is_compiled() else 'interpreted'}")
         raise typer.Exit
 
 
@@ -98,6 +103,6 @@ def _options(
 def main() -> None:
     """Entry point of the ``kvledger`` command."""
     if _broken is not None and sys.argv[1:2] != ["doctor"]:
-        print(f"error kvledger is not whole here ({_broken}): run kvledger doctor", file=sys.stderr)
+        say("error", f"kvledger is not whole here ({_broken}): run kvledger doctor")
         sys.exit(BAD_INPUT)
     app()

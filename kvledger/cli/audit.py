@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import errors, say
-from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
+from kvledger.cli.exits import FAILED, INTERRUPTED, CommandFailed
 from kvledger.cli.following import cannot_follow
 from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.cli.terminal import line, note, say, working
 from kvledger.debugger.explain.wording import count
+from kvledger.text import printable_json
 
 
 def audit(
@@ -39,31 +39,27 @@ def _audit(name: str, check_every: int | None, once: bool, as_json: bool) -> Non
         try:
             auditor = Auditor(name, check_every=check_every)
         except AuditorRunning as running:
-            errors.print(f"{running}; this one only checks, that one writes the snapshots", markup=False)
+            note(f"{running}; this one only checks, that one writes the snapshots")
             auditor = Auditor(name, check_every=check_every, publish=False)
     except LedgerError as error:
-        say("error", cannot_follow(name, error))
-        raise typer.Exit(BAD_INPUT) from error
+        raise CommandFailed(cannot_follow(name, error)) from error
     first = auditor.follower.sequence + 1
     if first > 1:
-        errors.print(f"going on from the snapshot after event {first - 1}")
+        note(f"going on from the snapshot after event {first - 1}")
     try:
-        with until_signal() as stopped, errors.status("") as status:
+        with until_signal() as stopped, working("") as say_now:
             while not stopped() and auditor.verdict is None:
                 if not auditor.step(0 if once else 0.25) and (once or auditor.follower.ended()):
                     break
-                status.update(f"event {auditor.follower.sequence:,}: {count(auditor.checks, 'check')}, all well")
+                say_now(f"event {auditor.follower.sequence:,}: {count(auditor.checks, 'check')}, all well")
             auditor.check()
             interrupted = once and stopped()
-    except LedgerError as error:
-        say("error", error)
-        raise typer.Exit(BAD_INPUT) from error
     finally:
         auditor.close()
     verdict = auditor.verdict
     if as_json:
-        print(
-            json.dumps(
+        line(
+            printable_json(
                 {
                     "ledger": name,
                     "first_event": first,
@@ -78,14 +74,14 @@ def _audit(name: str, check_every: int | None, once: bool, as_json: bool) -> Non
             )
         )
     for skipped in auditor.skipped:
-        errors.print(f"events {skipped.first} to {skipped.last} were gone before they could be audited")
+        note(f"events {skipped.first} to {skipped.last} were gone before they could be audited")
     if auditor.follower.missed_from:
-        errors.print(f"the ledger was removed before its events from {auditor.follower.missed_from} on could be read")
+        note(f"the ledger was removed before its events from {auditor.follower.missed_from} on could be read")
     if verdict is not None:
         say("FAILED", verdict.reason)
         raise typer.Exit(FAILED)
     if not as_json:
-        print(
+        line(
             f"{count(auditor.events, 'event')} audited up to event {auditor.follower.sequence:,}: all invariants hold "
             f"({count(auditor.checks, 'check')}), "
             f"{count(auditor.digests, 'digest')} {'agrees' if auditor.digests == 1 else 'agree'}"

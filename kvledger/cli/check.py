@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import At, From, Json, Src, To, in_json, one_line_errors, place, reading, span
+from kvledger.cli.debugging import At, From, Json, Src, To, in_json, place, reading, span
 from kvledger.cli.exits import BAD_INPUT, FAILED
+from kvledger.cli.terminal import line
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.explain.leaks import leaks
 from kvledger.debugger.explain.wording import Wording, count
@@ -41,16 +42,16 @@ def check(
             if violation is not None:
                 wrong = {"messages": violation.messages, "event": entry_fields(violation.entry)}
             counts = {"events": checked.events, "full_checks": checked.full_checks}
-            print(in_json(source, {**counts, "violation": wrong}))
+            line(in_json(source, {**counts, "violation": wrong}))
         elif violation is None:
-            print(
+            line(
                 f"{count(checked.events, 'event')}, all invariants hold after every one "
                 f"(the whole state was checked {count(checked.full_checks, 'time')})"
             )
         else:
-            print(f"event {violation.entry.sequence} is the first that is wrong:")
+            line(f"event {violation.entry.sequence} is the first that is wrong:")
             for message in violation.messages:
-                print(f"  {message}")
+                line(f"  {message}")
             events_around(source, [*violation.before, violation.entry, *violation.after], violation.entry.sequence)
         if violation is not None:
             raise typer.Exit(FAILED)
@@ -65,8 +66,7 @@ def bisect(
     as_json: Json = False,
 ) -> None:
     """Find the first event after which a predicate over the state is true."""
-    with one_line_errors():
-        holds = predicate(text)
+    holds = predicate(text)
     with reading(src) as (source, report):
         start, stop = span(source, begin, end)
         found = None
@@ -77,15 +77,15 @@ def bisect(
             ended = str(error)
         if as_json:
             where = entry_fields(found) if found is not None else None
-            print(in_json(source, {"found": where, "ended": ended}))
+            line(in_json(source, {"found": where, "ended": ended}))
         elif found is not None:
-            print(f"true from event {found.sequence} on:")
+            line(f"true from event {found.sequence} on:")
             before = list(source.entries(max(found.sequence - 3, source.first), found.sequence))
             events_around(source, before, found.sequence)
         elif ended:
-            print(f"not true before the log breaks: {ended}")
+            line(f"not true before the log breaks: {ended}")
         else:
-            print(f"never true from event {start} to {stop}")
+            line(f"never true from event {start} to {stop}")
         if found is None:  # it may become true in what is missing
             raise typer.Exit(BAD_INPUT if source.damage and not ended else FAILED)
 
@@ -117,18 +117,19 @@ def leaks_command(
         sequence = place(source, at)
         found = [leak for leak in leaks(source, sequence) if leak.idle_s >= idle]
         if as_json:
-            print(in_json(source, {"leaks": [leak._asdict() for leak in found]}))
+            line(in_json(source, {"leaks": [leak._asdict() for leak in found]}))
         elif not found:
-            print(f"nothing is held after event {sequence}")
+            line(f"nothing is held after event {sequence}")
         else:
             for leak in found:
+                named = repr(leak.name) if leak.kind == "request" else leak.name
                 since = f", since event {leak.since}" if leak.since else ""
                 age = f"{leak.age_s:.1f} s old, idle for {leak.idle_s:.1f} s"
-                print(f"{leak.kind} {leak.name}: {leak.holds}{since}, {age}")
+                line(f"{leak.kind} {named}: {leak.holds}{since}, {age}")
                 if leak.why:
-                    print(f"    {leak.why}")
+                    line(f"    {leak.why}")
                 if leak.made_by:
-                    print(f"    made by: {leak.made_by}")
+                    line(f"    made by: {leak.made_by}")
         if any(leak.why for leak in found):
             raise typer.Exit(FAILED)
 
@@ -145,4 +146,4 @@ def events_around(source: Source, entries: list[Entry], marked: int) -> None:
     for entry in entries:
         arrow = "→" if entry.sequence == marked else " "
         kind = type(entry.event).__name__
-        print(f"{arrow} {entry.sequence:>8}  {clock(entry.time_ns)}  {kind:<17} {words(entry.event)}")
+        line(f"{arrow} {entry.sequence:>8}  {clock(entry.time_ns)}  {kind:<17} {words(entry.event)}")

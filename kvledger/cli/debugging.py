@@ -1,22 +1,19 @@
-"""What the debugger's commands share: opening a source with a progress bar, places, errors in one line."""
+"""What the debugger's commands share: opening a source with a progress bar, what is said of it, places in it."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from ipc import LedgerError
-from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
+from kvledger.cli.exits import BAD_INPUT, FAILED, CommandFailed
+from kvledger.cli.terminal import errors, note, say
 from kvledger.debugger import Source, SourceError, open_source
 from kvledger.debugger.source.places import locate
+from kvledger.text import printable, printable_json
 from statemachine.errors import Contradiction
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="Name of a ledger, living or dead, or path of a .kvlog file")]
@@ -27,65 +24,51 @@ Json = Annotated[bool, typer.Option("--json", help="For machines")]
 
 Report = Callable[[int, int], None]
 _NO_END = "has no end mark: its recorder still writes or was killed, or the file was cut; more may have happened"
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What the user did wrong, or what is wrong with the log, in one line and an exit code."""
-    try:
-        yield
-    except (SourceError, LedgerError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
-        say("error", error)
-        raise typer.Exit(BAD_INPUT) from None
-    except Contradiction as error:
-        say("FAILED", f"{error}; nothing after event {error.sequence - 1} has a state (kvledger check shows more)")
-        raise typer.Exit(FAILED) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-    except SystemExit as ended:
-        if isinstance(ended.__context__, BrokenPipeError):  # the same, where a table was printed
-            raise typer.Exit(0) from None
-        raise
-
-
-def say(word: str, message: object) -> None:
-    """On standard error: what kind of trouble, and which."""
-    errors.print(f"[bold red]{word}[/] ", end="")
-    errors.print(str(message), markup=False)
 
 
 def note_damage(damage: str) -> None:
     """Say that a log ends early, and what that means for what is printed."""
-    errors.print(f"note: {damage}; the answer holds for what was read only", markup=False)
+    note(f"note: {damage}; the answer holds for what was read only")
+
+
+def note_contradiction(name: str, last_state: int, contradiction: str) -> None:
+    """Say that a log contradicts itself, and what that means for what is printed."""
+    what = f"nothing after event {last_state} has a state (kvledger check shows more)"
+    say("FAILED", f"{name} contradicts itself, {what}: {contradiction}")
+
+
+def contradiction_of(source: Source) -> str:
+    """What is wrong with the first event that has no state; empty if every event has one, or no state is known."""
+    with suppress(SourceError):  # a ledger that was cut, and no snapshot
+        return source.contradiction
+    return ""
 
 
 def in_json(source: Source, fields: dict[str, Any]) -> str:
-    """What a command gives machines, and whether the log that it is about ends early."""
-    return json.dumps({**fields, "damaged_at": source.damaged_at, "unfinished": source.unfinished})
+    """What a command gives machines, and whether the log that it is about ends early or contradicts itself."""
+    damage = {"damaged_at": source.damaged_at, "unfinished": source.unfinished}
+    return printable_json({**fields, **damage, "contradiction": contradiction_of(source) or None})
 
 
 @contextmanager
 def reading(src: str, *, whole: bool = False) -> Iterator[tuple[Source, Report]]:
-    """The source, and how to report progress; both with errors in one line.
+    """The source, and how to report progress. Of a log that contradicts itself each command says so: exit code 1.
 
     Args:
         whole: the answer is about all of the log. Of one that is damaged or cut off there is none: exit code 2 after
             what could be read, unless that was enough to say no (1).
     """
+    console = errors()
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        console=errors,
+        console=console,
         transient=True,
-        disable=not errors.is_terminal,
+        disable=not console.is_terminal,
     )
-    task = bar.add_task(f"reading {src}", total=None, visible=False)
+    task = bar.add_task(f"reading {printable(src)}", total=None, visible=False)
 
     def report(done: int, total: int) -> None:
         if not bar.live.is_started:
@@ -93,24 +76,40 @@ def reading(src: str, *, whole: bool = False) -> Iterator[tuple[Source, Report]]
         bar.update(task, completed=done, total=total, visible=done < total)
 
     try:
-        with one_line_errors(), open_source(src, report) as source:
-            told = source.damage
-            if told:
-                note_damage(told)
-            elif whole and source.unfinished:
-                errors.print(f"note: {src} {_NO_END}", markup=False)
-            if whole:
-                _expect_events(source)
-            try:
-                yield source, report
-            finally:
-                if source.damage and not told:
-                    note_damage(source.damage)
-            if whole and source.damage:
-                raise typer.Exit(BAD_INPUT)
+        with open_source(src, report) as source:
+            yield from _told(source, report, whole)
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+def _told(source: Source, report: Report, whole: bool) -> Iterator[tuple[Source, Report]]:
+    """Hand out a source, and say before and after what is wrong with it."""
+    damage = source.damage
+    if damage:
+        note_damage(damage)
+    elif whole and source.unfinished:
+        note(f"note: {source.name} {_NO_END}")
+    if whole:
+        _expect_events(source)
+    contradiction = contradiction_of(source)
+    if contradiction:
+        note_contradiction(source.name, source.last_state, contradiction)
+    try:
+        yield source, report
+    except Contradiction as error:
+        raise CommandFailed(error, FAILED, told=str(error) == contradiction) from error
+    except KeyboardInterrupt:
+        if contradiction:
+            raise typer.Exit(FAILED) from None
+        raise
+    finally:
+        if source.damage and not damage:
+            note_damage(source.damage)
+    if contradiction:
+        raise typer.Exit(FAILED)
+    if whole and source.damage:
+        raise typer.Exit(BAD_INPUT)
 
 
 def place(source: Source, text: str | None) -> int:

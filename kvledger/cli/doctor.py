@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from kvledger.cli.exits import BAD_INPUT, INTERRUPTED
+from kvledger.cli.terminal import line, output, working
+from kvledger.text import printable, printable_json
 
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
@@ -26,7 +26,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] =
     from kvledger.doctor import Status, examine
 
     results = []
-    with until_signal() as stopped, Console(stderr=True).status("looking …"):
+    with until_signal() as stopped, working("looking …"):
         for result in examine():
             if stopped():  # each check ends as a whole, and what an interrupted one says counts for nothing
                 raise typer.Exit(INTERRUPTED)
@@ -34,22 +34,23 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] =
     problems = sum(result.finding.status == Status.PROBLEM for result in results)
     if as_json:
         checks = [{"check": result.check, **result.finding._asdict()} for result in results]
-        print(json.dumps({"problems": problems, "checks": checks}))
+        line(printable_json({"problems": problems, "checks": checks}))
     else:
         table = Table.grid(padding=(0, 2, 0, 0))
         for check, (status, found, advice) in results:
-            said = Text(found)
+            said = Text(printable(found))
             if advice:
-                said.append(f"\n→ {advice}", style="bold" if status == Status.PROBLEM else "dim")
+                said.append(f"\n→ {printable(advice)}", style="bold" if status == Status.PROBLEM else "dim")
             table.add_row(Text(status, style=_COLOURS[status]), check, said)
-        console = Console(highlight=False)
+        console = output()
         console.print(table)
         console.print(_summary(problems))
     if problems:
         raise typer.Exit(BAD_INPUT)
 
 
-def _summary(problems: int) -> str:
+def _summary(problems: int) -> Text:
     if not problems:
-        return "[green]kvledger works here[/]"
-    return f"[bold red]{problems} {'problem' if problems == 1 else 'problems'}[/]: see the lines with →"
+        return Text("kvledger works here", "green")
+    said = Text(f"{problems} {'problem' if problems == 1 else 'problems'}", "bold red")
+    return said.append(": see the lines with →", "default not bold")

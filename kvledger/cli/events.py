@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import errors, say
-from kvledger.cli.exits import BAD_INPUT
+from kvledger.cli.exits import FAILED, CommandFailed
 from kvledger.cli.following import cannot_follow
 from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.cli.terminal import line, working
 from kvledger.debugger.explain.wording import count
 
 _EXTRA = "pip install 'kvledger[events]'"
@@ -28,7 +28,7 @@ def events(
 
     A batch per event of the log, numbered as the log is: restarts of the engine or of this command lose and double
     nothing. Runs until the ledger ends, or Ctrl-C. The batches hold the tokens of prompts: publish on addresses that
-    routers alone can reach. Needs the extra *events*.
+    routers alone can reach. Exit code 1: the ledger contradicts itself. Needs the extra *events*.
     """
     with until_asked():
         _publish(name, endpoint, replay_endpoint, topic, rank)
@@ -43,26 +43,23 @@ def _publish(name: str, endpoint: str, replay_endpoint: str, topic: str, rank: i
 
         from workers.followers.events import Publisher
     except ModuleNotFoundError as error:
-        say("error", f"{error}: {_EXTRA}")
-        raise typer.Exit(BAD_INPUT) from error
+        raise CommandFailed(f"{error}: {_EXTRA}") from error
     publisher = None
     try:
         publisher = Publisher(name, endpoint, replay_endpoint=replay_endpoint, topic=topic, rank=rank)
-        with until_signal() as stopped, errors.status("") as status:
+        with until_signal() as stopped, working("") as say_now:
             while not stopped():
                 if not publisher.step(0.05) and publisher.ended():
                     break
-                status.update(f"batch {publisher.published:,} on {endpoint}")
+                say_now(f"batch {publisher.published:,} on {endpoint}")
     except zmq.ZMQError as error:
-        say("error", error)
-        raise typer.Exit(BAD_INPUT) from error
+        raise CommandFailed(error) from error
     except Contradiction as error:
-        say("error", f"{error}: what comes after it cannot be published; kvledger check shows more")
-        raise typer.Exit(BAD_INPUT) from error
+        what = "what comes after it cannot be published; kvledger check shows more"
+        raise CommandFailed(f"{name} contradicts itself, {what}: {error}", FAILED) from error
     except (LedgerError, OSError) as error:
-        say("error", cannot_follow(name, error) if isinstance(error, LedgerError) else error)
-        raise typer.Exit(BAD_INPUT) from error
+        raise CommandFailed(cannot_follow(name, error) if isinstance(error, LedgerError) else error) from error
     finally:
         if publisher is not None:
             publisher.close()
-    print(f"{publisher.published:,} batches published, {count(publisher.answered, 'request')} for missed ones answered")
+    line(f"{publisher.published:,} batches published, {count(publisher.answered, 'request')} for missed ones answered")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.debugging import At, Json, Src, in_json, place, reading
+from kvledger.cli.terminal import line
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import SourceError
 from kvledger.debugger.explain import explain
@@ -47,17 +48,17 @@ def explain_command(
             case What.TRANSFER:
                 told = explain.explain_transfer(source, _number(which), sequence, most)
         if as_json:
-            print(in_json(source, {**told._asdict(), "history": [fact._asdict() for fact in told.history]}))
+            line(in_json(source, {**told._asdict(), "history": [fact._asdict() for fact in told.history]}))
             return
-        print(f"{told.subject}, after event {told.at}:")
-        for line in told.now:
-            print(f"  {line}")
-        print("how that came about:" if told.history else "nothing in the log is about it")
+        line(f"{told.subject}, after event {told.at}:")
+        for sentence in told.now:
+            line(f"  {sentence}")
+        line("how that came about:" if told.history else "nothing in the log is about it")
         if told.omitted:
-            print(f"  … {told.omitted}")
+            line(f"  … {told.omitted}")
         for fact in told.history:
             step = f"step {fact.step:<6}" if fact.step else ""
-            print(f"  {fact.sequence:>8}  {clock(fact.time_ns)}  {step}{fact.text}")
+            line(f"  {fact.sequence:>8}  {clock(fact.time_ns)}  {step}{fact.text}")
 
 
 def _number(text: str) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.debugging import Src, reading
+from kvledger.cli.terminal import line
 from kvledger.cli.whole_log import reached
 
 
@@ -35,4 +36,4 @@ def export(
             show(sequence)
 
         export(source, Format(to), out, words=words, progress=progress)
-        print(f"{out}: events {source.first:,} to {last:,}, {out.stat().st_size / 1e6:.1f} MB")
+        line(f"{out}: events {source.first:,} to {last:,}, {out.stat().st_size / 1e6:.1f} MB")

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from contextlib import suppress
 from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import From, Json, Src, To, errors, reading, span
+from kvledger.cli.debugging import (
+    From,
+    Json,
+    Src,
+    To,
+    contradiction_of,
+    note_contradiction,
+    reading,
+    span,
+)
+from kvledger.cli.exits import FAILED
 from kvledger.cli.stopping import until_asked
+from kvledger.cli.terminal import flush, line, note
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.explain.wording import Wording
@@ -18,8 +27,11 @@ from kvledger.debugger.export.plain import entry_fields
 from kvledger.debugger.source.filters import Filter, kinds_named, request_number, request_numbers, select
 from kvledger.debugger.source.hashes import find_hash
 from kvledger.debugger.source.places import clock
+from kvledger.debugger.source.stepping import advance
+from kvledger.text import printable_json
 from statemachine.errors import Contradiction
 from statemachine.events import Event, RequestMatched
+from statemachine.state.state import State
 
 
 def log(
@@ -68,7 +80,7 @@ def log(
         for entry in select(source, wanted, content, show.learn):
             show(entry)
         if entry is None:
-            errors.print("no event matches")
+            note("no event matches")
 
 
 def _begun(source: Source, request: str) -> list[int]:
@@ -98,14 +110,47 @@ class _Line:
 
     def __call__(self, entry: Entry) -> None:
         if self._json:
-            print(json.dumps(entry_fields(entry), ensure_ascii=False))
+            line(printable_json(entry_fields(entry)))
             return
         text = self._words(entry.event)
         step = f"step {entry.step:<6}" if entry.step else ""
-        print(f"{entry.sequence:>8}  {clock(entry.time_ns)}  {step}{type(entry.event).__name__:<17} {text}")
+        line(f"{entry.sequence:>8}  {clock(entry.time_ns)}  {step}{type(entry.event).__name__:<17} {text}")
+
+
+class _Watch:
+    """Says of a log that is followed when it contradicts itself, once."""
+
+    def __init__(self, source: Source, start: int) -> None:
+        self._source = source
+        self.contradiction = contradiction_of(source)
+        """What has been said."""
+        self._state: State | None = None
+        self._knows = not self.contradiction
+        with suppress(SourceError):
+            self._state = source.before(start) if self._knows else None
+            return
+        self._knows = False  # a ledger that has lost its beginning
+
+    def __call__(self, entry: Entry) -> None:
+        if not self._knows:
+            return
+        try:
+            self._state = advance(self._state, entry)
+        except Contradiction as error:
+            self._knows, self.contradiction = False, str(error)
+            note_contradiction(self._source.name, entry.sequence - 1, self.contradiction)
 
 
 def _follow(source: Source, wanted: Filter, show: _Line, start: int) -> None:
+    watch = _Watch(source, start)
+    try:
+        _print_as_written(source, wanted, show, watch, start)
+    finally:  # Ctrl-C too
+        if watch.contradiction:
+            raise typer.Exit(FAILED)
+
+
+def _print_as_written(source: Source, wanted: Filter, show: _Line, watch: _Watch, start: int) -> None:
     tail = source.tail(start)
     numbers = list(wanted.numbers)
     try:
@@ -113,6 +158,7 @@ def _follow(source: Source, wanted: Filter, show: _Line, start: int) -> None:
             alive = tail.alive
             entries = tail.poll(0.25)
             for entry in entries:
+                watch(entry)
                 event = entry.event
                 if isinstance(event, RequestMatched) and event.key == wanted.request:
                     numbers.append(event.request)
@@ -121,7 +167,7 @@ def _follow(source: Source, wanted: Filter, show: _Line, start: int) -> None:
                     show(entry)
                 else:
                     show.learn(event)
-            sys.stdout.flush()  # whoever reads from a pipe follows, too
+            flush()  # whoever reads from a pipe follows, too
             if not entries and not alive:
                 return
     finally:

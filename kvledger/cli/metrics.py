@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import errors, say
-from kvledger.cli.exits import BAD_INPUT, FAILED
+from kvledger.cli.exits import FAILED, CommandFailed
 from kvledger.cli.following import cannot_follow
 from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.cli.terminal import note, say
 
 
 def metrics(
@@ -35,31 +35,29 @@ def _metrics(name: str, port: int, address: str) -> None:
 
         from kvledger.telemetry.collectors import PictureCollector
     except ModuleNotFoundError as error:
-        say("error", "this needs prometheus_client: pip install 'kvledger[metrics]'")
-        raise typer.Exit(BAD_INPUT) from error
+        raise CommandFailed("this needs prometheus_client: pip install 'kvledger[metrics]'") from error
     from kvledger.telemetry.exporter import Exporter
 
     try:
         exporter = Exporter(name)
     except LedgerError as error:
-        say("error", cannot_follow(name, error))
-        raise typer.Exit(BAD_INPUT) from error
+        raise CommandFailed(cannot_follow(name, error)) from error
     registry = CollectorRegistry()
     registry.register(PictureCollector(exporter.picture))
     try:
         server, thread = start_http_server(port, address, registry)
     except (OSError, UnicodeError) as error:
         exporter.close()
-        say("error", _cannot_listen(address, port, error))
-        raise typer.Exit(BAD_INPUT) from error
-    errors.print(f"serving http://{address}:{server.server_port}/metrics")
+        raise CommandFailed(_cannot_listen(address, port, error)) from error
+    note(f"serving http://{address}:{server.server_port}/metrics")
     try:
         with until_signal() as stopped:
+            told = False
             while not stopped() and (exporter.step(0.25) or exporter.follower.reader.exists()):
-                pass
-    except LedgerError as error:
-        say("error", error)
-        raise typer.Exit(BAD_INPUT) from error
+                if exporter.contradiction and not told:
+                    told = True
+                    what = f"the last metrics are served on: kvledger check {name} shows more"
+                    say("FAILED", f"{name} contradicts itself at event {exporter.contradiction}, {what}")
     finally:
         server.shutdown()
         thread.join()

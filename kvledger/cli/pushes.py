@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from kvledger.cli.debugging import Json, one_line_errors
+from kvledger.cli.debugging import Json
+from kvledger.cli.terminal import line, output
+from kvledger.text import printable_json
 
 
 def pushes(
@@ -22,22 +22,23 @@ def pushes(
     from kvledger.debugger.pushes import pushes as pushes_of
     from kvledger.debugger.source.places import clock
 
-    with one_line_errors():
-        found = pushes_of(name)
+    found = pushes_of(name)
     shown = found[-most:]
     if as_json:
         for push in shown:
-            print(json.dumps(push._asdict(), ensure_ascii=False))
+            line(printable_json(push._asdict()))
         return
     if not found:
-        print("nothing has been pushed")
+        line("nothing has been pushed")
         return
     if len(shown) < len(found):
-        print(f"… {len(found) - len(shown)} older ones")
-    table = Table("push", "ordered", "request", "to", "blocks", "step", "ms", "outcome")
+        line(f"… {len(found) - len(shown)} older ones")
+    table = Table()
+    for name in ("push", "ordered", "request", "to", "blocks", "step", "ms", "outcome"):
+        table.add_column(name, overflow="fold")
     for push in shown:
         taken = f"{push.seconds * 1e3:.1f}" if push.seconds is not None else ""
         outcome = f"{push.outcome}: {push.reason}" if push.reason else push.outcome or "under way"
         numbers = str(push.blocks), str(push.step or ""), taken
         table.add_row(str(push.push), clock(push.started_ns), push.request, push.to, *numbers, outcome)
-    Console(highlight=False, markup=False).print(table)
+    output().print(table)

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import errors, say
-from kvledger.cli.exits import BAD_INPUT, INTERRUPTED
+from kvledger.cli.exits import FAILED, INTERRUPTED, CommandFailed
 from kvledger.cli.following import cannot_follow
 from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.cli.terminal import line, note, say, working
 from kvledger.debugger.explain.wording import count
 
 
@@ -26,6 +26,7 @@ def record(
     """Record a ledger's log, compressed, into self-contained files.
 
     Runs until the ledger ends, or Ctrl-C. The files hold users' prompts: mode 0600; kvledger redact takes them out.
+    Exit code 1: the ledger contradicts itself; it is recorded all the same.
     """
     with until_asked(not once):
         _record(name, file, rotate_mb, rotate_minutes, once)
@@ -45,25 +46,25 @@ def _record(name: str, file: Path, rotate_mb: float | None, rotate_minutes: floa
             rotate_s=None if rotate_minutes is None else rotate_minutes * 60,
         )
         try:
-            with until_signal() as stopped, errors.status("") as status:
+            with until_signal() as stopped, working("") as say_now:
                 while not stopped():
                     if not recorder.step(0 if once else 0.25) and (once or recorder.follower.ended()):
                         break
-                    status.update(f"event {recorder.follower.sequence:,} in {recorder.files[-1].name}")
+                    say_now(f"event {recorder.follower.sequence:,} in {recorder.files[-1].name}")
                 interrupted = once and stopped()
         finally:
             recorder.close()
     except (LedgerError, OSError) as error:
-        say("error", cannot_follow(name, error) if isinstance(error, LedgerError) else error)
         if recorder is not None:
-            errors.print(f"{recorder.files[-1]} can be read up to the last whole transaction in it")
-        raise typer.Exit(BAD_INPUT) from error
+            note(f"{recorder.files[-1]} can be read up to the last whole transaction in it")
+        raise CommandFailed(cannot_follow(name, error) if isinstance(error, LedgerError) else error) from error
     for skipped in recorder.skipped:
-        errors.print(f"events {skipped.first} to {skipped.last} were gone before they could be recorded")
+        note(f"events {skipped.first} to {skipped.last} were gone before they could be recorded")
     if recorder.follower.missed_from:
-        errors.print(f"the ledger was removed before its events from {recorder.follower.missed_from} on could be read")
+        note(f"the ledger was removed before its events from {recorder.follower.missed_from} on could be read")
+    line(f"{count(recorder.events, 'event')} in {', '.join(map(str, recorder.files))}")
     if recorder.broken:
-        errors.print(f"this ledger cannot be replayed to its end: {recorder.broken}")
-    print(f"{count(recorder.events, 'event')} in {', '.join(map(str, recorder.files))}")
+        say("FAILED", f"this ledger contradicts itself and cannot be replayed to its end: {recorder.broken}")
+        raise typer.Exit(FAILED)
     if interrupted:
         raise typer.Exit(INTERRUPTED)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import errors, note_damage, say
-from kvledger.cli.exits import BAD_INPUT
+from kvledger.cli.debugging import note_damage
+from kvledger.cli.exits import BAD_INPUT, FAILED, CommandFailed
 from kvledger.cli.following import is_ledger
+from kvledger.cli.terminal import line, say, working
 from kvledger.debugger.explain.wording import count
 
 
@@ -24,28 +25,25 @@ def redact(
     """Rewrite a recording without prompts, request names and namespaces; all structure stays, so it can be handed on.
 
     With the same key file, equal prompts in several recordings stay equal. Keep the key to yourself: it tests guesses.
-    Of a recording that is damaged or cut off what can be read is rewritten, and the exit code is 2.
+    Of a recording that is damaged or cut off what can be read is rewritten, and the exit code is 2; of one that
+    contradicts itself all is, and the exit code is 1.
     """
     import secrets
 
-    from ipc import LedgerError
     from kvledger.recordings.redaction import KEY_BYTES, read_key
     from kvledger.recordings.redaction import redact as write
 
     if is_ledger(str(source)):
-        say("error", f"{source} is a ledger, not a recording: record it first (kvledger record {source} FILE.kvlog)")
-        raise typer.Exit(BAD_INPUT)
-    try:
-        key = secrets.token_bytes(KEY_BYTES) if key_file is None else read_key(key_file)
-        with errors.status(f"redacting {source.name}"):
-            done = write(source, target, key)
-    except LedgerError as error:
-        say("error", error)
-        raise typer.Exit(BAD_INPUT) from error
+        how = f"record it first (kvledger record {source} FILE.kvlog)"
+        raise CommandFailed(f"{source} is a ledger, not a recording: {how}")
+    key = secrets.token_bytes(KEY_BYTES) if key_file is None else read_key(key_file)
+    with working(f"redacting {source.name}"):
+        done = write(source, target, key)
     if done.damage:
         note_damage(done.damage)
+    line(f"{count(done.events, 'event')} in {target}")
     if done.broken:
-        errors.print(f"from its first broken event on, equal prompts are not recognised any more: {done.broken}")
-    print(f"{count(done.events, 'event')} in {target}")
+        say("FAILED", f"{source} contradicts itself; from there on equal prompts are not recognised: {done.broken}")
+        raise typer.Exit(FAILED)
     if done.damage:
         raise typer.Exit(BAD_INPUT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,9 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.check import events_around
-from kvledger.cli.debugging import From, Json, Report, Src, To, in_json, one_line_errors, reading, span
+from kvledger.cli.debugging import From, Json, Report, Src, To, in_json, reading, span
 from kvledger.cli.exits import FAILED
+from kvledger.cli.terminal import line
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.explain.wording import Wording, count
 from kvledger.debugger.export.output import complete
@@ -22,6 +22,7 @@ from kvledger.debugger.source.replay import Decision, decisions, evolve
 from kvledger.debugger.verify.diff import differences, diverge, fields_that_differ
 from kvledger.debugger.verify.pytest_file import as_test
 from kvledger.debugger.verify.shrink import shrink
+from kvledger.text import printable_json
 from statemachine.events import DigestScope
 
 _MOST_DIFFERENCES = 40
@@ -53,21 +54,21 @@ def _evolve(source: Source, start: int, stop: int, report: Report, as_json: bool
         if digest.own:
             if as_json:
                 fields = {"digests": compared, "different": different, "digest": digest.replayed.hex()}
-                print(in_json(source, fields))
+                line(in_json(source, fields))
             else:
                 digests = f"{compared - different:,} of {compared:,} digests equal"
                 if not source.digests_comparable:
                     digests = "its digests are those of an earlier version and cannot be compared"
-                print(f"{count(digest.sequence - start + 1, 'event')}, {digests}")
-                print(f"digest after event {digest.sequence}: {digest.replayed.hex()}")
+                line(f"{count(digest.sequence - start + 1, 'event')}, {digests}")
+                line(f"digest after event {digest.sequence}: {digest.replayed.hex()}")
             continue
         compared += 1
         if not digest.equal:
             different += 1
             if not as_json and different == 1:
                 scope = "state" if digest.scope == DigestScope.STATE else "counters"
-                print(f"event {digest.sequence}: the engine's digest of its {scope} was {digest.recorded.hex()},")
-                print(f"  the replay has {digest.replayed.hex()}: the engine had another state than its own log")
+                line(f"event {digest.sequence}: the engine's digest of its {scope} was {digest.recorded.hex()},")
+                line(f"  the replay has {digest.replayed.hex()}: the engine had another state than its own log")
     if different:
         raise typer.Exit(FAILED)
 
@@ -81,34 +82,34 @@ def _decide(source: Source, start: int, stop: int, report: Report, as_json: bool
                 entries = [entry_fields(entry) for entry in decision.entries]
                 today = [{"kind": type(event).__name__, **event_fields(event)} for event in decision.events]
                 fields = {"transactions": made, "logged": entries, "decided": today, "rejected": decision.rejected}
-                print(in_json(source, fields))
+                line(in_json(source, fields))
             else:
                 _print_decision(source, decision, made)
             raise typer.Exit(FAILED)
     if as_json:
-        print(in_json(source, {"transactions": made}))
+        line(in_json(source, {"transactions": made}))
     else:
-        print(f"{count(made, 'command')} decided again: all the same events")
+        line(f"{count(made, 'command')} decided again: all the same events")
 
 
 def _print_decision(source: Source, decision: Decision, made: int) -> None:
     first = decision.entries[0].sequence
     same = "1 command is decided as it was" if made == 2 else f"{made - 1:,} commands are decided as they were"
-    print(f"the first {same}; the one at event {first} is not:")
+    line(f"the first {same}; the one at event {first} is not:")
     name = type(decision.command).__name__ if decision.command is not None else "no command of this version"
-    print(f"{name} came to")
+    line(f"{name} came to")
     events_around(source, decision.entries, 0)
     if decision.rejected:
-        print(f"and is not possible today: {decision.rejected}")
+        line(f"and is not possible today: {decision.rejected}")
         return
-    print("and comes today to")
+    line("and comes today to")
     state = source.before(first)
     words = Wording.after(state) if state is not None else Wording()
     for event in decision.events:
-        print(f"  {type(event).__name__:<17} {words(event)}")
+        line(f"  {type(event).__name__:<17} {words(event)}")
     for entry, event in zip(decision.entries, decision.events):
         if entry.event != event:
-            print("which differs in " + "; ".join(fields_that_differ(entry.event, event)))
+            line("which differs in " + "; ".join(fields_that_differ(entry.event, event)))
             break
 
 
@@ -128,11 +129,11 @@ def diff(
         if here is None and there is None:
             parted = diverge(left, right, report)
             if parted is None:
-                print(json.dumps({"first_difference": None}) if as_json else "the logs hold the same events")
+                line(printable_json({"first_difference": None}) if as_json else "the logs hold the same events")
                 return
             if as_json:
                 sides = [entry_fields(entry) if entry is not None else None for entry in parted[1:]]
-                print(json.dumps({"first_difference": parted.sequence, "first": sides[0], "second": sides[1]}))
+                line(printable_json({"first_difference": parted.sequence, "first": sides[0], "second": sides[1]}))
             else:
                 _print_parting(left, right, *parted)
             raise typer.Exit(FAILED)
@@ -142,15 +143,15 @@ def diff(
         ]
         told = list(differences(left.at(places[0]), right.at(places[1])))
         if as_json:
-            print(json.dumps({"differences": told}))
+            line(printable_json({"differences": told}))
         elif not told:
-            print("the states are the same")
+            line("the states are the same")
         else:
-            print(f"{one} after event {places[0]} and {other} after event {places[1]} differ:")
-            for line in told[:_MOST_DIFFERENCES]:
-                print(f"  {line}")
+            line(f"{one} after event {places[0]} and {other} after event {places[1]} differ:")
+            for difference in told[:_MOST_DIFFERENCES]:
+                line(f"  {difference}")
             if len(told) > _MOST_DIFFERENCES:
-                print(f"  … and {len(told) - _MOST_DIFFERENCES} more")
+                line(f"  … and {len(told) - _MOST_DIFFERENCES} more")
         if told:
             raise typer.Exit(FAILED)
 
@@ -161,15 +162,15 @@ def _with_place(text: str) -> tuple[str, str | None]:
 
 
 def _print_parting(left: Source, right: Source, sequence: int, one: Entry | None, other: Entry | None) -> None:
-    print(f"the same up to event {sequence - 1}, then:")
+    line(f"the same up to event {sequence - 1}, then:")
     for source, entry in ((left, one), (right, other)):
         if entry is None:
-            print(f"{source.name} ends")
+            line(f"{source.name} ends")
         else:
-            print(source.name)
+            line(source.name)
             events_around(source, [entry], 0)
     if one is not None and other is not None:
-        print("they differ in " + "; ".join(fields_that_differ(one.event, other.event)))
+        line("they differ in " + "; ".join(fields_that_differ(one.event, other.event)))
 
 
 def shrink_command(
@@ -187,15 +188,14 @@ def shrink_command(
 
     The commands are decided anew by the code at hand: use the version that the failing engine ran.
     """
-    with one_line_errors():
-        holds = predicate(text) if text is not None else None
-        if output.exists():
-            raise SourceError(f"{output} exists already: choose another name, or remove it")
-        if not output.parent.is_dir():
-            raise SourceError(f"there is no folder {output.parent}")
+    holds = predicate(text) if text is not None else None
+    if output.exists():
+        raise SourceError(f"{output} exists already: choose another name, or remove it")
+    if not output.parent.is_dir():
+        raise SourceError(f"there is no folder {output.parent}")
     with reading(src) as (source, report):
         _, stop = span(source, None, end)
         shrunk = shrink(source, holds, stop, report)
         with complete(output) as file:
             file.write_text(as_test(shrunk, Path(src).name, text or ""))
-        print(f"{len(shrunk.commands)} of {shrunk.before} commands are left; {output} fails: {shrunk.message}")
+        line(f"{len(shrunk.commands)} of {shrunk.before} commands are left; {output} fails: {shrunk.message}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 from enum import StrEnum
@@ -12,22 +11,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ipc import LedgerError
-from kvledger.cli.debugging import errors, say
-from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
+from kvledger.cli.exits import FAILED, INTERRUPTED
+from kvledger.cli.terminal import errors, line, output, say
 from kvledger.config import ConfigError
 from kvledger.debugger.explain.wording import count
 from kvledger.run import sample, traces
-from kvledger.run.pattern import WrongBytes
 from kvledger.run.run import Crashes, Run, RunOptions, Summary
-from kvledger.run.traces import Trace, TraceError
-from statemachine.errors import CommandRejected, InvariantViolation
+from kvledger.run.traces import Trace
+from kvledger.text import printable_json
 from statemachine.events import HostPolicy
-from workers import WorkerFailed
 
 if TYPE_CHECKING:
     from kvledger.run.crashes import CrashRun
@@ -97,13 +92,9 @@ def run(
     cached for it. Where there is no room for a request, requests in flight are ended early, the oldest first, as many
     as it takes. The formats of traces are in docs/traces.md.
     """
-    try:
-        blocks, policy = _host_tier(host_blocks, host_policy)
-        _expect_new("--per-request", per_request)
-        _expect_new("--record", record)
-    except ConfigError as error:
-        say("error", error)
-        raise typer.Exit(BAD_INPUT) from error
+    blocks, policy = _host_tier(host_blocks, host_policy)
+    _expect_new("--per-request", per_request)
+    _expect_new("--record", record)
     options = RunOptions(
         device_blocks=device_blocks,
         host_blocks=blocks,
@@ -122,24 +113,17 @@ def run(
         record=record,
         keep=keep,
     )
-    try:
-        loaded = _load(trace, requests, seed)
-        job = None
-        if crash or chaos is not None:
-            from kvledger.run.crashes import Crash, CrashRun
+    loaded = _load(trace, requests, seed)
+    job = None
+    if crash or chaos is not None:
+        from kvledger.run.crashes import Crash, CrashRun
 
-            source = {"path": str(trace) if trace else None, "requests": len(loaded.requests), "seed": seed}
-            job = CrashRun(source, len(loaded.requests), options, [Crash.parse(text) for text in crash or []], chaos)
-        summary = _execute(loaded, job or Run(loaded, options), name, errors)
-    except (WrongBytes, InvariantViolation) as error:
-        say("FAILED", error)
-        raise typer.Exit(FAILED) from error
-    except (TraceError, ConfigError, LedgerError, CommandRejected, WorkerFailed, OSError) as error:
-        say("error", error)
-        raise typer.Exit(BAD_INPUT) from error
+        source = {"path": str(trace) if trace else None, "requests": len(loaded.requests), "seed": seed}
+        job = CrashRun(source, len(loaded.requests), options, [Crash.parse(text) for text in crash or []], chaos)
+    summary = _execute(loaded, job or Run(loaded, options), name)
     if as_json:
         rates = {"device_hit_rate": summary.device_hit_rate, "host_hit_rate": summary.host_hit_rate}
-        print(json.dumps(dataclasses.asdict(summary) | rates))
+        line(printable_json(dataclasses.asdict(summary) | rates))
     else:
         _print(summary, options)
     if summary.replay_digest != summary.digest:
@@ -183,14 +167,14 @@ def _load(path: Path | None, requests: int | None, seed: int) -> Trace:
     return trace if requests is None else trace._replace(requests=trace.requests[:requests])
 
 
-def _execute(trace: Trace, job: Run | CrashRun, name: str | None, console: Console) -> Summary:
+def _execute(trace: Trace, job: Run | CrashRun, name: str | None) -> Summary:
     progress = Progress(
         TextColumn("requests"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(),
-        console=console,
+        console=errors(),
         transient=True,
     )
     task = progress.add_task("requests", total=len(trace.requests), rate="")
@@ -254,7 +238,7 @@ def _print(summary: Summary, options: RunOptions) -> None:
         _add_crashes(table, summary.crashes)
     if options.keep:
         table.add_row("kept", f"ledger {summary.ledger!r} in /dev/shm")
-    Console().print(table)
+    output().print(table)
 
 
 def _speed(gb_per_s: float) -> str:

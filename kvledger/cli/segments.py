@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from kvledger.cli.debugging import say
-from kvledger.cli.exits import BAD_INPUT
+from kvledger.cli.exits import CommandFailed
+from kvledger.cli.terminal import line, output
+from kvledger.text import printable_json
 
 
 def segments(
@@ -31,28 +30,26 @@ def segments(
     if unknown:
         what = "is no ledger" if len(unknown) == 1 else "are no ledgers"
         listed = ", ".join(map(repr, unknown))
-        say("error", f"there {what} {listed} in /dev/shm: kvledger segments lists what is there")
-        raise typer.Exit(BAD_INPUT)
+        raise CommandFailed(f"there {what} {listed} in /dev/shm: kvledger segments lists what is there")
     removed = remove_dead(names or ()) if remove else []
     gone_names = {gone.name for gone in removed}
     left = [ledger for ledger in found if ledger.name not in gone_names and (not names or ledger.name in names)]
     if as_json:
-        print(json.dumps({"ledgers": [entry._asdict() for entry in left], "removed": sorted(gone_names)}))
+        line(printable_json({"ledgers": [entry._asdict() for entry in left], "removed": sorted(gone_names)}))
         return
-    console = Console()
     for gone in removed:
-        console.print(f"removed {gone.name}: {gone.bytes:,} bytes", highlight=False)
+        line(f"removed {gone.name}: {gone.bytes:,} bytes")
     if remove and names and left:
-        console.print(f"not removed: {', '.join(f'{entry.name} is {entry.state}' for entry in left)}", highlight=False)
+        line(f"not removed: {', '.join(f'{entry.name} is {entry.state}' for entry in left)}")
     if not left:
         if not removed:
-            console.print("there is no ledger in /dev/shm")
+            line("there is no ledger in /dev/shm")
         return
     table = Table("ledger", "state", "epoch", "bytes", "age", "uid", "engine", "workers")
     for entry in left:
         numbers = f"{entry.epoch}", f"{entry.bytes:,}", _age(entry.age_s), f"{entry.uid}", f"{entry.writer}"
         table.add_row(entry.name, entry.state, *numbers, " ".join(map(str, entry.workers)))
-    console.print(table)
+    output().print(table)
 
 
 def _age(seconds: float) -> str:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
-from kvledger.cli.debugging import At, Json, Src, place, reading
+from kvledger.cli.debugging import At, Json, Src, in_json, place, reading
+from kvledger.cli.terminal import line, output
 from kvledger.cli.tiers import TierName
-from kvledger.debugger import SourceError
+from kvledger.debugger import Source, SourceError
 from kvledger.debugger.explain.owners import content, describe, holders, owners_of, short
 from kvledger.debugger.explain.wording import DIRECTIONS, count, ids
 from kvledger.debugger.export.plain import node_fields, request_fields, state_fields
 from kvledger.debugger.source.filters import request_numbers
 from kvledger.debugger.source.places import date
+from kvledger.text import printable
 from statemachine.events import HostPolicy, Tier
 from statemachine.records.snapshot import state_digest
 from statemachine.state.nodes import Node, Request
@@ -27,7 +28,6 @@ from statemachine.state.order import EvictionOrder
 from statemachine.state.state import State
 
 _ROWS = 20
-console = Console(highlight=False)
 
 
 def show(
@@ -49,31 +49,32 @@ def show(
         if block is not None:
             told = describe(state, tier.tier, block)
             owners = [short(owner) for owner in owners_of(state, tier.tier, block)]
-            _print(told, {"block": block, "tier": tier.value, "owners": owners}, as_json)
+            _print(source, told, {"block": block, "tier": tier.value, "owners": owners}, as_json)
         elif request is not None:
             number = request_numbers(source, request, sequence)[-1]
             if number not in state.requests:
                 raise SourceError(f"request {request!r} is not live after event {sequence}: explain tells its life")
             live = state.requests[number]
-            _print(list(_request(state, live)), request_fields(live), as_json)
+            _print(source, list(_request(state, live)), request_fields(live), as_json)
         elif node is not None:
             if node not in state.nodes:
                 raise SourceError(f"there is no run {node} after event {sequence}")
-            _print(list(_node(state, state.nodes[node])), node_fields(state.nodes[node]), as_json)
+            _print(source, list(_node(state, state.nodes[node])), node_fields(state.nodes[node]), as_json)
         elif as_json:
-            print(json.dumps({"sequence": sequence, "digest": state_digest(state).hex(), **state_fields(state)}))
+            line(in_json(source, {"sequence": sequence, "digest": state_digest(state).hex(), **state_fields(state)}))
         else:
             moment = next(source.entries(sequence, sequence))
-            console.print(f"after event {sequence}, {date(moment.time_ns)} UTC, step {moment.step}")
+            line(f"after event {sequence}, {date(moment.time_ns)} UTC, step {moment.step}")
             _overview(state, None if all_rows else _ROWS)
 
 
-def _print(lines: list[str], fields: dict[str, Any], as_json: bool) -> None:
-    print(json.dumps(fields) if as_json else "\n".join(lines))
+def _print(source: Source, lines: list[str], fields: dict[str, Any], as_json: bool) -> None:
+    for text in [in_json(source, fields)] if as_json else lines:
+        line(text)
 
 
 def _overview(state: State, rows: int | None) -> None:
-    console.print(_pools(state))
+    output().print(_pools(state))
     if state.requests:
         table = _table("request", "number", "blocks", "cached", "own", "waits for")
         for request in islice(state.requests.values(), rows):
@@ -94,16 +95,17 @@ def _overview(state: State, rows: int | None) -> None:
         name = f"namespace {root.words!r}" if root.words else "prefix tree"
         if any(root is retired for retired in state.retired):
             name += ", cleared: matches nothing"
-        tree = Tree(f"[bold]{name}[/]: {count(sum(1 for _ in _below(root)), 'run')}")
+        runs = count(sum(1 for _ in _below(root)), "run")
+        tree = Tree(Text.assemble((printable(name), "bold"), f": {runs}"))
         _branches(tree, root, left)
-        console.print(tree)
+        output().print(tree)
     for title, order, tier in (
         ("evicted first from the device (final)", state.device.final, Tier.DEVICE),
         ("then least recently used on the device", state.device.lru, Tier.DEVICE),
         ("least recently used on the host", state.host.lru, Tier.HOST),
     ):
         if len(order):
-            console.print(_order(title, order, tier, rows))
+            line(_order(title, order, tier, rows))
 
 
 def _pools(state: State) -> Table:
@@ -130,9 +132,9 @@ def _table(*columns: str) -> Table:
 
 
 def _limited(table: Table, length: int, rows: int | None) -> None:
-    console.print(table)
+    output().print(table)
     if rows is not None and length > rows:
-        console.print(f"… and {length - rows:,} more (--all)")
+        line(f"… and {length - rows:,} more (--all)")
 
 
 def _below(node: Node) -> Iterator[Node]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from kvledger import is_compiled
-from kvledger.cli.exits import BAD_INPUT, FAILED, INTERRUPTED
+from kvledger.cli.exits import FAILED, INTERRUPTED, CommandFailed
+from kvledger.cli.terminal import line, note, say, working
 
 
 def simulate(
@@ -35,24 +35,25 @@ def simulate(
     from kvledger.testing.split import SplitPlan
 
     logging.disable(logging.CRITICAL)  # what a simulated operator would be told
-    console = Console(stderr=True)
     if is_compiled():
-        console.print(f"[bold red]{INTERPRETED_ONLY}[/]", highlight=False, soft_wrap=True)
-        raise typer.Exit(BAD_INPUT)
+        raise CommandFailed(INTERPRETED_ONLY)
     draw: Callable[[int], AnyPlan] = SplitPlan.draw if split else Plan.draw
     begun = time.monotonic()
     number = points = kills = engines = verified = 0
     interrupted = False
-    with one_core(), console.status("simulating") as status:
+    with one_core(), working("simulating") as say_now:
         while not interrupted and (time.monotonic() - begun < seconds if seconds is not None else number < runs):
             try:
                 outcome = simulate_or_shrink(draw(seed + number))
             except SimulationFailed as error:
-                console.print(f"[bold red]FAILED[/] seed {seed + number}: {error}", highlight=False, soft_wrap=True)
+                first, *more = str(error).splitlines() or [""]
+                say("FAILED", f"seed {seed + number}: {first}")
+                for text in more:
+                    note(text)
                 program = Path(f"simulate-{'split-' if split else ''}{seed + number}.py")
                 with contextlib.suppress(OSError):  # the message has the plan, too
                     program.write_text(error.program())
-                    console.print(f"  the same as a program: python {program}", highlight=False, soft_wrap=True)
+                    note(f"  the same as a program: python {program}")
                 raise typer.Exit(FAILED) from error
             except KeyboardInterrupt:
                 interrupted = True
@@ -63,9 +64,9 @@ def simulate(
             engines += outcome.engines
             verified += outcome.verified_bytes
             if not number % 20:
-                status.update(f"{number:,} runs, {number / (time.monotonic() - begun):.0f} per second")
+                say_now(f"{number:,} runs, {number / (time.monotonic() - begun):.0f} per second")
     rate = number / (time.monotonic() - begun)
-    print(
+    line(
         f"{number:,} runs from seed {seed} ({rate:.0f} per second): {points:,} points of schedule, {kills:,} kills, "
         f"{engines:,} engines, {verified:,} bytes verified, nothing broken"
     )

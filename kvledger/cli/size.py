@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from kvledger.cli.debugging import say
-from kvledger.cli.exits import BAD_INPUT
+from kvledger.cli.exits import CommandFailed
+from kvledger.cli.terminal import line, output
 from kvledger.models import ModelError, ModelShape, Sizing, shape_of, size
+from kvledger.text import printable_json
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
@@ -48,11 +47,11 @@ def size_command(
         shape = shape_of(model, block_size=block_size, ranks=ranks, dtype=dtype)
         sizing = size(shape, block_size=block_size, memory=device, host_memory=host)
     except ModelError as error:
-        say("error", error)
-        raise typer.Exit(BAD_INPUT) from error
+        raise CommandFailed(error) from error
     if as_json:
         kinds = {layers.kind: layers.number for layers in shape.layers}
-        print(json.dumps({"model_type": shape.model_type, "dtype": shape.dtype, "layers": kinds, **sizing._asdict()}))
+        told = {"model_type": shape.model_type, "dtype": shape.dtype, "layers": kinds, **sizing._asdict()}
+        line(printable_json(told))
     else:
         _print(shape, sizing, ranks)
 
@@ -72,7 +71,7 @@ def _print(shape: ModelShape, sizing: Sizing, ranks: int) -> None:
         table.add_row("host_blocks", f"{staging} ({_shown(sizing.host_bytes)} per rank)")
     table.add_row("/dev/shm for the log", f"{_shown(sizing.log_bytes)} at most (retain_bytes and two segments)")
     table.add_row("/dev/shm for snapshots", f"{_shown(sizing.snapshot_bytes)} with every block cached")
-    Console().print(table)
+    output().print(table)
 
 
 def _of_longest(tokens: int, longest: int) -> str:

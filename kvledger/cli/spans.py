@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kvledger.cli.debugging import errors, say
-from kvledger.cli.exits import BAD_INPUT, FAILED
+from kvledger.cli.exits import FAILED, CommandFailed
 from kvledger.cli.following import cannot_follow
 from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.cli.terminal import note
 
 
 def spans(
@@ -41,26 +41,25 @@ def _spans(name: str, endpoint: str | None) -> None:
 
         from kvledger.telemetry.spans import RequestSpans
     except ModuleNotFoundError as error:
-        say("error", "this needs OpenTelemetry: pip install 'kvledger[otel]'")
-        raise typer.Exit(BAD_INPUT) from error
+        raise CommandFailed("this needs OpenTelemetry: pip install 'kvledger[otel]'") from error
     from statemachine.errors import InvariantViolation
     from statemachine.records.codec import CodecError
     from workers.followers.follow import Follower
 
     if wrong := _wrong_endpoint(endpoint):
-        say("error", wrong)
-        raise typer.Exit(BAD_INPUT)
+        raise CommandFailed(wrong)
     try:
         follower = Follower(name)
         while old := follower.poll():  # what ended before is not told again at each start
             follower.apply(old)
-    except (LedgerError, InvariantViolation, CodecError) as error:
-        say("error", cannot_follow(name, error) if isinstance(error, LedgerError) else error)
-        raise typer.Exit(BAD_INPUT if isinstance(error, LedgerError) else FAILED) from error
+    except LedgerError as error:
+        raise CommandFailed(cannot_follow(name, error)) from error
+    except (InvariantViolation, CodecError) as error:
+        raise CommandFailed(error, FAILED) from error
     provider = TracerProvider(resource=Resource.create({"service.name": "kvledger", "kvledger.ledger": name}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     found = RequestSpans(provider.get_tracer("kvledger"), follower.state)
-    errors.print(f"following {name} from event {follower.sequence + 1:,} on")
+    note(f"following {name} from event {follower.sequence + 1:,} on")
     try:
         with until_signal() as stopped:
             while not stopped():
@@ -68,18 +67,14 @@ def _spans(name: str, endpoint: str | None) -> None:
                     records = follower.poll(0.25)
                 except Overrun:
                     skipped = follower.resynchronise()
-                    errors.print(f"events {skipped.first:,} to {skipped.last:,} were gone before they were read")
+                    note(f"events {skipped.first:,} to {skipped.last:,} were gone before they were read")
                     found.go_on(follower.state)
                     continue
                 found.feed(records)
                 if not records and not follower.reader.exists():
                     break
     except (InvariantViolation, CodecError) as error:
-        say("FAILED", error)
-        raise typer.Exit(FAILED) from error
-    except LedgerError as error:
-        say("error", error)
-        raise typer.Exit(BAD_INPUT) from error
+        raise CommandFailed(error, FAILED) from error
     finally:
         provider.shutdown()
         follower.close()

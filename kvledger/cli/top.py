@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import select
 import sys
 from collections.abc import Iterator
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvledger.cli.debugging import errors, one_line_errors
 from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.cli.terminal import line, output, working
+from kvledger.text import printable_json
 
 if TYPE_CHECKING:
     from kvledger.debugger.export.occupancy import Occupancy
@@ -40,15 +40,15 @@ def top(
     """
     from kvledger.debugger.top import Top
 
-    with until_asked(not once and not as_json), one_line_errors():
-        with errors.status("reading the log"):
+    with until_asked(not once and not as_json):
+        with working("reading the log"):
             observer = Top(name)
         try:
             observer.poll()  # what came while the log was read
             if as_json:
-                print(json.dumps(_as_json(observer.frame())))
+                line(printable_json(_as_json(observer.frame())))
             elif once:
-                Console().print(_render(observer.frame()))
+                output().print(_render(observer.frame()))
             else:
                 _watch(observer)
         finally:
@@ -59,7 +59,7 @@ def _watch(observer: Top) -> None:
     with (
         until_signal() as stopped,
         _keys() as pressed,
-        Live(_render(observer.frame()), auto_refresh=False, screen=sys.stdout.isatty()) as live,
+        Live(_render(observer.frame()), console=output(), auto_refresh=False, screen=sys.stdout.isatty()) as live,
     ):
         while not stopped() and pressed(_EVERY_S) not in ("q", "Q"):
             ended = observer.ended
@@ -67,9 +67,9 @@ def _watch(observer: Top) -> None:
             live.update(_render(observer.frame()), refresh=True)
             if ended and not seen:
                 break
-    Console().print(_render(observer.frame()))
+    output().print(_render(observer.frame()))
     if observer.ended:
-        Console().print(f"ledger {observer.ledger!r} has ended")
+        line(f"ledger {observer.ledger!r} has ended")
 
 
 @contextmanager
@@ -105,10 +105,12 @@ def _as_json(frame: Frame) -> dict[str, Any]:
 
 
 def _render(frame: Frame) -> Group:
-    writer = f"process {frame.writer}" if frame.writer_alive else f"[red]process {frame.writer}, dead[/]"
-    head = Text.from_markup(
-        f"[bold]kvledger top[/]  {frame.ledger}, written by {writer}, epoch {frame.epoch}\n"
-        f"   event {frame.sequence:,}, {frame.events_per_s:,.0f} events/s, the last one {_age(frame.last_event_s)} ago"
+    head = Text.assemble(
+        ("kvledger top", "bold"),
+        f"  {frame.ledger}, written by ",
+        f"process {frame.writer}" if frame.writer_alive else (f"process {frame.writer}, dead", "red"),
+        f", epoch {frame.epoch}\n",
+        f"   event {frame.sequence:,}, {frame.events_per_s:,.0f} events/s, the last one {_age(frame.last_event_s)} ago",
     )
     return Group(head, _pools(frame), _rates(frame), _pins(frame), _transfers(frame), _readers(frame))
 
@@ -160,7 +162,7 @@ def _pins(frame: Frame) -> Text:
     if frame.oldest is not None:
         pin = frame.oldest
         waits = ", waiting" if pin.waits else ""
-        text += f"\n   oldest pin: request {pin.key}, {_age(pin.age_s)}, {pin.blocks:,} blocks{waits}"
+        text += f"\n   oldest pin: request {pin.key!r}, {_age(pin.age_s)}, {pin.blocks:,} blocks{waits}"
     return Text(text + "\n")
 
 
@@ -182,7 +184,7 @@ def _readers(frame: Frame) -> Table | Text:
     table = _table("reader", "process", "events behind", "heartbeat")
     for reader in frame.readers:
         beat = "" if reader.heartbeat_s is None else f"{_age(reader.heartbeat_s)} ago"
-        pid = f"{reader.pid}" if reader.alive else f"[red]{reader.pid}, dead[/]"
+        pid = Text(f"{reader.pid}") if reader.alive else Text(f"{reader.pid}, dead", "red")
         table.add_row(reader.name, pid, f"{reader.lag:,}", beat)
     return table
 

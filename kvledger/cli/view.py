@@ -10,6 +10,7 @@ import typer
 
 from kvledger.cli.debugging import At, From, Src, To, reading
 from kvledger.cli.stopping import until_asked
+from kvledger.cli.terminal import flush, line
 from kvledger.debugger import SourceError
 from kvledger.debugger.source.places import locate
 from kvledger.view.log import Log
@@ -49,7 +50,7 @@ def _export(log: Log, path: Path, start: int | None, stop: int | None) -> None:
     from kvledger.view.export import export
 
     first, last = export(log, path, start, stop)
-    print(f"{path}: events {first:,} to {last:,}, {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
+    line(f"{path}: events {first:,} to {last:,}, {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
 
 
 def _serve(log: Log, port: int, fragment: str) -> None:
@@ -61,6 +62,7 @@ def _serve(log: Log, port: int, fragment: str) -> None:
         why = f"cannot listen on port {port} ({error.strerror}): leave --port out to get a free one"
         raise SourceError(why) from error
     with server:
-        print(server.url + fragment, flush=True)
-        print("Open this address on this machine; it stays valid until Ctrl-C ends this command.", flush=True)
+        line(server.url + fragment)
+        line("Open this address on this machine; it stays valid until Ctrl-C ends this command.")
+        flush()
         server.serve_forever()

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from kvledger.cli.debugging import Json, Src, in_json, reading
-from kvledger.cli.whole_log import reached, wide_console
+from kvledger.cli.terminal import line, output
+from kvledger.cli.whole_log import reached
 from kvledger.debugger import Source, SourceError
 from kvledger.debugger.explain.wording import count
 from statemachine.events import HostPolicy
@@ -146,7 +148,7 @@ def _scenarios(log: Log, scenarios: list[Scenario], plot: Path | None, as_json: 
             lines.append(Line(label, [result.scenario.device_blocks for result in results], rates))
         _draw(log, lines, plot)
     if as_json:
-        print(in_json(log.source, {"scenarios": [_as_json(result) for result in answers.results]}))
+        line(in_json(log.source, {"scenarios": [_as_json(result) for result in answers.results]}))
         return
     _print(log, answers)
 
@@ -157,7 +159,7 @@ def _print(log: Log, answers: Answers) -> None:
     table = Table(
         title=f"what if: {log.source.name}, {_traffic(first.requests, first.blocks)}",
         title_justify="left",
-        caption=_remarks(answers),
+        caption=Text(_remarks(answers)),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -168,7 +170,7 @@ def _print(log: Log, answers: Answers) -> None:
         names[1:1] = ["host\nblocks", "policy"]
         names += ["host\nhits", "host\nevicted", "copied\nout", "copied\nin"]
     for name in [*names, "stalls", "ended\nearly"]:
-        table.add_column(name, justify="left" if name in ("hints", "policy") else "right", no_wrap=True)
+        table.add_column(Text(name), justify="left" if name in ("hints", "policy") else "right", no_wrap=True)
     for result in answers.results:
         scenario = result.scenario
         row = [
@@ -186,7 +188,7 @@ def _print(log: Log, answers: Answers) -> None:
                 f"{result.swapped_in_blocks:,}",
             ]
         table.add_row(*row, f"{result.stalls:,}", f"{result.early_releases:,}")
-    wide_console().print(table)
+    output().print(table)
 
 
 def _as_json(result: Result) -> dict[str, object]:
@@ -220,7 +222,7 @@ def _curve(log: Log, capacities: list[int], rate: float, plot: Path | None, as_j
         label = "device tier" if rate == 1 else f"device tier, {rate:g} of the blocks sampled"
         _draw(log, [Line(label, found.capacities, found.hit_rates)], plot)
     if as_json:
-        print(in_json(log.source, dataclasses.asdict(found)))
+        line(in_json(log.source, dataclasses.asdict(found)))
         return
     table = Table(
         title=f"hit-rate curve: {log.source.name}, {_traffic(found.requests, found.blocks)}",
@@ -232,7 +234,7 @@ def _curve(log: Log, capacities: list[int], rate: float, plot: Path | None, as_j
     table.add_column("")
     for capacity, hit_rate in zip(found.capacities, found.hit_rates):
         table.add_row(f"{capacity:,}", f"{hit_rate:.2%}", "█" * round(60 * hit_rate))
-    wide_console().print(table)
+    output().print(table)
 
 
 def _draw(log: Log, lines: list[Line], path: Path) -> None:

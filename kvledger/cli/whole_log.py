@@ -1,10 +1,8 @@
-"""What the commands that go through a whole log show: how far they are, and tables that a pipe does not squeeze."""
+"""What the commands that go through a whole log show: how far they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from rich.console import Console
 
 from kvledger.cli.debugging import Report
 from kvledger.debugger import Source
@@ -24,9 +22,3 @@ def reached(source: Source, report: Report) -> Callable[[int], None]:
             report(sequence - first + 1, last - first + 1)
 
     return show
-
-
-def wide_console() -> Console:
-    """Standard output for tables; into a pipe or file they are as wide as they are."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)

@@ -17,6 +17,7 @@ from kvledger.errors import HandoffError
 from kvledger.handoff.peer import PeerLog, Received
 from kvledger.manager.handoffs import end_receiving
 from kvledger.manager.ranks import table_of
+from kvledger.text import logged
 from statemachine.decide import request_named
 from statemachine.errors import InvalidCommand
 from statemachine.events import Outcome, ReleaseReason
@@ -207,7 +208,7 @@ class Receiver:
     def _fail(self, room: _Room, outcome: Outcome, reason: str) -> None:
         self._quarantine(room)
         self._told.append(Received(room.key, outcome, reason, self._manager.block_table(room.key)))
-        _log.warning("receive_%s ledger=%s request=%s", outcome.name.lower(), self._manager.name, room.key)
+        _log.warning("receive_%s ledger=%s request=%s", outcome.name.lower(), self._manager.name, logged(room.key))
 
     def _quarantine(self, room: _Room) -> None:
         del self._rooms[room.ticket]

@@ -7,7 +7,6 @@ ended stands in the log of pushes (:mod:`workers.handoff.pushes`).
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from array import array
@@ -19,6 +18,7 @@ from kvledger.errors import HandoffError
 from kvledger.handoff.peer import Handed
 from kvledger.manager.handoffs import end_pushers
 from kvledger.manager.ranks import back_off
+from kvledger.text import logged
 from statemachine.decide import request_named
 from statemachine.errors import InvalidCommand, RequestNotReady
 from statemachine.events import Outcome
@@ -230,7 +230,7 @@ class Sender:
         if outcome != Outcome.DONE:
             ledger = self._manager.name
             _log.warning(
-                "push_%s ledger=%s request=%s reason=%s", outcome.name.lower(), ledger, push.key, json.dumps(reason)
+                "push_%s ledger=%s request=%s reason=%s", outcome.name.lower(), ledger, logged(push.key), logged(reason)
             )
 
     def _watch(self) -> None:
@@ -257,7 +257,7 @@ class Sender:
         self._reasons[rank] = reason
         self._restarts[rank] = time.monotonic() + back_off(self._failures.get(rank, 0))
         self._failures[rank] = self._failures.get(rank, 0) + 1
-        _log.warning("pusher_lost ledger=%s rank=%d reason=%s", self._manager.name, rank, json.dumps(reason))
+        _log.warning("pusher_lost ledger=%s rank=%d reason=%s", self._manager.name, rank, logged(reason))
 
     def _oldest(self) -> int:
         """Sequence from which on a new pusher has to read the log of pushes."""

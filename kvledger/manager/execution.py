@@ -27,6 +27,7 @@ from kvledger.manager.prompts import Told
 from kvledger.manager.ranks import BlockTable, Progress, Ranks, table_of
 from kvledger.manager.retention import Retention
 from kvledger.manager.transactions import Transactions
+from kvledger.text import printable
 from statemachine import commands
 from statemachine.decide import decide, request_named
 from statemachine.errors import InvalidCommand, OutOfBlocks, RequestNotReady
@@ -184,7 +185,8 @@ class Ledger:
         except SharedMemoryFull:
             pass  # the log's writer has said so; a later call makes up for it
         except CallTooLarge as error:
-            _log.warning("ledger %s: what request %r has cached is not copied to the host: %s", self.name, key, error)
+            why = printable(str(error))
+            _log.warning("ledger %s: what request %r has cached is not copied to the host: %s", self.name, key, why)
 
     # The owner, and what other threads release
 

@@ -7,10 +7,10 @@ them as fields.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 
+from kvledger.text import logged
 from statemachine.events import EpochStarted, Event, Outcome, Tier, TierLost, TransferFinished, WorkerJoined, WorkerLost
 
 _log = logging.getLogger(__name__)
@@ -39,5 +39,5 @@ def tell(level: int, name: str, **fields: object) -> None:
     """Log a notice with its fields."""
     if _log.isEnabledFor(level):
         texts = {key: str(value) for key, value in fields.items()}
-        pairs = " ".join(f"{key}={json.dumps(text) if ' ' in text else text}" for key, text in texts.items())
+        pairs = " ".join(f"{key}={logged(text)}" for key, text in texts.items())
         _log.log(level, "%s %s", name, pairs, extra={"notice": name, **fields})

@@ -17,6 +17,7 @@ import time
 from ipc import LogWriter, memory
 from ipc.names import segments_of
 from kvledger.manager.notices import tell
+from kvledger.text import printable
 from workers.followers import auditor
 from workers.processes.programs import environment, python
 
@@ -87,7 +88,7 @@ class Retention:
         found = auditor.progress(self._ledger)
         if code == 1 and found is not None and found.verdict is not None:
             self._verdict = found.verdict.reason
-            _log.error("ledger %s fails its audit: %s", self._ledger, self._verdict)
+            _log.error("ledger %s fails its audit: %s", self._ledger, printable(self._verdict))
             return
         now = time.monotonic()
         if not self._next_start:
@@ -112,7 +113,7 @@ class Retention:
                 start_new_session=True,
             )
         except OSError as error:
-            _log.warning("the auditor of ledger %s cannot be started: %s", self._ledger, error)
+            _log.warning("the auditor of ledger %s cannot be started: %s", self._ledger, printable(str(error)))
 
     @property
     def pid(self) -> int:

@@ -147,8 +147,8 @@ class Redactor:
         _redact_state(self.redacted, self._names)
         return snapshot(self.redacted)
 
-    def event(self, event: Event) -> Event:
-        """The redacted event; both states are brought up to date."""
+    def event(self, sequence: int, event: Event) -> Event:
+        """The redacted event, which has this number; both states are brought up to date."""
         if self.original is None or self.redacted is None:
             self.original, self.redacted = step(None, event), step(None, event)
             assert isinstance(event, LedgerOpened)
@@ -160,7 +160,7 @@ class Redactor:
             changed = self._rewritten(event, self.original)
             step(self.original, event)
         except InvariantViolation as error:
-            self.broken = str(error).splitlines()[0]
+            self.broken = f"event {sequence}: {str(error).splitlines()[0]}"
             return self._rewritten(event, None)
         step(self.redacted, changed)
         if isinstance(event, DigestTaken):
@@ -288,7 +288,7 @@ def _rewrite(
         changed: list[Record] = []
         for record in records:
             try:
-                event = redactor.event(event_of(upcast([record])[0]))
+                event = redactor.event(record.sequence, event_of(upcast([record])[0]))
             except (CodecError, InvariantViolation) as error:
                 raise LogCorrupt(
                     str(reader.path), 0, f"event {record.sequence}: {str(error).splitlines()[0]}"

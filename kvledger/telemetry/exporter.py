@@ -18,6 +18,7 @@ from ipc.names import SHM, segment_name, segments_of
 from kvledger.telemetry.collectors import Histograms
 from kvledger.telemetry.derivation import Derivation, Sample
 from kvledger.telemetry.pushes import PushMetrics
+from kvledger.text import printable
 from statemachine.errors import InvariantViolation
 from statemachine.records.codec import CodecError
 from workers.followers import auditor
@@ -95,7 +96,7 @@ class Exporter:
 
     def _stop_reading(self, reason: str) -> None:
         self.contradiction = self.derivation.sequence + 1
-        _log.error("ledger=%s event=%d metrics stop here: %s", self.ledger, self.contradiction, reason)
+        _log.error("ledger=%s event=%d metrics stop here: %s", self.ledger, self.contradiction, printable(reason))
 
     def picture(self) -> tuple[str, list[Sample], Histograms]:
         """The ledger's name, and its metrics as of the last picture; may be called from any thread."""

@@ -14,6 +14,7 @@ from ipc import Control, LedgerError, LogReader, Overrun
 from kvledger.handoff.peer import read_from_the_oldest
 from kvledger.telemetry.derivation import Histogram, Sample
 from kvledger.telemetry.table import BY_NAME, PUSH_OUTCOMES, value_of
+from kvledger.text import printable
 from statemachine.events import Outcome
 from statemachine.records.codec import CodecError
 from workers.handoff.pushes import SCHEMA_HASH, PushFinished, PushStarted, fact_of, log_name
@@ -57,7 +58,7 @@ class PushMetrics:
             _log.warning("pushes of %s were gone before they were read", self._name)
             there = False
         except (LedgerError, CodecError) as error:
-            _log.error("pushes of %s cannot be followed: %s", self._name, error)
+            _log.error("pushes of %s cannot be followed: %s", self._name, printable(str(error)))
             there = False
         if not there:
             self.close()

@@ -19,6 +19,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, Status, StatusCode, Tracer, set_span_in_context
 
 from kvledger.telemetry.derivation import TimedRecord
+from kvledger.text import printable
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
@@ -129,7 +130,7 @@ class RequestSpans:
             self._parent(event.key),
             start_time=first,
             attributes={
-                "kvledger.request": event.key,
+                "kvledger.request": printable(event.key),
                 "kvledger.prompt_blocks": found + len(event.words) // block_bytes,
                 "kvledger.device_hit_blocks": event.device_blocks,
                 "kvledger.host_hit_blocks": event.host_blocks,

@@ -9,6 +9,7 @@ from kvledger.debugger.explain.explain import MOST_FACTS, explain_block, explain
 from kvledger.debugger.explain.wording import Wording
 from kvledger.debugger.source.filters import Filter, request_numbers
 from kvledger.debugger.source.places import locate
+from kvledger.text import printable
 from statemachine.events import Tier
 
 
@@ -32,8 +33,9 @@ def explain(source: Source, type: str, id: int, at: int, *, words: bool) -> dict
         found = explain_transfer(source, id, at)
     else:
         raise SourceError(f"{type!r} is nothing that can be explained")
-    lines = [{"n": fact.sequence, "text": fact.text} for fact in found.history]
-    return {"now": found.now, "lines": lines, "omitted": "older facts are left out" if found.omitted else ""}
+    lines = [{"n": fact.sequence, "text": printable(fact.text)} for fact in found.history]
+    now = [printable(text) for text in found.now]
+    return {"now": now, "lines": lines, "omitted": "older facts are left out" if found.omitted else ""}
 
 
 def _explain_run(source: Source, run: int, at: int) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def _explain_run(source: Source, run: int, at: int) -> dict[str, Any]:
         before = source.before(first)
         say = Wording() if before is None else Wording.after(before)
         told = [(entry, say(entry.event)) for entry in source.entries(first, last)]
-        lines = [{"n": entry.sequence, "text": text} for entry, text in told if wanted(entry.event)] + lines
+        lines = [{"n": entry.sequence, "text": printable(text)} for entry, text in told if wanted(entry.event)] + lines
     omitted = "older events are left out" if spans or len(lines) > MOST_FACTS else ""
     return {"now": [], "lines": lines[-MOST_FACTS:], "omitted": omitted}
 

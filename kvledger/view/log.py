@@ -15,6 +15,7 @@ from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.explain.wording import Wording
 from kvledger.debugger.source.source import RecordedSource, Tail
 from kvledger.recordings.timeline import ROW_EVENTS, Timeline
+from kvledger.text import printable
 from kvledger.view import answers
 from kvledger.view.picture import Picture
 from statemachine.events import KIND_OF, KINDS
@@ -74,14 +75,14 @@ class Log:
         """What the page's frame shows."""
         source = self._source
         return {
-            "name": source.name,
+            "name": printable(source.name),
             "first": self.first,
             "last": self.last,
             "live": self._tail is not None and self._tail.alive,
             "words": self._words,
             "window": WINDOW,
-            "damage": source.damage,
-            "contradiction": source.contradiction,
+            "damage": printable(source.damage),
+            "contradiction": printable(source.contradiction),
             "kinds": {number: kind.__name__ for number, kind in KINDS.items()},
         }
 
@@ -212,5 +213,5 @@ def _said(entry: Entry, words: Wording) -> dict[str, Any]:
         "t": entry.time_ns / 1e6,
         "s": entry.step,
         "k": KIND_OF[type(entry.event)],
-        "text": words(entry.event),
+        "text": printable(words(entry.event)),
     }

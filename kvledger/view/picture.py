@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from kvledger.text import printable
 from kvledger.view.changes import Changes, changes_of
 from statemachine.events import Direction, Event, IntArray, LedgerOpened, Tier
 from statemachine.records.replay import step
@@ -194,7 +195,8 @@ def _run_blocks(node: Node) -> Iterator[Paint]:
 def _request(request: Request) -> tuple[Row, list[Paint]]:
     """Key, leaf (0: the root), blocks of the path, blocks of the table, own blocks, transfers it waits for."""
     private = request.private()
-    row = [request.key, request.leaf.id, request.leaf.end, len(request.table), len(private), list(request.waits)]
+    name = printable(request.key)
+    row = [name, request.leaf.id, request.leaf.end, len(request.table), len(private), list(request.waits)]
     return row, [(Tier.DEVICE, private, Kind.PRIVATE)] if private else []
 
 

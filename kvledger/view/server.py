@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from ipc import LedgerError
 from kvledger.debugger import SourceError
+from kvledger.text import printable
 from kvledger.view.assets import SCRIPTS, SERVED_POLICY, STYLES, asset, served_page
 from kvledger.view.log import Log
 from statemachine.errors import InvariantViolation
@@ -117,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _error(self, status: HTTPStatus, text: str) -> None:
-        self._answer("json", json.dumps({"error": text}).encode(), status)
+        self._answer("json", json.dumps({"error": printable(text)}).encode(), status)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing: the address holds the secret."""

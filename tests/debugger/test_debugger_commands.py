@@ -373,7 +373,7 @@ def dead(tmp_path: Path) -> Iterator[str]:
 def test_a_killed_engine_s_ledger(dead: str) -> None:
     assert "request 'a' publishes device blocks 0..1" in ok("log", dead)
     assert "request 'a'" in ok("explain", dead, "block", 0)
-    assert "request a: 1 block of its own, pins 2 cached blocks" in ok("leaks", dead)
+    assert "request 'a': 1 block of its own, pins 2 cached blocks" in ok("leaks", dead)
     assert "all invariants hold" in ok("check", dead)
     assert ok("log", dead, "--follow", "--from", 1).count("\n") == 4  # nobody writes any more: it ends
     assert ok("log", dead, "--follow", "--request", "#1") == ok("log", dead, "--request", "a")
@@ -429,9 +429,11 @@ def test_a_log_that_contradicts_itself_has_events_but_no_states_beyond(tmp_path:
         assert any(isinstance(entry.event, RequestReleased) for entry in source.entries(170))
     done = kvledger("show", path, "--at", 200)
     assert done.exit_code == 1 and "nothing after event 169 has a state" in done.output
-    assert json.loads(kvledger("show", path, "--json").output)["sequence"] == 169
-    assert kvledger("bisect", path, "--predicate", "False").output.startswith("not true before the log breaks")
-    assert "BlocksCached" in ok("log", path, "--from", 170, "--to", 170)
+    shown = json.loads(kvledger("show", path, "--json").stdout)
+    assert shown["sequence"] == 169 and shown["contradiction"].startswith("event 170: ")
+    assert kvledger("bisect", path, "--predicate", "False").stdout.startswith("not true before the log breaks")
+    done = kvledger("log", path, "--from", 170, "--to", 170)
+    assert done.exit_code == 1 and "BlocksCached" in done.stdout and "contradicts itself" in done.stderr
 
 
 def test_a_recording_that_begins_in_the_middle(chat: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_one_frame_as_text_and_as_json() -> None:
         before = manager.next_sequence
         shown = CliRunner().invoke(app, ["top", manager.name, "--once"])
         assert shown.exit_code == 0, shown.output
-        assert "request b" in shown.stdout and "transfer 1" in shown.stdout and "50.0%" in shown.stdout
+        assert "request 'b'" in shown.stdout and "transfer 1" in shown.stdout and "50.0%" in shown.stdout
         assert all(len(line) <= 80 for line in shown.stdout.splitlines())
         found = json.loads(CliRunner().invoke(app, ["top", manager.name, "--json"]).stdout)
         assert found["device"]["cached"] == 10 and found["total"] == {"asked": 20, "device": 10, "host": 0}

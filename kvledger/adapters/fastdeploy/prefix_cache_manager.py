@@ -162,7 +162,7 @@ class PrefixCacheManager(SplitInstance):
 
     def _restart(self, req_id: str) -> None:
         if req_id in self._live:
-            _log.warning("request %s matches again without having been released: it is released now", req_id)
+            _log.warning("request %r matches again without having been released: it is released now", req_id)
             self._release(req_id)
 
     def _settled(self, req_id: str) -> list[int]:
@@ -277,7 +277,7 @@ class PrefixCacheManager(SplitInstance):
     def release_block_ids(self, task: Any) -> None:
         """End a request: what it cached stays until it is evicted. An unknown request is reported, nothing else."""
         if task.request_id not in self._live:
-            _log.warning("request %s is released, but holds nothing", task.request_id)
+            _log.warning("request %r is released, but holds nothing", task.request_id)
             return
         self._release(task.request_id)
         self._set_gauges()

@@ -18,6 +18,7 @@ from kvledger.errors import HandoffError
 from kvledger.handoff.peer import Handed, Received
 from kvledger.handoff.receiver import Receiver
 from kvledger.handoff.sender import Sender
+from kvledger.text import printable
 from workers.handoff.pushes import Address
 from workers.processes.supervisor import WorkerFailed
 
@@ -72,7 +73,7 @@ class SplitInstance(DevicePool):
             launched.cache_ready_signal.value[:] = 0
             self._reopen()
             self.pusher_failure = str(error)
-            _log.error("the pusher did not start: %s", error)
+            _log.error("the pusher did not start: %s", printable(str(error)))
             return None
         return [PusherHandle(self.sender, rank) for rank in range(tensor_parallel_size)] if self.sender else []
 

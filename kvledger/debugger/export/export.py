@@ -16,6 +16,7 @@ from kvledger.debugger.export.output import CannotWrite, complete
 from kvledger.debugger.export.perfetto import write_timeline
 from kvledger.debugger.export.rows import COLUMNS, rows
 from kvledger.debugger.source.source import Source
+from kvledger.text import printable, printable_json
 
 _ROW_GROUP = 10_000
 
@@ -63,21 +64,23 @@ def export(
 def _jsonl(source: Source, path: Path, words: bool, progress: Callable[[int], None]) -> None:
     with open(path, "w") as file:
         for row in rows(source, words=words):
-            file.write(json.dumps(row) + "\n")
+            file.write(printable_json(row) + "\n")
             progress(row["sequence"])
 
 
 def _csv(source: Source, path: Path, words: bool, progress: Callable[[int], None]) -> None:
-    """Lists are written as JSON; what an event does not have is empty."""
+    """Lists are written as JSON, texts printable (see :mod:`kvledger.text`); what an event does not have is empty."""
     names = [column.name for column in COLUMNS if words or column.name != "words"]
-    lists = [column.name for column in COLUMNS if column.type.startswith("list")]
+    lists = {column.name for column in COLUMNS if column.type.startswith("list")}
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         for row in rows(source, words=words):
-            for name in lists:
-                if name in row:
-                    row[name] = json.dumps(row[name])
+            for name, value in row.items():
+                if name in lists:
+                    row[name] = json.dumps(value)
+                elif isinstance(value, str):
+                    row[name] = printable(value)
             writer.writerow(row)
             progress(row["sequence"])
 

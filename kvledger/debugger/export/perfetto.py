@@ -18,6 +18,7 @@ from kvledger.debugger.export.occupancy import occupancy
 from kvledger.debugger.export.output import CannotWrite
 from kvledger.debugger.source.source import Entry, Source
 from kvledger.debugger.source.stepping import stepped
+from kvledger.text import printable
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
@@ -157,7 +158,7 @@ class _Timeline:
         self._hits: dict[int, list[int]] = {}
         """The same by living request."""
         packets.start(time_ns)
-        packets.track(_ROOT, 0, f"kvledger {name}")
+        packets.track(_ROOT, 0, f"kvledger {printable(name)}")
         packets.track(_REQUESTS, _ROOT, "requests")
         packets.track(_TRANSFERS, _ROOT, "transfers")
         packets.track(_BLOCKS, _ROOT, "blocks")
@@ -200,7 +201,7 @@ class _Timeline:
                 packets.end(_FIRST_REQUEST + event.request, time, reason=reason, final_runs=event.final)
             case AllocationRefused() as event:
                 name = f"{event.wanted} blocks wanted, {event.available} available"
-                packets.instant(_REFUSALS, time, name, request=event.key, sequence=entry.sequence)
+                packets.instant(_REFUSALS, time, name, request=printable(event.key), sequence=entry.sequence)
             case BlocksEvicted() as event:
                 name = f"{len(event.blocks)} blocks ({EvictReason(event.reason).name.lower()})"
                 packets.instant(_EVICTIONS + event.tier, time, name, runs=len(event.nodes), sequence=entry.sequence)
@@ -253,7 +254,7 @@ class _Timeline:
 
     def _open_request(self, request: int, key: str, time_ns: int, **values: int | str) -> None:
         self._packets.track(_FIRST_REQUEST + request, _REQUESTS, "request")
-        self._packets.begin(_FIRST_REQUEST + request, time_ns, f"request {key}", request=request, **values)
+        self._packets.begin(_FIRST_REQUEST + request, time_ns, f"request {printable(key)}", request=request, **values)
         self._phases[request] = ""
 
     def _phase(self, state: State, request: int, time_ns: int) -> None:

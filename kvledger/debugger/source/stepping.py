@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvledger.debugger.source.source import Entry, Source
-from statemachine.apply import apply, genesis
-from statemachine.errors import Contradiction
-from statemachine.records.replay import MISFITS, said
+from statemachine.errors import Contradiction, InvariantViolation
+from statemachine.records.replay import step
 from statemachine.state.state import State
+
+
+def advance(state: State | None, entry: Entry) -> State:
+    """Apply an event to the state that it meets, in place; ``None``: it is the first of its ledger.
+
+    Raises:
+        Contradiction: it does not fit.
+    """
+    try:
+        return step(state, entry.event)
+    except InvariantViolation as error:
+        raise Contradiction(entry.sequence, f"event {entry.sequence}: {error}") from error
 
 
 def stepped(source: Source) -> Iterator[tuple[list[Entry], State]]:
@@ -21,12 +32,6 @@ def stepped(source: Source) -> Iterator[tuple[list[Entry], State]]:
     state = source.before(source.first)
     for transaction in source.transactions(source.first):
         for entry in transaction:
-            try:
-                if state is None:
-                    state = genesis(entry.event)
-                else:
-                    apply(state, entry.event)
-            except MISFITS as error:
-                raise Contradiction(entry.sequence, f"event {entry.sequence}: {said(error)}") from error
+            state = advance(state, entry)
         assert state is not None
         yield transaction, state

@@ -6,6 +6,7 @@ from array import array
 from enum import IntEnum
 
 from kvledger.debugger.verify.shrink import Shrunk
+from kvledger.text import printable
 from statemachine.commands import Command
 
 _FILE = '''"""Shrunk by ``kvledger shrink`` from {origin}: {left} of {before} commands.
@@ -59,10 +60,10 @@ def as_test(shrunk: Shrunk, origin: str, predicate: str) -> str:
     listed = [f"    {_source(command)}," for command in shrunk.commands]
     enums = [name for name in _ENUMS if any(f"{name}." in line for line in listed)]
     return _FILE.format(
-        origin=origin,
+        origin=_in_docstring(origin),
         left=len(shrunk.commands),
         before=shrunk.before,
-        message=shrunk.message,
+        message=_in_docstring(shrunk.message),
         debugger=_DEBUGGER if predicate else "",
         commands=", ".join(sorted({type(command).__name__ for command in shrunk.commands})),
         events=", ".join(sorted([*enums, "LedgerOpened"])),
@@ -73,6 +74,11 @@ def as_test(shrunk: Shrunk, origin: str, predicate: str) -> str:
         if predicate
         else "",
     )
+
+
+def _in_docstring(text: str) -> str:
+    """Escape what would end a docstring: a name of a client or of a file must never become code."""
+    return printable(text).replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _source(command: Command) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvledger.debugger.export.output import CannotWrite, complete
+from kvledger.text import printable
 
 
 class Line(NamedTuple):
@@ -36,15 +37,16 @@ def plot(lines: Sequence[Line], path: Path, title: str) -> None:
     axes = figure.subplots()
     for line in lines:
         marker = "" if len(line.capacities) > 30 else "o"
-        axes.plot(line.capacities, line.rates, marker=marker, markersize=4, label=line.label)
+        axes.plot(line.capacities, line.rates, marker=marker, markersize=4, label=printable(line.label))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("device blocks")
     axes.set_ylabel("hit rate")
-    axes.set_title(title)
+    axes.set_title(printable(title), parse_math=False)
     axes.grid(alpha=0.3)
-    axes.legend()
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
     with complete(path, replace=True) as partial:
         figure.savefig(partial, format="svg", metadata={"Date": None})
