@@ -8,28 +8,19 @@ is harmless. Where a later one may have written into its sources, the engine giv
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType
-from typing import Protocol
 
-from ipc import Control, LedgerError, LedgerNotFound, LogReader, LogWriter
-from ipc.signals import Signals
+from ipc import LogReader, LogWriter
 from statemachine.events import KIND_OF, EpochStarted, TransferFinished, TransferStarted, WorkerJoined
 from statemachine.records import codec
 from workers.pools.backends import open_copies
 from workers.pools.layout import PoolLayout
 from workers.processes import acknowledgements
 from workers.processes.acknowledgements import Acknowledgement, EpochSeen, Status
-from workers.processes.presence import Presence
+from workers.processes.loop import run
 
-READY, HEARTBEAT = 0, 8
-"""Words of the worker's signals, on cache lines of their own. Who it is: :mod:`workers.processes.presence`."""
-STARTING, IS_READY, HAS_FAILED = 0, 1, 2
-ORPHAN_GRACE_S = 5.0
-_PARK_S = 0.25
 _LOOK_AT_COPIES_S = 0.0002
 _ACK_SEGMENT_BYTES = 1 << 18
 _KINDS = {KIND_OF[event]: event for event in (TransferStarted, TransferFinished, WorkerJoined, EpochStarted)}
@@ -121,84 +112,9 @@ class TransferWorker:
         self.log.close()
 
 
-class Worker(Protocol):
-    """What :func:`main` runs."""
-
-    reader: LogReader
-    superseded: bool
-
-    def step(self, timeout: float = 0.0) -> int:
-        """The whole loop body; returns how much it has done."""
-
-    def close(self) -> None:
-        """Leave."""
-
-
-def main(
-    arguments: list[str],
-    make: Callable[[str, int, int, int, PoolLayout, int, Callable[[str], None]], Worker] = TransferWorker,
-    orphan_grace_s: float = ORPHAN_GRACE_S,
-) -> int:
-    """``ledger rank incarnation epoch from_sequence layout``; runs until SIGTERM, or until the engine is gone.
-
-    ``make`` has the arguments of :class:`TransferWorker`. A worker whose engine died waits so long for a new one.
-    """
-    ledger, rank, incarnation, epoch, from_sequence = arguments[0], *map(int, arguments[1:5])
-    stopping = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then stops its workers
-    try:
-        signals = Signals(acknowledgements.signals_name(ledger, rank, incarnation))
-        presence = Presence.announce(signals)
-    except LedgerNotFound:  # its engine died before this process began, and the next one has tidied up
-        return 1
-    except LedgerError as error:
-        signals.text = f"{type(error).__name__}: {error}"
-        signals.words[READY] = HAS_FAILED
-        return 1
-    if presence is None:
-        return 1
-
-    def waiting(reason: str) -> None:
-        signals.text = reason
-        control = Control.open(ledger)
-        if stopping or presence.is_unwanted() or not control.writer_alive():
-            raise InterruptedError(reason)
-        control.close()
-
-    try:
-        layout = PoolLayout.parse(arguments[5])
-        worker = make(ledger, rank, incarnation, epoch, layout, from_sequence, waiting)
-    except Exception as error:  # the reason travels to the engine, which raises it
-        signals.text = f"{type(error).__name__}: {error}"
-        signals.words[READY] = HAS_FAILED
-        return 1
-    signals.words[READY] = IS_READY
-    try:
-        orphan_since = 0.0
-        while not (stopping or worker.superseded or presence.is_unwanted()):
-            if not worker.step(_PARK_S):
-                if worker.reader.writer_alive():
-                    orphan_since = 0.0
-                else:
-                    orphan_since = orphan_since or time.monotonic()
-                    if time.monotonic() - orphan_since > orphan_grace_s:
-                        break
-            signals.words[HEARTBEAT] = time.time_ns()
-    except Exception as error:
-        signals.text = f"{type(error).__name__}: {error}"
-        signals.words[READY] = HAS_FAILED
-        return 1
-    finally:
-        worker.close()
-        signals.close()
-        presence.close()
-    return 0
+def main(arguments: list[str]) -> int:
+    """Run the transfer worker of a rank. See :func:`workers.processes.loop.run`."""
+    return run(arguments, TransferWorker)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,7 @@ from statemachine.events import (
 )
 from statemachine.records.replay import MISFITS, said
 from statemachine.state.state import State
-from workers import transfer
-from workers.processes import acknowledgements
+from workers.processes import acknowledgements, loop
 
 _SECOND = 1_000_000_000
 MINUTE_S = 60
@@ -313,7 +312,7 @@ class Top:
             map = memory.attach(name, write=False)
         except LedgerError:
             return None
-        beat = int.from_bytes(map[transfer.HEARTBEAT * 8 : transfer.HEARTBEAT * 8 + 8], "little")
+        beat = int.from_bytes(map[loop.HEARTBEAT * 8 : loop.HEARTBEAT * 8 + 8], "little")
         map.close()
         return self._age(beat or None, now)
 

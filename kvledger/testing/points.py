@@ -14,7 +14,14 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 _SHARING = ("control", "memory", "reader", "segment", "signals", "snapshots", "writer")
-_WORKING = ("handoff/progress", "handoff/tickets", "handoff/shared_memory", "pools/memory", "transfer")
+_WORKING = (
+    "handoff/progress",
+    "handoff/tickets",
+    "handoff/shared_memory",
+    "pools/memory",
+    "processes/loop",
+    "transfer",
+)
 TRACED = (*(f"/ipc/{name}.py" for name in _SHARING), *(f"/workers/{name}.py" for name in _WORKING))
 """Ends of the file names of code whose lines are points of the schedule: what reads and writes shared memory."""
 

@@ -25,6 +25,7 @@ from statemachine.check import check
 from statemachine.records.snapshot import state_digest
 from workers import WorkerFailed, transfer
 from workers.followers.follow import Follower
+from workers.processes.loop import ORPHAN_GRACE_S
 
 SEGMENT_BYTES = 8 << 10
 _READERS = 16
@@ -209,7 +210,7 @@ class Simulation:
             self.outcome.engines += 1
             self._schedule.wait(lambda engine=engine: engine.exit_code is not None, None)  # type: ignore[misc]
         if engine.exit_code:  # killed while it closed: its workers leave by themselves, the rest is for the operator
-            self._schedule.sleep(2 * transfer.ORPHAN_GRACE_S)
+            self._schedule.sleep(2 * ORPHAN_GRACE_S)
             workers = [process for process in self._schedule.processes.values() if process.name.startswith("workers")]
             assert not any(process.alive and f" {ledger}" in process.name for process in workers)
             remove_objects(ledger)

@@ -33,6 +33,7 @@ from workers import WorkerFailed, transfer
 from workers.handoff import pusher, shared_memory, tickets
 from workers.handoff.pushes import Address
 from workers.pools.numpy import NumpyPools
+from workers.processes import loop
 
 PREFILL, DECODE = "prefill", "decode"
 _BLOCK = 2
@@ -170,7 +171,7 @@ class SplitSimulation(Simulation):
 
     def _pusher(self, arguments: list[str]) -> int:
         self.born(f"pusher {arguments[1]}", self._schedule.current())
-        return transfer.main(arguments, pusher.Pusher, orphan_grace_s=0.0)
+        return loop.run(arguments, pusher.Pusher, orphan_grace_s=0.0)
 
     # The prefill instance
 

@@ -23,9 +23,9 @@ from kvledger.run.pattern import PatternEngine
 from tests.manager.test_recovery import CONFIG, SWAP_OUT_IN_FLIGHT, THREE_SERVED, Engine, prompt, serve
 from tests.processes import alive
 from tests.waiting import PATIENCE_S, wait_until
-from workers import WorkerFailed, transfer
+from workers import WorkerFailed
 from workers.handoff import pushes
-from workers.processes import supervisor
+from workers.processes import loop, supervisor
 from workers.processes.acknowledgements import signals_name
 from workers.processes.adopted import AdoptedProcess
 
@@ -103,7 +103,7 @@ def test_a_worker_that_cannot_be_ended_keeps_its_successor_out(
     engine = dead(THREE_SERVED, SWAP_OUT_IN_FLIGHT)
     before = objects_of(name)
     signals = Signals(signals_name(name, 1, 1))
-    signals.words[transfer.READY] = transfer.STARTING  # as if its engine had not seen it join
+    signals.words[loop.READY] = loop.STARTING  # as if its engine had not seen it join
     said = who_is_there(name)
     monkeypatch.setattr(AdoptedProcess, "_send", lambda self, number: None)  # in another container, or hung
     monkeypatch.setattr(supervisor, "_STOP_S", 0.2)
@@ -141,7 +141,7 @@ def test_a_worker_that_only_starts_finds_that_it_is_not_wanted(name: str) -> Non
     arguments = [name, "0", "1", "1", "1", CONFIG.layout.text()]
     worker = [sys.executable, "-m", "workers.transfer", *arguments]
     assert subprocess.run(worker, timeout=PATIENCE_S).returncode == 1
-    assert signals.words[transfer.READY] == transfer.STARTING
+    assert signals.words[loop.READY] == loop.STARTING
     signals.close(remove=True)
 
 

@@ -171,7 +171,7 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "an orphan never leaves",
-        "workers/transfer.py",
+        "workers/processes/loop.py",
         "                    if time.monotonic() - orphan_since > orphan_grace_s:\n",
         "                    if False:\n",
         f"{MANAGER}::test_workers_of_a_killed_engine_leave_and_its_name_says_so",

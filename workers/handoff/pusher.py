@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from ipc import LogReader, LogWriter
 from ipc.signals import Signals
-from workers import transfer
 from workers.handoff.progress import LayerProgress
 from workers.handoff.pushes import SCHEMA_HASH, STARTED_KIND, PushFinished, PushStarted, fact_of
 from workers.handoff.shared_memory import SharedMemory
@@ -21,6 +20,7 @@ from workers.pools.layout import PoolLayout
 from workers.pools.numpy import NumpyPools
 from workers.processes import acknowledgements
 from workers.processes.acknowledgements import Acknowledgement, Status
+from workers.processes.loop import run
 
 PROGRAM = ("-m", "workers.handoff.pusher")
 _LOOK_AT_PROGRESS_S = 0.0005
@@ -38,7 +38,7 @@ class _Push:
 
 
 class Pusher:
-    """One incarnation of a rank's pusher; :meth:`step` is the whole loop body. See :class:`TransferWorker`.
+    """One incarnation of a rank's pusher; :meth:`step` is the whole loop body.
 
     Args:
         log: of the pushes, :func:`workers.handoff.pushes.log_name`.
@@ -154,4 +154,4 @@ class Pusher:
 
 if __name__ == "__main__":
     # it serves one engine: nobody can tell it anything once that is gone
-    sys.exit(transfer.main(sys.argv[1:], Pusher, orphan_grace_s=0.0))
+    sys.exit(run(sys.argv[1:], Pusher, orphan_grace_s=0.0))

@@ -13,8 +13,8 @@ from typing import IO, NamedTuple, Self
 from ipc import LedgerError, LedgerNotFound, LogCorrupt, LogReader, Overrun
 from ipc.names import objects_of, remove_objects
 from ipc.signals import Signals
-from workers import transfer
 from workers.pools.layout import PoolLayout
+from workers.processes import loop
 from workers.processes.acknowledgements import Acknowledgement, EpochSeen, answer_of, log_name, signals_name
 from workers.processes.adopted import AdoptedProcess
 from workers.processes.programs import environment, python
@@ -122,7 +122,7 @@ class _Worker:
             return None
         worker = cls(ledger, rank, incarnation, signals, process, None)
         try:
-            if signals.words[transfer.READY] != transfer.IS_READY:
+            if signals.words[loop.READY] != loop.IS_READY:
                 raise LedgerNotFound("it is not ready")
             worker.listen()
         except (LedgerNotFound, LogCorrupt):  # its answers cannot be read: another one does it again
@@ -203,7 +203,7 @@ def end_strays(ledger: str, ranks: int, keep: Mapping[int, int]) -> None:
             with contextlib.suppress(LedgerNotFound):
                 signals = Signals(signals_name(ledger, rank, incarnation))
                 try:
-                    ready = signals.words[transfer.READY] == transfer.IS_READY
+                    ready = signals.words[loop.READY] == loop.IS_READY
                     if incarnation != keep.get(rank) or not ready:
                         _end_stray(signals, rank)
                 finally:
@@ -309,15 +309,15 @@ class Supervisor:
         self._next_look = now + _LOOK_EVERY_S
         found = []
         for worker in list(self._workers.values()):
-            ready = worker.signals.words[transfer.READY]
+            ready = worker.signals.words[loop.READY]
             if worker.process.poll() is not None:
                 found.append(self._gone(worker))
             elif worker.condemned:
                 continue  # until it is proven dead
-            elif ready == transfer.HAS_FAILED:
+            elif ready == loop.HAS_FAILED:
                 worker.condemn("")
             elif worker.reader is None:
-                if ready == transfer.IS_READY:
+                if ready == loop.IS_READY:
                     try:
                         worker.listen()
                     except LedgerError as error:
