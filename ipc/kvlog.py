@@ -41,6 +41,8 @@ _CHUNK = struct.Struct("<IIIIQI")
 _CHUNK_BYTES = _CHUNK.size + 4
 _RECORDS, _SNAPSHOT, _END = 1, 2, 3
 _CHUNK_RAW_BYTES = 256 << 10
+_PIECE_BYTES = 1 << 20
+"""So much is searched at a time for a chunk that is intact."""
 _LARGEST_RATIO = 256
 _LARGE_BYTES = 96 << 20
 """A frame that claims to unpack to more than both of these (times its size, and bytes) is not one of ours."""
@@ -60,6 +62,24 @@ class Place(NamedTuple):
     offset: int
     sequence: int
     crc: int
+
+
+class _Head(NamedTuple):
+    """What the intact header of a chunk says."""
+
+    kind: int
+    raw_bytes: int
+    stored_bytes: int
+    chain: int
+    sequence: int
+    crc: int
+    body: int
+    """Where its frame begins."""
+
+    @property
+    def end(self) -> int:
+        """Where the next chunk begins."""
+        return self.body + self.stored_bytes
 
 
 class _Chunk(NamedTuple):
@@ -170,7 +190,9 @@ class KvlogWriter:
 
 
 class KvlogReader:
-    """Reads a ``.kvlog`` file. A damaged or cut file is read up to its last whole transaction; see :attr:`damage`.
+    """Reads a ``.kvlog`` file, up to the first transaction that is damaged or cut off; see :attr:`damage`.
+
+    What is intact behind that can be read after :meth:`resume`; the events in between are missing.
 
     Raises:
         LedgerError: the file cannot be read.
@@ -183,6 +205,8 @@ class KvlogReader:
         """Why reading ended early, once it has."""
         self._told = False
         """Whether somebody was given no records because of it."""
+        self._goes_on: Place | None = None
+        """The next intact chunk behind it."""
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe is not waited for
         except OSError as error:
@@ -240,6 +264,13 @@ class KvlogReader:
         self.cursor = place.sequence
         self.damage = None
         self._told = False
+
+    def resume(self) -> bool:
+        """Go on behind what ended the reading; ``False``: nothing intact is there."""
+        if self.damage is None or self._goes_on is None:
+            return False
+        self.go_to(self._goes_on)
+        return True
 
     def unpack(self, start: int, stop: int) -> bytes:
         """What the chunks between two offsets hold, unpacked, as one piece. :attr:`place` stays where it is.
@@ -299,25 +330,55 @@ class KvlogReader:
         self.unpacked += len(chunk.raw)
         return chunk.kind, chunk.raw
 
-    def _chunk_at(self, offset: int) -> _Chunk | None:
-        """The chunk that begins there; ``None``: it is damaged."""
+    def _head_at(self, offset: int) -> _Head | None:
+        """The header of the chunk that begins there; ``None``: it is damaged, or none begins there."""
         head = self._read(offset, _CHUNK_BYTES)
         header = head[:-4]
         if len(head) != _CHUNK_BYTES or crc32c(header) != int.from_bytes(head[-4:], "little"):
             return None
-        kind, raw_bytes, stored_bytes, chain, sequence, crc = _CHUNK.unpack(header)
-        if raw_bytes > max(_LARGE_BYTES, _LARGEST_RATIO * stored_bytes):
+        return _Head._make((*_CHUNK.unpack(header), offset + _CHUNK_BYTES))
+
+    def _chunk_at(self, offset: int) -> _Chunk | None:
+        """The chunk that begins there; ``None``: it is damaged."""
+        head = self._head_at(offset)
+        if head is None or head.raw_bytes > max(_LARGE_BYTES, _LARGEST_RATIO * head.stored_bytes):
             return None
-        body = offset + _CHUNK_BYTES
-        stored = self._read(body, stored_bytes)
-        if len(stored) != stored_bytes or crc32c(stored) != crc:
+        stored = self._read(head.body, head.stored_bytes)
+        if len(stored) != head.stored_bytes or crc32c(stored) != head.crc:
             return None
         try:
-            if zstandard.frame_content_size(stored) != raw_bytes:
+            if zstandard.frame_content_size(stored) != head.raw_bytes:
                 return None
-            return _Chunk(kind, sequence, chain, self._unpacker.decompress(stored), body + stored_bytes)
+            return _Chunk(head.kind, head.sequence, head.chain, self._unpacker.decompress(stored), head.end)
         except zstandard.ZstdError:
             return None
+
+    def _next_intact(self, offset: int) -> Place | None:
+        """The first intact chunk of later events, from a damaged one on. Reads each byte of the file once or twice."""
+        while offset < self._size:
+            head = self._head_at(offset)
+            if head is None:
+                found = self._find_head(offset + 1)
+                if found is None:
+                    return None
+                offset = found
+            elif head.kind == _RECORDS and head.sequence > self.place.sequence and self._chunk_at(offset) is not None:
+                return Place(offset, head.sequence, head.chain)
+            else:  # the header proves itself: the next chunk begins behind all of this one
+                offset = head.end
+        return None
+
+    def _find_head(self, offset: int) -> int | None:
+        """Where the next intact header stands: right before the magic of its frame."""
+        while offset < self._size:
+            piece = self._read(offset, _PIECE_BYTES + _CHUNK_BYTES + len(zstandard.FRAME_HEADER))
+            at = piece.find(zstandard.FRAME_HEADER, _CHUNK_BYTES)
+            while at >= 0:
+                if self._head_at(offset + at - _CHUNK_BYTES) is not None:
+                    return offset + at - _CHUNK_BYTES
+                at = piece.find(zstandard.FRAME_HEADER, at + 1)
+            offset += _PIECE_BYTES
+        return None
 
     def _read(self, offset: int, count: int) -> bytes:
         """Bytes of the file, fewer at its end. Not mapped: what was read would count as this process's memory."""
@@ -329,9 +390,16 @@ class KvlogReader:
             raise LedgerError(f"cannot read {self.path}: {error}") from error
 
     def _end_here(self, offset: int) -> None:
-        lost = f"nothing after event {self.place.sequence - 1} can be read ({self._size - offset:,} bytes)"
-        reason = f"cut off or damaged here: {lost}"
-        self.damage = LogCorrupt(str(self.path), offset, reason)
+        first = self.place.sequence
+        self._goes_on = self._next_intact(offset)
+        if self._goes_on is None:
+            lost = f"nothing after event {first - 1} can be read ({self._size - offset:,} bytes)"
+        else:
+            stop, then = self._goes_on.offset, self._goes_on.sequence
+            lost = (
+                f"events {first} to {then - 1} cannot be read ({stop - offset:,} bytes), it goes on with event {then}"
+            )
+        self.damage = LogCorrupt(str(self.path), offset, f"cut off or damaged here: {lost}")
 
     def close(self) -> None:
         """Close the file."""

@@ -15,6 +15,7 @@ from typing import IO
 import zstandard
 
 from ipc import KvlogReader, Record
+from ipc.kvlog import Place
 from kvledger.recordings.postings import Postings
 from kvledger.recordings.timeline import ROW_EVENTS, Timeline
 from statemachine.errors import Contradiction
@@ -22,7 +23,7 @@ from statemachine.records.replay import Replay
 from statemachine.records.snapshot import restore, snapshot
 
 SNAPSHOT_EVERY = 5_000
-VERSION = 9
+VERSION = 10
 TABLE, TIMELINE = "table.json", "timeline"
 _CONTEXT = 2
 """Bytes of context per byte of state."""
@@ -78,17 +79,38 @@ def build(
         postings.end_stretch(replay.state if replay.events else before)
         postings.close()
         last = reader.place.sequence - 1
+        damage = str(reader.damage or "")
+        gaps, resumed = _read_on(reader)
         table = {
             "identity": identity,
-            "last": last,
+            "last": reader.place.sequence - 1,
             "last_state": last if contradiction is None else contradiction.sequence - 1,
             "contradiction": str(contradiction or ""),
-            "damage": str(reader.damage or ""),
+            "damage": damage,
+            "gaps": gaps,
+            "resumed": resumed,
             "places": places,
             "contexts": contexts,
         }
         archive.writestr(TIMELINE, timeline.pack())
         archive.writestr(TABLE, json.dumps(table))
+
+
+def _read_on(reader: KvlogReader) -> tuple[list[tuple[int, int]], list[Place]]:
+    """What is intact behind damage: the events that are missing before each stretch of it, and where that begins."""
+    gaps: list[tuple[int, int]] = []
+    places: list[Place] = []
+    last = reader.place
+    while reader.resume():
+        place = reader.place
+        while reader.poll(1):
+            pass
+        if reader.place.sequence > place.sequence:
+            gaps.append((last.sequence, place.sequence - 1))
+            places.append(place)
+            last = reader.place
+    reader.place = last
+    return gaps, places
 
 
 class _Context:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import io
 import json
+import logging
 import os
 import tempfile
 import zipfile
@@ -17,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import xxhash
 import zstandard
@@ -35,6 +37,7 @@ from statemachine.records.upcast import UnknownSchema, digests_comparable, upcas
 from statemachine.state.state import State
 
 _REMEMBERED = 64
+_log = logging.getLogger(__name__)
 
 
 class Recording:
@@ -83,28 +86,7 @@ class Recording:
     def _open_index(self, progress: Callable[[int, int], None]) -> None:
         index = self.path.with_name(self.path.name + ".index")
         identity = self._identity()
-        table = self._load(index, identity)
-        if table is None:
-            with contextlib.ExitStack() as stack:
-                try:
-                    handle, name = tempfile.mkstemp(dir=index.parent, prefix=index.name)
-                except OSError:  # a folder that cannot be written to: the index lives as long as this object
-                    handle, name = tempfile.mkstemp(prefix=index.name)
-                    index = Path(name)
-                    stack.callback(os.unlink, name)
-                os.fchmod(handle, 0o600)  # whatever the umask is
-                with os.fdopen(handle, "w+b") as file:
-                    try:
-                        size = self.path.stat().st_size
-                        build(self._reader, self._upcast, identity, file, lambda done: progress(done, size))
-                    except BaseException:
-                        with contextlib.suppress(FileNotFoundError):
-                            os.unlink(name)
-                        raise
-                if Path(name) != index:
-                    os.replace(name, index)
-                table = self._load(index, identity)
-        assert table is not None
+        table = self._load(index, identity) or self._build_index(index, identity, progress)
         self.last: int = table["last"]
         """Sequence of the last event."""
         self.damage: str = table["damage"]
@@ -113,9 +95,49 @@ class Recording:
         """Sequence of the last event that has a state. An event that contradicts the state it meets has none."""
         self.contradiction: str = table["contradiction"]
         """What is wrong with event ``last_state + 1``; empty if every event has a state."""
+        self.gaps: list[tuple[int, int]] = [(first, last) for first, last in table["gaps"]]
+        """Events that are missing, first and last, with others behind them: no state is known after the first gap."""
+        self._resumed = [Place(*place) for place in table["resumed"]]
+        """Where reading can go on behind them."""
         self._places = [Place(*place) for place in table["places"]]
         self._contexts: list[int] = table["contexts"]
         self._sequences = [place.sequence for place in self._places]
+
+    def _build_index(self, index: Path, identity: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Build it beside the recording, or where there is room: reading needs nothing that can be written to.
+
+        What is not beside the recording lives as long as this object.
+        """
+        size = self.path.stat().st_size
+        begin = self._reader.place
+        for folder in (index.parent, Path(tempfile.gettempdir()), None):
+            name = ""
+            self._reader.go_to(begin)
+            try:
+                if folder is None:
+                    file: IO[bytes] = io.BytesIO()
+                else:
+                    handle, name = tempfile.mkstemp(dir=folder, prefix=index.name)
+                    file = os.fdopen(handle, "w+b")
+                    os.fchmod(handle, 0o600)  # whatever the umask is
+                build(self._reader, self._upcast, identity, file, lambda done: progress(done, size))
+                file.flush()
+                if folder == index.parent:
+                    file.close()
+                    os.replace(name, index)
+                elif name:
+                    os.unlink(name)
+            except OSError as error:
+                _log.info("the index of %s cannot be kept in %s: %s", self.path, folder, error)
+                _remove(name)
+                continue
+            except BaseException:
+                _remove(name)
+                raise
+            table = self._load(index if folder == index.parent else file, identity)
+            assert table is not None
+            return table
+        raise AssertionError("memory is a place")
 
     def _identity(self) -> str:
         with open(self.path, "rb") as file:
@@ -125,7 +147,7 @@ class Recording:
             ends += file.read()
         return f"{VERSION}-{codec.SCHEMA_HASH:x}-{MAGIC.decode()}-{size}-{xxhash.xxh3_128_hexdigest(ends)}"
 
-    def _load(self, index: Path, identity: str) -> dict[str, Any] | None:
+    def _load(self, index: Path | IO[bytes], identity: str) -> dict[str, Any] | None:
         try:
             archive = zipfile.ZipFile(index)
         except (OSError, zipfile.BadZipFile):
@@ -170,7 +192,7 @@ class Recording:
             ipc.LogCorrupt: the index is damaged.
         """
         numbers = self._stretches(kind, id)
-        if self.contradiction and len(self._sequences) - 1 not in numbers:
+        if (self.contradiction or self.gaps) and len(self._sequences) - 1 not in numbers:
             numbers = [*numbers, len(self._sequences) - 1]
         ends = [*(sequence - 1 for sequence in self._sequences[1:]), self.last]
         return [(self._sequences[number], ends[number]) for number in numbers]
@@ -196,13 +218,15 @@ class Recording:
         """The state after event ``sequence``: the nearest snapshot before it, and what follows.
 
         Raises:
-            IndexError: there is no such event in the recording.
+            IndexError: there is no such event in the recording, or events before it are missing.
             Contradiction: the event, or one before it, contradicts the state that it meets.
         """
         if not self.first <= sequence <= self.last:
             raise IndexError(f"{self.path} holds the events {self.first} to {self.last}, not {sequence}")
         if sequence > self.last_state:
-            raise Contradiction(self.last_state + 1, self.contradiction)
+            if self.contradiction:
+                raise Contradiction(self.last_state + 1, self.contradiction)
+            raise IndexError(f"no state is known after event {self.last_state}: {self.damage}")
         # What is kept under the number of an event is the state that it meets.
         number = bisect.bisect_right(self._sequences, sequence + 1) - 1
         place = self._places[number]
@@ -226,10 +250,14 @@ class Recording:
             raise LogCorrupt(str(self._archive.filename), 0, f"{error}: remove this file, it is made anew") from error
 
     def records(self, start: int) -> Iterator[list[Record]]:
-        """The records from event ``start`` on, in whole transactions, a chunk at a time. Each call reads for itself."""
+        """The records from event ``start`` on, in whole transactions, a chunk at a time. Each call reads for itself.
+
+        They end where events are missing.
+        """
         reader = KvlogReader(self.path, from_sequence=start)
         try:
-            place = self._places[max(bisect.bisect_right(self._sequences, start) - 1, 0)]
+            kept = self._places[max(bisect.bisect_right(self._sequences, start) - 1, 0)]
+            place = max([kept, *(each for each in self._resumed if each.sequence <= start)])
             reader.go_to(place)
             reader.cursor = max(start, place.sequence)
             while records := reader.poll(1):
@@ -250,3 +278,8 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _remove(name: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(name)

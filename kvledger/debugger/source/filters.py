@@ -116,7 +116,7 @@ class Filter:
             found = _both(found, source.spans("node", self.node))
         if self.transfer is not None:
             found = _both(found, source.spans("transfer", self.transfer))
-        return found
+        return _both(found, source.intact())
 
 
 def _both(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -140,9 +140,13 @@ class Source(abc.ABC):
     def contradiction(self) -> str:
         """What is wrong with event ``last_state + 1``; empty if nothing is."""
 
+    def intact(self) -> list[tuple[int, int]]:
+        """Stretches of the log, first and last event, ascending, between which events are missing."""
+        return [(self.first, self.last)]
+
     @abc.abstractmethod
     def records(self, start: int | None = None) -> Iterator[list[Record]]:
-        """The raw records from event ``start`` on, in batches of whole transactions."""
+        """The raw records from event ``start`` on, in batches of whole transactions, up to where events are missing."""
 
     @abc.abstractmethod
     def at(self, sequence: int) -> State:
@@ -277,6 +281,11 @@ class RecordedSource(Source):
     @property
     def contradiction(self) -> str:
         return self.recording.contradiction
+
+    def intact(self) -> list[tuple[int, int]]:
+        gaps = self.recording.gaps
+        starts, ends = [self.first, *(last + 1 for _, last in gaps)], [*(first - 1 for first, _ in gaps), self.last]
+        return [(start, end) for start, end in zip(starts, ends, strict=True) if start <= end]
 
     def records(self, start: int | None = None) -> Iterator[list[Record]]:
         start = self.first if start is None else start
