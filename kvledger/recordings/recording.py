@@ -28,6 +28,7 @@ from ipc import KvlogReader, LogCorrupt, Record
 from ipc.kvlog import Place
 from kvledger.recordings.index import TABLE, TIMELINE, VERSION, build, unpack
 from kvledger.recordings.postings import Kind, stretches
+from kvledger.recordings.proportion import in_proportion
 from kvledger.recordings.timeline import Timeline
 from statemachine.errors import Contradiction
 from statemachine.records import codec
@@ -78,7 +79,7 @@ class Recording:
     def _upcaster(self) -> Callable[[list[Record]], list[Record]]:
         reader = self._reader
         try:
-            return upcaster(reader.schema_hash)
+            return in_proportion(upcaster(reader.schema_hash), self.path, self.path.stat().st_size)
         except UnknownSchema as error:
             program = f"kvledger {reader.program}" if reader.program else "the kvledger that wrote it"
             raise LogCorrupt(str(self.path), 0, f"{error}: read it with {program}, or a newer one") from None

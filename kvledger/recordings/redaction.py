@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ipc import KvlogReader, KvlogWriter, LedgerError, LogCorrupt, Record
+from kvledger.recordings.proportion import in_proportion
 from statemachine.errors import InvariantViolation
 from statemachine.events import BlocksCached, DigestScope, DigestTaken, Event, LedgerOpened, Meaning, RequestMatched
 from statemachine.fields import FIELDS
@@ -256,7 +257,7 @@ def redact(source: Path, target: Path, key: bytes) -> Redacted:
     reader = KvlogReader(source)
     try:
         try:
-            upcast = upcaster(reader.schema_hash)
+            upcast = in_proportion(upcaster(reader.schema_hash), source, source.stat().st_size)
             redactor = Redactor(key, comparable=digests_comparable(reader.schema_hash))
             begin = redactor.begin(reader.snapshot) if reader.snapshot else b""
         except (UnknownSchema, SnapshotError) as error:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from array import array
 
+import numpy as np
+
 from statemachine.events import IntArray, Tier
 from statemachine.state.nodes import Node
 from statemachine.state.order import EvictionOrder
@@ -20,7 +22,7 @@ class Pool:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.free: IntArray = array("i", range(capacity - 1, -1, -1))
+        self.free: IntArray = array("i", np.arange(capacity - 1, -1, -1, dtype=np.int32).tobytes())
 
 
 class Place:

@@ -347,4 +347,18 @@ MUTANTS = [
         "            if chunk is None or chunk[0] != _RECORDS:\n",
         f"{LOG}::test_a_kvlog_file_with_a_chunk_cut_out_ends_there",
     ),
+    mutant(
+        "a flipped byte costs the rest of the file",
+        "ipc/kvlog.py",
+        "        if self.damage is None or self._goes_on is None:\n",
+        "        if True:\n",
+        "tests/recordings/test_worst_moments.py::test_a_flipped_byte_costs_one_chunk",
+    ),
+    mutant(
+        "what is behind missing events is not shown",
+        "kvledger/debugger/source/filters.py",
+        "        return _both(found, source.intact())\n",
+        "        return found\n",
+        "tests/recordings/test_worst_moments.py::test_what_commands_say_behind_damage",
+    ),
 ]

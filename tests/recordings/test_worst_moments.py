@@ -16,14 +16,18 @@ from click.testing import Result
 from crc32c import crc32c
 from typer.testing import CliRunner
 
-from ipc import KvlogReader, Record
+from ipc import KvlogReader, KvlogWriter, Record
+from ipc.record import TXN_BEGIN, TXN_END
 from kvledger.cli import app
 from kvledger.debugger import SourceError, open_source
-from kvledger.recordings import index as indexing
+from kvledger.recordings import recording
 from kvledger.recordings.recording import Recording
 from kvledger.run import sample
 from kvledger.run.run import Run, RunOptions
+from statemachine.events import HostPolicy, LedgerOpened, PoolResized
+from statemachine.records import codec
 from statemachine.records.snapshot import state_digest
+from statemachine.state.state import MOST_BLOCKS
 
 
 def kvledger(*arguments: object) -> Result:
@@ -92,7 +96,7 @@ def test_an_index_that_cannot_be_kept_is_no_error(
 
         monkeypatch.setattr(tempfile, "mkstemp", making)
     elif stage == "writing":
-        build = indexing.build
+        build = recording.build
 
         def building(reader: object, upcast: object, identity: object, file: object, progress: object) -> None:
             if hasattr(file, "name") and (everywhere or not str(file.name).startswith(str(elsewhere))):
@@ -102,7 +106,7 @@ def test_an_index_that_cannot_be_kept_is_no_error(
             build(reader, upcast, identity, file, progress)  # type: ignore[arg-type]
 
         building.failed = False  # type: ignore[attr-defined]
-        monkeypatch.setattr(indexing, "build", building)
+        monkeypatch.setattr(recording, "build", building)
     else:
 
         def replacing(source: object, target: object) -> None:
@@ -235,3 +239,42 @@ def test_a_search_for_the_next_chunk_is_bounded_by_the_file(sound: Path, tmp_pat
     assert reader.damage is not None and not reader.resume()
     reader.close()
     assert read < 8 * path.stat().st_size + (4 << 20)
+
+
+def small_file(path: Path, *events: object) -> None:
+    """A recording of these events that is made of nothing but them."""
+    with KvlogWriter(path, schema_hash=codec.SCHEMA_HASH) as writer:
+        records = []
+        for sequence, event in enumerate(events, 1):
+            kind, subject, args, payload = codec.encode(event)
+            args = args.ljust(codec.ARGS_BYTES, b"\0")
+            records.append(Record(sequence, 0, kind, TXN_BEGIN | TXN_END, 0, subject, args, payload))
+        writer.write(records)
+
+
+MANY = MOST_BLOCKS
+LARGE = [
+    [LedgerOpened(16, MANY, 0, 0, HostPolicy.OFF, 0, "", "")],
+    [LedgerOpened(16, 10, MANY // 2, MANY // 2, HostPolicy.EXCLUSIVE, 0, "", "")],
+    [LedgerOpened(16, 10, 0, 0, HostPolicy.OFF, 0, "", ""), PoolResized(0, MANY)],
+]
+
+
+@pytest.mark.parametrize("events", LARGE)
+def test_a_small_file_with_huge_pools_is_refused_by_all_that_read_it(tmp_path: Path, events: list[object]) -> None:
+    path = tmp_path / "small.kvlog"
+    small_file(path, *events)
+    assert path.stat().st_size < 400
+    for name in ("check", "log", "show", "redact"):
+        done = kvledger(name, path, *([tmp_path / "out.kvlog"] if name == "redact" else []))
+        assert done.exit_code == 2 and f"event {len(events)} wants pools of" in done.stderr, (name, done.stderr)
+        assert "a file of" in done.stderr and "it is damaged, or made to use up memory" in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["small.kvlog"]
+
+
+def test_a_small_file_with_the_pools_of_a_large_engine_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "small.kvlog"
+    small_file(path, LedgerOpened(16, 4 << 20, 3 << 20, 1 << 20, HostPolicy.EXCLUSIVE, 0, "", ""))
+    with Recording(path) as one:
+        state = one.at(1)
+        assert state.device.pool.free[-1] == 0 and state.device.pool.free[0] == (4 << 20) - 1
