@@ -21,7 +21,7 @@ from typing import Final
 import posix_ipc
 from crc32c import crc32c
 
-from ipc import segment, snapshots
+from ipc import memory, segment, snapshots
 from ipc.background import Background, Task
 from ipc.control import MASK, PARKED, Control
 from ipc.errors import LedgerError, SharedMemoryFull, TransactionTooLarge
@@ -301,6 +301,11 @@ class LogWriter:
     def hold(self, oldest: Callable[[], int]) -> None:
         """Keep everything from the sequence on that ``oldest`` returns, for workers that are yet to come."""
         self._hold = oldest
+
+    def room(self) -> int:
+        """Bytes that there are for this log, what it has included. Waits until the next segment is reserved."""
+        has_next = self._prepared.exception() is None
+        return self.log_bytes + self._segment_bytes * has_next + memory.free_bytes()
 
     def keep(self, retain_bytes: int) -> None:
         """Keep so much of the log from now on."""

@@ -14,8 +14,7 @@ import subprocess
 import threading
 import time
 
-from ipc import LogWriter, memory
-from ipc.names import segments_of
+from ipc import LogWriter
 from kvledger.manager.notices import tell
 from kvledger.text import printable
 from workers.followers import auditor
@@ -31,21 +30,15 @@ _TIGHT_SNAPSHOTS = 4
 _log = logging.getLogger(__name__)
 
 
-def _most_in(writer: LogWriter) -> int:
-    """Half of the room that there is for this log, what it has included: the rest is for snapshots and for others."""
-    own = len(segments_of(writer.ledger)) * writer.segment_bytes  # looked at first: the next one may just be reserved
-    return max((own + memory.free_bytes()) // 2, writer.segment_bytes)
-
-
 class Retention:
     """The auditor of one manager; from now on the log keeps what no snapshot covers."""
 
     def __init__(self, writer: LogWriter, limit: int | None) -> None:
         self._writer = writer
         self._ledger = writer.ledger
-        self._limit = limit if limit is None else min(limit, _most_in(writer))
+        self._limit = limit if limit is None else min(limit, max(writer.room() // 2, writer.segment_bytes))
         self._is_tight = self._limit != limit
-        """There is less room than the log was allowed to take: snapshots come sooner, and more often."""
+        """Half of the room is less than the log was allowed to take: snapshots come sooner, and more often."""
         self._process: subprocess.Popen[bytes] | None = None
         self._next_start = 0.0
         self._failures = 0

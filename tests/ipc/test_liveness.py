@@ -68,20 +68,26 @@ def test_a_lock_is_seen_and_given_up_with_its_process(name: str) -> None:
 
 def test_a_fork_keeps_no_lock_of_its_parent(name: str) -> None:
     """Neither while its parent lives nor after: it can look, and ends nothing when it closes."""
-    then = "pid = os.fork()\nif not pid: assert lock.is_taken(8, 8); lock.give_back(8, 8)\nprint(pid, flush=True)"
+    then = (
+        "pid = os.fork()\n"
+        "seen = bool(pid) or lock.is_taken(8, 8)\n"
+        "if not pid: lock.give_back(8, 8)\n"
+        "os.write(1, b'%d\\n' % (pid if seen else -1))"
+    )
     process = holder(name, then)
     assert process.stdout is not None
     numbers = sorted(int(process.stdout.readline()) for _ in range(2))
-    assert numbers[0] == 0
     lock = Lock.on(name)
     try:
+        assert numbers[0] == 0, "it looks at its parent's lock"
         assert lock.is_taken(8, 8)
         process.kill()
         process.wait()
         assert start_time(numbers[1]) and not lock.is_taken(8, 8)
     finally:
         os.kill(numbers[1], signal.SIGKILL)
-        process.stdout.close()
+        process.kill()
+        process.communicate()
         lock.close()
 
 

@@ -7,6 +7,7 @@ from tests.mutants.log import SEEDS
 
 MANAGER = "tests/manager/test_manager.py"
 CHECKSUMS = "tests/workers/test_checksums.py"
+DEATH = "tests/manager/test_death.py"
 INTERRUPTED = "tests/manager/test_interrupted.py"
 FAILING = "tests/workers/test_failing_workers.py"
 RECOVERY = "tests/manager/test_recovery.py"
@@ -343,11 +344,39 @@ MUTANTS: list[Mutant] = [
         f"{FAILING}::test_a_parked_worker_that_is_asked_to_end_just_ends",
     ),
     mutant(
-        "a fork keeps the lock of its dead parent",
+        "a worker that cannot be watched counts as dead",
+        "workers/processes/adopted.py",
+        "        if lock.take():\n",
+        "        if lock.take() or _process_descriptor(owner_of(signals)) is None:\n",
+        f"{DEATH}::test_a_living_worker_is_not_dead_because_it_cannot_be_watched",
+    ),
+    mutant(
+        "a worker that cannot be ended is left to itself",
+        "workers/processes/supervisor.py",
+        "        if process.poll() is None:\n            raise WorkerFailed(_still_runs(rank, process.pid))\n",
+        "",
+        f"{DEATH}::test_a_worker_that_cannot_be_ended_keeps_its_successor_out",
+    ),
+    mutant(
+        "a refused open is taken for the last writer",
         "ipc/control.py",
-        "        self.close()  # the mapping, too: it has a descriptor of its own\n",
-        "        os.close(self._fd)\n",
-        f"{INTERRUPTED}::test_a_ledger_can_be_opened_while_a_fork_of_its_dead_engine_lives",
+        "        self._name(_OWNER, own_identity())\n",
+        "        self._name(_OWNER, own_identity())\n        self._name(_WRITER, self.owner)\n",
+        f"{DEATH}::test_a_refused_open_changes_nothing",
+    ),
+    mutant(
+        "a worker belongs to the group of its engine",
+        "workers/processes/supervisor.py",
+        "                start_new_session=True,\n",
+        "",
+        f"{DEATH}::test_processes_beside_the_engine_have_sessions_of_their_own_and_end_with_it",
+    ),
+    mutant(
+        "the log's limit knows nothing of the room",
+        "kvledger/manager/retention.py",
+        "min(limit, max(writer.room() // 2, writer.segment_bytes))",
+        "limit",
+        "tests/project/test_containers.py::test_the_log_keeps_within_a_little_room",
     ),
     mutant(
         "a worker that joined while the log was full is forgotten",

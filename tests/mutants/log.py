@@ -335,9 +335,9 @@ MUTANTS = [
     ),
     mutant(
         "a ledger that is given up twice closes a file of somebody else",
-        "ipc/control.py",
-        "        fd, self._fd = self._fd, -1\n",
-        "        fd = self._fd\n",
+        "ipc/liveness.py",
+        "        fd, self.fd = self.fd, -1\n",
+        "        fd = self.fd\n",
         "tests/manager/test_interrupted.py::test_a_fork_closes_no_file_of_somebody_else",
     ),
     mutant(
