@@ -13,7 +13,7 @@ from ipc.errors import LedgerError, LedgerNotFound, LogCorrupt, Overrun
 from ipc.fence import make_fence
 from ipc.names import SHM, bell_name, segments_of
 from ipc.record import Position, Record
-from ipc.segment import HEADER_BYTES, NEXT, TAIL, MappedSegment, locate, next_segment
+from ipc.segment import HEADER_BYTES, NEXT, TAIL, MappedSegment, damaged_beginning, locate, next_segment
 
 SPINS = 200
 _NAP_S = 0.002
@@ -45,6 +45,7 @@ class LogReader:
 
     Raises:
         LedgerNotFound, Overrun, TooManyReaders
+        LogCorrupt: the segment where the record would be has a damaged header.
     """
 
     def __init__(
@@ -73,13 +74,23 @@ class LogReader:
             raise
 
     def _seek(self, sequence: int) -> None:
+        current = self._announced()
         segment, oldest = locate(self.ledger, segments_of(self.ledger), sequence)
         if segment is None:
+            if (damage := damaged_beginning(self.ledger, current)) is not None:
+                raise damage
             if oldest:
                 raise Overrun(self.ledger, sequence, oldest)
             raise LedgerNotFound(f"ledger {self.ledger!r} has no log segment")
         self._enter(segment)  # what stands before the sequence in it is read, checked and left out by the first poll
         self.cursor = sequence
+
+    def _announced(self) -> tuple[int, int]:
+        """The current segment, whose header is seen by whoever looks at it after this."""
+        current = self._control.current
+        self._release()
+        self._acquire()
+        return current
 
     def _enter(self, segment: MappedSegment) -> None:
         if self._segment is not None:
@@ -150,7 +161,7 @@ class LogReader:
 
     def _cross(self, segment: MappedSegment, limit: int) -> list[Record]:
         """Go on to the segment that a later writer began, after what counts of this one."""
-        following = next_segment(self.ledger, segment.header)
+        following = next_segment(self.ledger, segment.header, self._announced())
         if following is None:
             return []
         base = following.header.base_sequence

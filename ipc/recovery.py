@@ -186,9 +186,9 @@ def _recover(
             if segment.header.base_sequence <= from_sequence:
                 first = number
     if first < 0:
-        if oldest:
+        damaged = mapped[0] if mapped and isinstance(mapped[0], LogCorrupt) else None
+        if oldest and damaged is None:
             raise Overrun(ledger, from_sequence, oldest)
-        damaged = next((segment for segment in mapped if isinstance(segment, LogCorrupt)), None)
         raise damaged or LogCorrupt(f"/{ledger}", 0, "the ledger has no log segment: its writer died while creating it")
     expected = 0
     for number in range(first, len(mapped)):

@@ -160,12 +160,36 @@ def locate(ledger: str, segments: list[tuple[int, int]], sequence: int) -> tuple
     return found, oldest
 
 
-def next_segment(ledger: str, header: Header) -> MappedSegment | None:
-    """The segment in use that comes after one, of the same or a later epoch."""
-    for epoch, index in segments_of(ledger):
-        if (epoch, index) > (header.epoch, header.number):
+def damaged_beginning(ledger: str, current: tuple[int, int]) -> LogCorrupt | None:
+    """Why the oldest segment cannot be read, where its header is damaged.
+
+    Args:
+        current: the segment that the control segment names; one after it is only being prepared.
+    """
+    for place in segments_of(ledger):
+        try:
+            MappedSegment(ledger, *place).close()
+        except LedgerNotFound:
+            continue  # dropped since we looked
+        except LogCorrupt as error:
+            return error if place <= current and not is_blank(ledger, *place) else None
+        return None
+    return None
+
+
+def next_segment(ledger: str, header: Header, current: tuple[int, int]) -> MappedSegment | None:
+    """The segment in use that comes after one, of the same or a later epoch. ``current``: as the control segment says.
+
+    Raises:
+        LogCorrupt: its header is damaged.
+    """
+    for place in segments_of(ledger):
+        if place > (header.epoch, header.number):
             try:
-                return MappedSegment(ledger, epoch, index)
-            except (LogCorrupt, LedgerNotFound):
-                continue  # prepared and never used, or gone
+                return MappedSegment(ledger, *place)
+            except LedgerNotFound:
+                continue  # gone
+            except LogCorrupt:
+                if place <= current and not is_blank(ledger, *place):
+                    raise
     return None

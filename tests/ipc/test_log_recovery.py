@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -181,6 +182,51 @@ def test_a_damaged_header_needs_a_snapshot_from_after_it(name: str) -> None:
     got.clear()
     recover(name, first_of_second, got.extend)  # the next event after such a snapshot
     assert got[0].sequence == first_of_second and got[-1].sequence == 1000
+    writer.close(unlink=True)
+
+
+def to_the_end(reader: LogReader) -> None:
+    with contextlib.closing(reader):
+        for _ in range(5_000):
+            reader.poll(1)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_readers_call_a_damaged_header_damage(name: str, number: int) -> None:
+    """Not events that are gone: who keeps more of the log would not get them back."""
+    writer = LogWriter.create(name, schema_hash=1, segment_bytes=SMALL, retain_bytes=None)
+    early = LogReader(name)
+    bases = [1]
+    for i in range(1_200):
+        write(writer, i % 200 + 1)
+        if writer._index == len(bases):
+            bases.append(writer.next_sequence - 1)
+    with open(f"/dev/shm{segment_name(name, 1, number)}", "r+b") as file:
+        file.seek(20)
+        file.write(b"\xff")
+    what = rf"{segment_name(name, 1, number)} at byte 0: .*header is damaged"
+    with pytest.raises(LogCorrupt, match=what):
+        to_the_end(LogReader(name, from_sequence=bases[number]))
+    if number:
+        with pytest.raises(LogCorrupt, match=what):
+            to_the_end(early)
+    late = LogReader(name, from_sequence=bases[2])
+    assert late.poll(1)[0].sequence == bases[2], "what comes after it can be read"
+    with pytest.raises(LogCorrupt, match=r"header is damaged"):
+        recover(name, bases[number], lambda records: None)
+    late.close()
+    early.close()
+    writer.close(unlink=True)
+
+
+def test_a_segment_that_is_only_prepared_is_no_damage(name: str) -> None:
+    writer = LogWriter.create(name, schema_hash=1, segment_bytes=SMALL)
+    writer._helper.submit(int).result()
+    write(writer, 1)
+    assert segments_of(name) == [(1, 0), (1, 1)]
+    reader = LogReader(name)
+    assert [record.subject for record in reader.poll()] == [1] and not reader.poll()
+    reader.close()
     writer.close(unlink=True)
 
 

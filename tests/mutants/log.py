@@ -361,4 +361,11 @@ MUTANTS = [
         "        return found\n",
         "tests/recordings/test_worst_moments.py::test_what_commands_say_behind_damage",
     ),
+    mutant(
+        "a damaged header is taken for events that are gone",
+        "ipc/reader.py",
+        "            if (damage := damaged_beginning(self.ledger, current)) is not None:\n",
+        "            if (damage := None) is not None:\n",
+        f"{RECOVERY}::test_readers_call_a_damaged_header_damage",
+    ),
 ]

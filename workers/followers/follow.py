@@ -59,13 +59,13 @@ class Follower:
         self._begin(oldest, before)
 
     def _begin(self, oldest: bool, before: int | None = None) -> None:
-        overrun: Overrun | None = None
+        gone: Overrun | LogCorrupt | None = None
         for _ in range(3):  # while we look, the log goes on, and new snapshots replace old ones
             for sequence, state in _starting_points(self.ledger, oldest, before):
                 try:
                     self.reader = LogReader(self.ledger, from_sequence=sequence + 1)
-                except Overrun as error:
-                    overrun = error
+                except (Overrun, LogCorrupt) as error:
+                    gone = error
                     continue
                 if self.reader.schema_hash != codec.SCHEMA_HASH:
                     self.reader.close()
@@ -75,8 +75,8 @@ class Follower:
                 self.sequence = sequence
                 self.state = state
                 return
-        assert overrun is not None
-        raise overrun
+        assert gone is not None
+        raise gone
 
     def poll(self, timeout: float = 0.0) -> list[Record]:
         """The next records, whole transactions, *before* they are applied; waits up to ``timeout`` seconds.
