@@ -36,11 +36,12 @@ try:
         WriterAlive,
     )
     from kvledger.config import CacheConfig, ConfigError
-    from kvledger.errors import CallTooLarge, HandoffError, ManagerClosed, Paused, WrongThread
+    from kvledger.errors import CallTooLarge, CannotContinue, HandoffError, ManagerClosed, Paused, WrongThread
     from kvledger.handoff.peer import Handed, Received
     from kvledger.handoff.receiver import Receiver
     from kvledger.handoff.sender import Sender
-    from kvledger.manager.manager import Admission, CacheManager, Prospect
+    from kvledger.manager.answers import Admission, Prospect, Started
+    from kvledger.manager.manager import CacheManager
     from kvledger.manager.ranks import BlockTable, Progress
     from kvledger.manager.tokens import Growth
     from statemachine.content import InvalidTokens, Item, Tokens, namespace_key
@@ -79,6 +80,7 @@ __all__ = [
     "CacheConfig",
     "CacheManager",
     "CallTooLarge",
+    "CannotContinue",
     "CommandRejected",
     "ConfigError",
     "DuplicateRequest",
@@ -115,6 +117,7 @@ __all__ = [
     "RequestNotReady",
     "Sender",
     "SharedMemoryFull",
+    "Started",
     "Tier",
     "Tokens",
     "UnknownRequest",

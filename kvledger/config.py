@@ -13,7 +13,7 @@ from statemachine.state.state import MOST_BLOCKS
 from workers.pools.layout import BACKENDS, KVTensor, PoolLayout
 
 _LARGEST = 2**31 - 1
-_MOST_RANKS = 64
+MOST_RANKS = 64
 """Each has a reader line in the log's control segment, and others need some too."""
 _LEAST_SEGMENT, _LARGEST_SEGMENT = 4096, 256 << 20
 _OF_POOLS = ("layers", "block_bytes", "tensors", "backend", "checksums")
@@ -84,7 +84,7 @@ class CacheConfig:
             ("host_blocks", 0, MOST_BLOCKS // 2),
             ("backup_after", 1, _LARGEST),
             ("watermark_blocks", 0, MOST_BLOCKS),
-            ("ranks", 0, _MOST_RANKS),
+            ("ranks", 0, MOST_RANKS),
             ("layers", 1, _LARGEST),
             ("block_bytes", 8, _LARGEST),
             ("segment_bytes", _LEAST_SEGMENT, _LARGEST_SEGMENT),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipc import LedgerError
 from statemachine.errors import CommandRejected, InvalidCommand
 
 
@@ -23,3 +24,7 @@ class CallTooLarge(InvalidCommand):
 
 class HandoffError(RuntimeError):
     """A request cannot be handed from one instance to the other: the message says why, and nothing has happened."""
+
+
+class CannotContinue(LedgerError):
+    """A dead engine's ledger has other events than this kvledger, or none: it can only be replaced."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
 from ipc import Control, LogWriter, record_bytes
+from ipc.names import remove_objects
 from ipc.writer import next_epoch, segment_bytes_for
-from kvledger.config import CacheConfig, ConfigError
+from kvledger.config import MOST_RANKS, CacheConfig, ConfigError
 from kvledger.manager.handoffs import end_pushers, end_receiving
 from kvledger.manager.rebuild import Rebuilt, rebuild
 from statemachine import commands
 from statemachine.apply import genesis
 from statemachine.decide import decide
-from statemachine.events import Event
+from statemachine.events import Event, LedgerOpened
 from statemachine.records import codec
 from statemachine.state.state import State
 from workers.pools.backends import create_pools, ids_of, reopen_pools
@@ -35,6 +37,8 @@ class Beginning(NamedTuple):
     """What a dead engine has left; ``None``: the ledger is new, and the state has the first event already."""
     lost: Mapping[str, str] = MappingProxyType({})
     """Tiers whose memory is not what it was, and why."""
+    differs: str = ""
+    """Where the configuration has other sizes than the ledger: which. It is to be resized."""
 
 
 def created(name: str, config: CacheConfig) -> Beginning:
@@ -57,8 +61,11 @@ def created(name: str, config: CacheConfig) -> Beginning:
         raise
 
 
-def reopened(name: str, config: CacheConfig | None) -> Beginning:
-    """Lock a dead engine's ledger and rebuild its state. Raises as :meth:`CacheManager.open`."""
+def reopened(name: str, config: CacheConfig | None, *, resizable: bool = False) -> Beginning:
+    """Lock a dead engine's ledger and rebuild its state. Raises as :meth:`CacheManager.open`.
+
+    ``resizable``: without pools, the configuration may have other numbers of blocks.
+    """
     control = Control.open(name)
     try:
         control.lock()
@@ -66,7 +73,13 @@ def reopened(name: str, config: CacheConfig | None) -> Beginning:
         state = rebuilt.state
         if config is None:
             config = CacheConfig.of(state.opened, rebuilt.segment_bytes)
-        config.expect(state.opened)
+        differs = ""
+        try:
+            config.expect(state.opened)
+        except ConfigError as error:
+            if not resizable or not _other_sizes(config, state.opened):
+                raise
+            differs = str(error)
         layout = config.layout if config.ranks else None
         end_strays(name, config.ranks, state.workers)
         pools, lost = reopen_pools(name, layout, state.pools) if layout is not None else ([], {})
@@ -87,4 +100,34 @@ def reopened(name: str, config: CacheConfig | None) -> Beginning:
     except BaseException:
         control.close()
         raise
-    return Beginning(config, writer, state, pools, events, rebuilt, lost)
+    return Beginning(config, writer, state, pools, events, rebuilt, lost, differs)
+
+
+def remove(name: str) -> None:
+    """Remove a dead engine's ledger, and end what it has left running.
+
+    Raises:
+        ipc.WriterAlive: an engine is running on it.
+        workers.WorkerFailed, HandoffError: a process that may still write cannot be ended. Nothing was removed.
+        ipc.LedgerError: it cannot be looked at.
+    """
+    control = Control.open(name)
+    try:
+        control.lock()
+        end_pushers(name)
+        end_receiving(name)
+        end_strays(name, MOST_RANKS, {})
+        remove_objects(name)
+    finally:
+        control.close()
+
+
+def _other_sizes(config: CacheConfig, opened: LedgerOpened) -> bool:
+    """Whether a ledger differs from a configuration in its number of blocks alone, and no pool has to have another."""
+    sizes = {name: getattr(config, name) for name in ("device_blocks", "host_blocks", "host_staging_blocks")}
+    try:
+        theirs = replace(CacheConfig.of(opened, config.segment_bytes), **sizes)
+        config.expect(theirs.opened(opened.layout, opened.pools))
+    except ConfigError:
+        return False
+    return not config.ranks

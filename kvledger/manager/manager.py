@@ -9,65 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import NamedTuple, Self, SupportsIndex
+from typing import Self, SupportsIndex
 
-from ipc import LedgerError
-from kvledger.config import CacheConfig
-from kvledger.errors import CallTooLarge, Paused
+from ipc import LedgerError, LedgerNotFound, LogCorrupt, Overrun
+from kvledger.config import CacheConfig, ConfigError
+from kvledger.errors import CallTooLarge, CannotContinue, Paused
 from kvledger.manager import lifecycle
+from kvledger.manager.answers import Admission, Prospect, Started
 from kvledger.manager.arguments import expect_bool, expect_namespace, expect_seconds, whole
 from kvledger.manager.blocks import BlockCalls
 from kvledger.manager.prompts import Told, full_blocks, prompt_of
-from kvledger.manager.ranks import BlockTable, Progress, table_of
+from kvledger.manager.ranks import Progress, table_of
 from kvledger.manager.wait import loop, loop_async
 from statemachine import commands
 from statemachine.content import Item, Tokens, versioned
 from statemachine.decide import decide, request_named, victims_for
 from statemachine.errors import InvalidCommand, OutOfBlocks, UnknownRequest
-from statemachine.events import Event, ReleaseReason, RequestMatched
+from statemachine.events import Event, ReleaseReason, RequestMatched, Tier
 from statemachine.state.nodes import Request
 from workers.pools.interface import Pools
-
-
-class Admission(NamedTuple):
-    """What a request got."""
-
-    block_table: BlockTable
-    device_blocks: int
-    """Leading blocks that were on the device, or on their way there."""
-    host_blocks: int
-    """Blocks after those that are being swapped in."""
-    ready: bool
-    """False: nothing may be written or attended before :meth:`CacheManager.poll` reports the request."""
-    cached_tokens: int
-    """Leading tokens that need not be computed."""
-
-    @property
-    def cached_blocks(self) -> int:
-        """Leading blocks that need not be computed."""
-        return self.device_blocks + self.host_blocks
-
-
-class Prospect(NamedTuple):
-    """What an admission would come to; true where it fits. Give it to :meth:`CacheManager.admit` for the tokens."""
-
-    fits: bool
-    cached_tokens: int
-    """Leading tokens that would not have to be computed."""
-    refusal: OutOfBlocks | None
-    """Why it does not fit: whether waiting helps (``in_transfer``), or nothing ever will (``never_fits``)."""
-    command: commands.Admit
-    """What was asked."""
-    namespace: bytes
-    events: list[Event]
-    """What it comes to as long as nothing else happens."""
-    rest: bytes
-    """Content words behind the last full block of the prompt."""
-    sequence: int
-    """Number of the next event when it was asked."""
-
-    def __bool__(self) -> bool:
-        return self.fits
 
 
 class CacheManager(BlockCalls):
@@ -131,6 +91,55 @@ class CacheManager(BlockCalls):
             workers.WorkerFailed: a worker of the dead engine cannot be ended, or a new one cannot be started.
         """
         return cls._from(name, lifecycle.reopened(name, config), publish)
+
+    @classmethod
+    def open_or_create(
+        cls,
+        name: str,
+        config: CacheConfig,
+        *,
+        replace_dead: bool = False,
+        publish: Callable[[Sequence[Pools]], None] | None = None,
+    ) -> Started[Self]:
+        """Make the one call that an engine makes when it starts: warm where it can be, anew where it must be.
+
+        A dead engine's ledger of that name is taken over (:meth:`open`). Without pools it may have other sizes: it is
+        resized, and what does not fit is dropped. Where there is none, it is created.
+
+        Args:
+            replace_dead: a dead engine's ledger that cannot be taken over with this configuration (another block size,
+                pools of another size, damage, another version of kvledger) is removed, and a new one created;
+                otherwise what is wrong is raised and everything stays. A ledger whose engine lives is never replaced.
+
+        Raises:
+            ipc.WriterAlive: an engine is running on it.
+            ConfigError, ipc.LogCorrupt, ipc.Overrun, CannotContinue: without ``replace_dead``, see :meth:`open`.
+            Others as for :meth:`open` and :meth:`create`.
+        """
+        expect_bool("replace_dead", replace_dead)
+        try:
+            beginning = lifecycle.reopened(name, config, resizable=True)
+        except LedgerNotFound:
+            reason = "there was none"
+        except (ConfigError, LogCorrupt, Overrun, CannotContinue) as error:
+            if not replace_dead or not isinstance(config, CacheConfig):
+                raise
+            reason = str(error)
+            lifecycle.remove(name)
+        else:
+            manager = cls._from(name, beginning, publish)
+            dropped = manager._resize_to(config) if beginning.differs else 0
+            return Started(manager, True, beginning.differs, dropped)
+        return Started(cls.create(name, config, publish=publish), False, reason, 0)
+
+    def _resize_to(self, config: CacheConfig) -> int:
+        """Give both tiers the sizes of a configuration. Returns how many cached blocks were dropped for it."""
+        counters = self._state.counters
+        before = counters.device_evicted_blocks + counters.host_evicted_blocks
+        self.resize(Tier.DEVICE, config.device_blocks)
+        if config.host_blocks:
+            self.resize(Tier.HOST, config.host_blocks)
+        return counters.device_evicted_blocks + counters.host_evicted_blocks - before
 
     @classmethod
     def _from(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from typing import NamedTuple
 
-from ipc import Control, LedgerError, LogCorrupt, Overrun, Record, snapshots
+from ipc import Control, LogCorrupt, Overrun, Record, snapshots
 from ipc.recovery import recover
+from kvledger.errors import CannotContinue
 from statemachine.events import KIND_OF, TransferStarted
 from statemachine.records import codec
 from statemachine.records.replay import Replay
@@ -32,13 +33,13 @@ def rebuild(control: Control) -> Rebuilt:
     """Replay a ledger; this process holds its lock.
 
     Raises:
-        LedgerError: the log has other events than this program.
+        CannotContinue: the log has other events than this program, or none.
         ipc.LogCorrupt, ipc.Overrun: see :func:`ipc.recovery.recover`.
         InvariantViolation, codec.CodecError: an event does not fit: a defect, or damage that no checksum shows.
     """
     ledger = control.ledger
     if control.schema_hash != codec.SCHEMA_HASH:
-        raise LedgerError(f"ledger {ledger!r} has another event table: open it with the kvledger that wrote it")
+        raise CannotContinue(f"ledger {ledger!r} has another event table: open it with the kvledger that wrote it")
     sequence, state = _newest_snapshot(ledger)
     replay = Replay(state)
     started: dict[int, int] = {}
@@ -52,7 +53,7 @@ def rebuild(control: Control) -> Rebuilt:
 
     recovered = recover(ledger, sequence + 1, feed)
     if not recovered.last_sequence:
-        raise LedgerError(
+        raise CannotContinue(
             f"ledger {ledger!r} has no event, its engine died while it was created: remove it with "
             "kvledger segments --remove-dead, and create it anew"
         )

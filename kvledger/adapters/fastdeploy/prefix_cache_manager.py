@@ -21,7 +21,7 @@ from kvledger.adapters.fastdeploy.pool import Live, Match, own
 from kvledger.adapters.fastdeploy.signals import PrefixTreeStatus
 from kvledger.adapters.fastdeploy.split import SplitInstance
 from kvledger.adapters.fastdeploy.views import View, leaf_view, node_map, root_view, run_of
-from kvledger.manager.manager import Admission
+from kvledger.manager.answers import Admission
 from kvledger.manager.wait import loop
 from statemachine.content import Item
 from statemachine.errors import InvalidCommand, OutOfBlocks

@@ -1,0 +1,65 @@
+"""What a manager answers when a request, or an engine, begins."""
+
+from __future__ import annotations
+
+from typing import Generic, NamedTuple, TypeVar
+
+from kvledger.manager.ranks import BlockTable
+from statemachine import commands
+from statemachine.errors import OutOfBlocks
+from statemachine.events import Event
+
+_Manager = TypeVar("_Manager")
+
+
+class Admission(NamedTuple):
+    """What a request got."""
+
+    block_table: BlockTable
+    device_blocks: int
+    """Leading blocks that were on the device, or on their way there."""
+    host_blocks: int
+    """Blocks after those that are being swapped in."""
+    ready: bool
+    """False: nothing may be written or attended before :meth:`CacheManager.poll` reports the request."""
+    cached_tokens: int
+    """Leading tokens that need not be computed."""
+
+    @property
+    def cached_blocks(self) -> int:
+        """Leading blocks that need not be computed."""
+        return self.device_blocks + self.host_blocks
+
+
+class Prospect(NamedTuple):
+    """What an admission would come to; true where it fits. Give it to :meth:`CacheManager.admit` for the tokens."""
+
+    fits: bool
+    cached_tokens: int
+    """Leading tokens that would not have to be computed."""
+    refusal: OutOfBlocks | None
+    """Why it does not fit: whether waiting helps (``in_transfer``), or nothing ever will (``never_fits``)."""
+    command: commands.Admit
+    """What was asked."""
+    namespace: bytes
+    events: list[Event]
+    """What it comes to as long as nothing else happens."""
+    rest: bytes
+    """Content words behind the last full block of the prompt."""
+    sequence: int
+    """Number of the next event when it was asked."""
+
+    def __bool__(self) -> bool:
+        return self.fits
+
+
+class Started(NamedTuple, Generic[_Manager]):
+    """How an engine has started: see :meth:`CacheManager.open_or_create`."""
+
+    manager: _Manager
+    warm: bool
+    """A dead engine's cache was taken over; ``False``: the ledger is new."""
+    reason: str
+    """Why it is new, or what did not agree; empty: everything is as it was."""
+    dropped_blocks: int
+    """Cached blocks that did not fit."""
