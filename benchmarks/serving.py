@@ -237,6 +237,7 @@ def main(arguments: list[str] | None = None) -> tuple[Scheduler, Summary]:
         block_size=size,
         bytes_per_layer_per_block=options.block_bytes,
         model_cfg=SimpleNamespace(num_hidden_layers=options.layers),
+        kv_backend="numpy",
     )
     ranks = options.ranks
     with PrefixCacheManager(SimpleNamespace(cache_config=cache), ranks) as it:

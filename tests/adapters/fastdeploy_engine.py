@@ -26,6 +26,7 @@ def config(gpu: int = 8, cpu: int = 0, **cache: Any) -> SimpleNamespace:
         "enable_hierarchical_cache": True,
         "cache_dtype": "bfloat16",
         "model_cfg": SimpleNamespace(num_hidden_layers=2),
+        "kv_backend": "numpy",
         **cache,
     }
     model = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=4)

@@ -409,7 +409,7 @@ def test_without_a_close_nothing_is_left_behind() -> None:
         "from types import SimpleNamespace as N\n"
         "from kvledger.adapters.fastdeploy import PrefixCacheManager\n"
         "cache = N(total_block_num=8, num_cpu_blocks=0, block_size=2, bytes_per_layer_per_block=8,"
-        " model_cfg=N(num_hidden_layers=1))\n"
+        " model_cfg=N(num_hidden_layers=1), kv_backend='numpy')\n"
         "it = PrefixCacheManager(N(cache_config=cache))\n"
         f"it.launch_cache_manager(cache, 1, [0], '', '{port()}', '', True)\n"
         "print(it.ledger)\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from ipc.names import SHM
 from kvledger import ConfigError, InvalidCommand, OutOfBlocks
-from kvledger.adapters.fastdeploy import SIGNALS, EngineCacheQueue, IPCSignal, PrefixCacheManager
+from kvledger.adapters.fastdeploy import SIGNALS, EngineCacheQueue, IPCSignal, PrefixCacheManager, PrefixTreeStatus
 from kvledger.adapters.fastdeploy.collector import GaugesCollector
 from kvledger.adapters.fastdeploy.metrics import GAUGES, MainProcessMetrics
 from tests.adapters.fastdeploy_engine import config, finish, manager, port, request, serve
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,7 @@ from tests.adapters.fastdeploy_engine import config, finish, manager, port, requ
         ({"num_cpu_blocks": 2.5}, "cache_config.num_cpu_blocks must be a whole number, not 2.5"),
         ({"num_cpu_blocks": 4, "write_policy": "write-back"}, "write_policy must be one of write_back, .*'write-back'"),
         ({"block_size": 0}, "block_size must be a whole number from 1"),
+        ({"kv_backend": "torch"}, "cache_config.kv_backend must be one of numpy, .*, not 'torch'"),
     ],
 )
 def test_a_wrong_setting_is_named(cache: dict[str, Any], says: str) -> None:
@@ -34,11 +38,52 @@ def test_a_wrong_setting_is_named(cache: dict[str, Any], says: str) -> None:
         PrefixCacheManager(config(**cache))
 
 
+def stock(**cache: Any) -> SimpleNamespace:
+    """As FastDeploy writes it: nothing says that the KV is in kvledger's pools."""
+    settings = config(**cache)
+    del settings.cache_config.kv_backend
+    return settings
+
+
 def test_a_missing_setting_and_a_wrong_role_are_named() -> None:
     with pytest.raises(ConfigError, match="total_block_num"):
         PrefixCacheManager(SimpleNamespace(cache_config=SimpleNamespace()))
     with pytest.raises(ConfigError, match="splitwise_role must be one of mixed, prefill, decode, not 'prefil'"):
         PrefixCacheManager(config(), 1, "prefil")
+
+
+@pytest.mark.parametrize(
+    ("role", "cache", "says"),
+    [
+        ("mixed", {"num_cpu_blocks": 4}, "num_cpu_blocks = 4 moves KV .*kv_backend = 'cuda'.*num_cpu_blocks = 0"),
+        ("mixed", {"num_cpu_blocks": 4, "write_policy": "write_through"}, "num_cpu_blocks = 4 moves KV"),
+        ("prefill", {}, "splitwise_role 'prefill' sends KV .*kv_backend = 'cuda'.*splitwise_role = 'mixed'"),
+        ("decode", {}, "splitwise_role 'decode' sends KV"),
+    ],
+)
+def test_kv_that_is_not_in_the_pools_is_not_moved(role: str, cache: dict[str, Any], says: str) -> None:
+    """A stock configuration: its runners make the tensors. Workers would copy other bytes than the model's."""
+    before = {path.name for path in SHM.glob(f"fastdeploy-{os.getpid()}-*")}
+    with pytest.raises(ConfigError, match=says):
+        PrefixCacheManager(stock(**cache), 1, role)
+    assert {path.name for path in SHM.glob(f"fastdeploy-{os.getpid()}-*")} == before
+
+
+def test_a_stock_configuration_without_host_blocks_is_served_without_pools_and_workers() -> None:
+    suffix = port()
+    ready = IPCSignal("cache_ready_signal", np.zeros(1, np.int32), np.int32, suffix)  # the engine's
+    settings = stock(num_cpu_blocks=4, enable_hierarchical_cache=False)
+    try:
+        ready.value[0] = 1  # and its runner's tensors are there
+        with PrefixCacheManager(settings) as it:
+            assert it.launch_cache_manager(settings.cache_config, 1, [0], "127.0.0.1", suffix, "", False) == []
+            assert not it.manager.pools and it.swap_space_ready_signal.value.tolist() == [1]
+            serve(it, "a", list(range(4)))
+            assert serve(it, "b", list(range(4))).matched == 4
+            it.prefix_tree_status_signal.value[0] = PrefixTreeStatus.CLEARING
+            wait_until("the thread of the launch clears the cache", lambda: not it.node_map)
+    finally:
+        ready.clear()
 
 
 def test_counts_may_be_numpy_integers() -> None:

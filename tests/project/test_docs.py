@@ -68,17 +68,18 @@ def test_the_page_about_traces_is_true(tmp_path: Path) -> None:
         assert re.match(rf"{re.escape(str(path))}[,:] {re.escape(answer)}", str(error.value)), str(error.value)
 
 
-def test_the_steps_of_integrating_run_in_order() -> None:
-    text = (ROOT / "docs" / "integrating.md").read_text()
+@pytest.mark.parametrize(("page", "least"), [("integrating.md", 8), ("fastdeploy.md", 1)])
+def test_the_steps_of_a_page_run_in_order(page: str, least: int) -> None:
+    text = (ROOT / "docs" / page).read_text()
     steps = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(steps) > 8
+    assert len(steps) >= least
     space: dict[str, object] = {}
     for number, step in enumerate(steps, 1):
-        exec(compile(step, f"integrating.md, snippet {number}", "exec"), space)
+        exec(compile(step, f"{page}, snippet {number}", "exec"), space)
 
 
 def test_the_table_of_signals_is_that_of_the_code() -> None:
-    page = (ROOT / "docs" / "integrating.md").read_text().partition("### Signals")[2]
+    page = (ROOT / "docs" / "fastdeploy.md").read_text().partition("## Signals")[2]
     rows = [tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if line.startswith("| `")]
     assert rows == [(f"`{name}`", *signal) for name, signal in SIGNALS.items()]
 

@@ -1,7 +1,7 @@
 """Drop-in for FastDeploy's prefix cache manager: the scheduler-facing names of the original over :class:`CacheManager`.
 
 Names, argument order, return shapes and metric names are FastDeploy's (the version with ``cal_block_hash``); nothing of
-FastDeploy or Paddle is imported. ``docs/integrating.md`` says what differs. Words: ``docs/glossary.md``.
+FastDeploy or Paddle is imported. ``docs/fastdeploy.md`` says what differs. Words: ``docs/glossary.md``.
 """
 
 from kvledger.adapters.fastdeploy.cache_data import BlockNode, CacheStatus

@@ -9,9 +9,11 @@ import threading
 from typing import Any
 
 from kvledger.adapters.fastdeploy.signals import SignalBoard
+from kvledger.config import ConfigError
 from kvledger.handoff.sender import Sender
 from kvledger.manager.manager import CacheManager
 from kvledger.manager.wait import loop
+from workers.pools.layout import BACKENDS
 
 _ITEM_BYTES = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "block_wise_fp8": 1, "int4_zp": 1, "float32": 4}
 
@@ -28,6 +30,33 @@ class Environment:
 
 
 envs = Environment()
+
+
+def expect_memory(cache_config: Any, host: bool, role: str) -> None:
+    """Refuse to copy KV where the configuration does not say in whose memory it is.
+
+    FastDeploy's model runners compute in tensors that they make themselves, or, in split mode, that its messager makes.
+    Workers that copied between pools of kvledger's own would report hits whose bytes the model has never seen.
+
+    Raises:
+        ConfigError: saying what to write.
+    """
+    backend = getattr(cache_config, "kv_backend", None)
+    if backend is not None and backend not in BACKENDS:
+        raise ConfigError(f"cache_config.kv_backend must be one of {', '.join(BACKENDS)}, not {backend!r:.80}")
+    if backend is not None or not (host or role != "mixed"):
+        return
+    if role != "mixed":
+        what, without = f"splitwise_role {role!r} sends KV from one instance to another", "splitwise_role = 'mixed'"
+    else:
+        what = f"cache_config.num_cpu_blocks = {cache_config.num_cpu_blocks} moves KV between device and host"
+        without = "num_cpu_blocks = 0 (no swap_space), which serves prefix hits on the device alone"
+    raise ConfigError(
+        f"{what}, but the KV tensors that FastDeploy's model runners make (key_caches_0_rank0.device0 and so on) are "
+        "not in kvledger's pools, so other bytes would be moved than the model computes. Write cache_config.kv_backend "
+        "= 'cuda' and let the runners publish their tensors to the pools, or 'numpy' or 'paddle' and let them compute "
+        f"in the pools (docs/fastdeploy.md says how); or do without: {without}"
+    )
 
 
 class WorkerHandle:
@@ -98,16 +127,22 @@ class Launched:
     def layout(self, cache_config: Any, shapes: tuple[list[int], list[int]] | None) -> dict[str, Any]:
         """Layers and bytes of a block, from what the configuration says, else from the shapes of one block.
 
-        With ``kv_tensors`` and ``kv_backend`` the pools are made of tensors, and with ``kv_checksums`` host blocks have
-        checksums, as :class:`kvledger.CacheConfig` has them.
+        ``kv_backend`` says whose memory the pools are, see :func:`expect_memory`; where nothing does, nothing is copied
+        and there are no pools (``ranks`` is 0). With ``kv_tensors`` they are made of tensors, and with ``kv_checksums``
+        host blocks have checksums, as :class:`kvledger.CacheConfig` has them.
         """
+        backend = getattr(cache_config, "kv_backend", None)
+        if backend is None:
+            return {"ranks": 0}
         checked = {
+            "ranks": self._ranks,
             "layers": int(cache_config.model_cfg.num_hidden_layers),
             "checksums": getattr(cache_config, "kv_checksums", False),
+            "backend": backend,
         }
         tensors = getattr(cache_config, "kv_tensors", ())
         if tensors:
-            return {**checked, "tensors": tensors, "backend": getattr(cache_config, "kv_backend", "numpy")}
+            return {**checked, "tensors": tensors}
         size = int(getattr(cache_config, "bytes_per_layer_per_block", 0) or 0)
         if not size and shapes is not None:
             item = _ITEM_BYTES.get(str(getattr(cache_config, "cache_dtype", "")), 2)
@@ -120,8 +155,8 @@ class Launched:
         self.swap_space_ready_signal.value[:] = 1
 
     def workers(self, manager: CacheManager) -> list[WorkerHandle]:
-        """One handle per rank."""
-        return [WorkerHandle(manager, rank) for rank in range(self._ranks)]
+        """One handle per rank; none where nothing is copied."""
+        return [WorkerHandle(manager, rank) for rank in range(manager.config.ranks)]
 
     def close(self) -> None:
         """Remove the signals that were made here, and wait for the threads, which have been told to stop."""

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 import numpy as np
 
 from kvledger.adapters.fastdeploy.cache_data import BlockNode, CacheStatus
-from kvledger.adapters.fastdeploy.launch import Launched, envs
+from kvledger.adapters.fastdeploy.launch import Launched, envs, expect_memory
 from kvledger.adapters.fastdeploy.metrics import CacheMetrics, Gauges, main_process_metrics
 from kvledger.adapters.fastdeploy.raw_blocks import RawBlocks
 from kvledger.adapters.fastdeploy.views import FreeList, run_of
@@ -142,6 +142,7 @@ class DevicePool:
                 known = ", ".join(_WRITE_POLICIES)
                 raise ConfigError(f"cache_config.write_policy must be one of {known}, not {written!r:.80}")
             policy, backup_after = _WRITE_POLICIES[written]
+        expect_memory(cache, bool(policy), self.splitwise_role)
         return CacheConfig(
             block_size=getattr(cache, "block_size", 64),
             device_blocks=self.num_gpu_blocks,

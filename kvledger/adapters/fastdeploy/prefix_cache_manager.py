@@ -41,8 +41,8 @@ class PrefixCacheManager(SplitInstance):
             ``prefill_kvcache_block_num`` with the old scheduler), ``num_cpu_blocks``, ``block_size`` (default 64),
             ``bytes_per_layer_per_block``, ``model_cfg.num_hidden_layers``, ``enable_hierarchical_cache``,
             ``write_policy`` (``write_back``, ``write_through``, ``write_through_selective``),
-            ``disable_chunked_mm_input``, and of kvledger's own ``kv_tensors``, ``kv_backend`` and ``kv_checksums``
-            (``docs/pools.md``).
+            ``disable_chunked_mm_input``, and of kvledger's own ``kv_backend``, ``kv_tensors`` and ``kv_checksums``
+            (``docs/pools.md``). With host blocks or a split role ``kv_backend`` has to say whose memory the KV is in.
         tensor_parallel_size, splitwise_role, local_data_parallel_id: as in the original.
         attention_backend: class with ``get_kv_cache_shape``, see :meth:`_get_kv_cache_shape`.
         gauges: where the gauges are set; default: :data:`main_process_metrics`, which
@@ -364,8 +364,9 @@ class PrefixCacheManager(SplitInstance):
     ) -> list[Any]:
         """Make the pools, start one transfer worker per rank, and wait until all of them are ready.
 
-        Where the engine has made ``cache_ready_signal`` and ``create_cache_tensor`` is false, first waits for its model
-        runners to make the KV tensors. Returns one handle per process.
+        Without ``cache_config.kv_backend`` nothing is copied, so there are no pools and no workers. Where the engine
+        has made ``cache_ready_signal`` and ``create_cache_tensor`` is false, first waits for its model runners to make
+        the KV tensors. Returns one handle per process.
 
         Raises:
             RuntimeError: requests are being served already, or the pusher of a split instance did not start.
@@ -394,7 +395,7 @@ class PrefixCacheManager(SplitInstance):
             try:
                 launched.wait_for_tensors(create_cache_tensor, self.ready_timeout_s)
                 shape = self._get_kv_cache_shape(1) if hasattr(self.config, "model_config") else None
-                self._open_pools(tensor_parallel_size, launched.layout(cache_config, shape))
+                self._open_pools(launched.layout(cache_config, shape))
                 launched.ready()
                 self.launched = launched
                 self.cache_ready_signal = launched.cache_ready_signal

@@ -62,7 +62,7 @@ class SplitInstance(DevicePool):
         self.cache_ready_signal = launched.cache_ready_signal
         try:
             shapes = ([1, *key_cache_shape[1:]], [1, *value_cache_shape[1:]] if value_cache_shape else [])
-            self._open_pools(tensor_parallel_size, launched.layout(cache_config, shapes))
+            self._open_pools(launched.layout(cache_config, shapes))
             launched.cache_ready_signal.value[:] = 1
             if self.sender is None and self.receiver is None:  # else they were launched before the cache manager
                 if self.splitwise_role == "decode":
@@ -87,11 +87,11 @@ class SplitInstance(DevicePool):
             self._signals = Launched(engine_worker_queue_port, ranks)
         return self._signals
 
-    def _open_pools(self, ranks: int, layout: dict[str, Any]) -> None:
-        """The ledger with pools and transfer workers, if it has none yet."""
-        if not self._manager.config.ranks:
+    def _open_pools(self, layout: dict[str, Any]) -> None:
+        """The ledger with pools and transfer workers, if there are to be any and it has none yet."""
+        if layout["ranks"] and not self._manager.config.ranks:
             self._manager.close()
-            self._open(self._ledger_config(ranks=ranks, **layout))
+            self._open(self._ledger_config(**layout))
 
     def _reopen(self) -> None:
         """Back to a ledger without pools, after a launch that failed."""
