@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kvledger.models import ModelError, shape_of, size
+from statemachine.content import namespace_key
+from statemachine.errors import InvalidCommand
 from statemachine.events import HostPolicy, LedgerOpened
 from statemachine.state.state import MOST_BLOCKS
 from workers.pools.layout import BACKENDS, KVTensor, PoolLayout
@@ -51,8 +53,10 @@ class CacheConfig:
     """Blocks that an admission leaves for the growth of requests that run already (nobody runs: it may take all)."""
     chunked_multimodal: bool = True
     """Whether the model can begin inside a multimodal item. If not, a match that would end in one ends before it."""
-    weights: str = ""
-    """Version of the model's weights that the engine begins with (or has loaded when it opens the ledger again)."""
+    weights: str | None = None
+    """Version of the model's weights that the engine has loaded. Blocks of one version never match under another.
+
+    ``None``: a new ledger begins without a version, one that is opened again goes on with the version in force."""
     ranks: int = 0
     """Tensor-parallel ranks, each with a transfer worker and pools of its own; 0 = decisions and log only."""
     layers: int = 1
@@ -97,8 +101,13 @@ class CacheConfig:
             _expect_whole("retain_bytes", self.retain_bytes, 0, 2**63)
         if self.segment_bytes % 4096:
             raise ConfigError(f"segment_bytes must be a multiple of 4096, not {self.segment_bytes}")
-        if not isinstance(self.checksums, bool):
-            raise ConfigError(f"checksums must be True or False, not {self.checksums!r:.80}")
+        for name in ("checksums", "chunked_multimodal"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r:.80}")
+        try:
+            namespace_key(weights="" if self.weights is None else self.weights)
+        except InvalidCommand as error:
+            raise ConfigError(f"weights is the version of the model's weights, a text: {error}") from error
         if not isinstance(self.host_policy, HostPolicy):
             raise ConfigError(f"host_policy must be one of HostPolicy, not {self.host_policy!r:.80}")
         if self.block_bytes % 8:
@@ -202,6 +211,7 @@ class CacheConfig:
             host_policy=HostPolicy(opened.host_policy),
             host_staging_blocks=opened.host_staging_blocks,
             backup_after=opened.backup_after,
+            chunked_multimodal=bool(opened.chunked_multimodal),
             ranks=opened.ranks,
             segment_bytes=segment_bytes,
             **sizes,
@@ -215,6 +225,7 @@ class CacheConfig:
         """
         theirs = CacheConfig.of(opened, self.segment_bytes)
         names = ["block_size", "device_blocks", "host_blocks", "host_policy", "backup_after", "staging_blocks", "ranks"]
+        names.append("chunked_multimodal")
         if self.ranks and theirs.ranks:
             names += _OF_POOLS
         for name in names:
@@ -256,4 +267,6 @@ class CacheConfig:
             layout,
             pools,
             self.backup_after,
+            self.chunked_multimodal,
+            self.weights or "",
         )

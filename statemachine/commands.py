@@ -14,8 +14,8 @@ class Match(NamedTuple):
     words: memoryview
     namespace: bytes
     limit: int
-    whole: tuple[tuple[int, int], ...] = ()
-    """Token ranges, by their first and stop, in which the match must not end (items that are computed in one piece)."""
+    items: bytes = b""
+    """Images and sounds in the prompt, see :mod:`statemachine.items`."""
 
 
 class Admit(NamedTuple):
@@ -26,7 +26,7 @@ class Admit(NamedTuple):
     namespace: bytes
     limit: int
     blocks: int
-    whole: tuple[tuple[int, int], ...] = ()
+    items: bytes = b""
     watermark: int = 0
     """So many blocks have to stay available for requests that run already; nobody runs: 0."""
     new_tokens: int = -1
@@ -50,13 +50,14 @@ class Allocate(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Publish the first ``blocks`` blocks of a request. ``words``: content of generated blocks."""
+    """Publish the first ``blocks`` blocks of a request. ``words``: content of generated blocks; ``items`` in it."""
 
     key: str
     blocks: int
     words: bytes
     computed: int | None = None
     """Only so many of them are computed, the others are cached ahead of their step; ``None``: all are."""
+    items: bytes = b""
 
 
 class Trim(NamedTuple):
@@ -134,6 +135,12 @@ class Clear(NamedTuple):
     force: bool
 
 
+class LoadWeights(NamedTuple):
+    """The model has other weights from here on."""
+
+    weights: str
+
+
 class Resize(NamedTuple):
     """Give a tier another number of blocks; shrinking drops what is cached in the highest ids.
 
@@ -199,6 +206,7 @@ Command = (
     | Forget
     | Evict
     | Clear
+    | LoadWeights
     | Resize
     | LoseTier
     | JoinWorker

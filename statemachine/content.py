@@ -1,44 +1,38 @@
 """Content words: what makes two KV blocks equal, decided once, at the boundary.
 
 A prompt becomes little-endian int32 words. A real token is its own id (0 to 2³¹ − 1). The positions of a multimodal
-item carry words made from the item's hash, with the sign bit set, so that they can never equal a token. LoRA adapter,
-cache salt and weight version form a *namespace* that selects a prefix tree of its own.
+item carry words made from the item's hash, with the sign bit set, so that they can never equal a token; what tells two
+items apart for certain is :mod:`statemachine.items`. LoRA adapter, cache salt and weight version form a *namespace*
+that selects a prefix tree of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from array import array as packed
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from statemachine.errors import CommandRejected, InvalidCommand
+from statemachine.items import Item as Item
 
 Tokens: TypeAlias = "npt.NDArray[Any] | Sequence[int] | memoryview | bytearray | Any"
 """Token ids: a NumPy array of any integer type, a buffer of integers, or any sequence of ints."""
 
-_HASH_BYTES = 16
-"""Four words with the sign bit set: 124 bits of it count."""
+_PATTERN_BYTES = 16
+"""Four words with the sign bit set."""
 _SIGN = np.uint32(1 << 31)
+_VERSIONED = b"\xff\xff\xff\xff"
+"""No length of a :func:`namespace_key` begins like this."""
 _WORD = np.dtype("<i4")
 
 
 class InvalidTokens(CommandRejected):
     """Something in a prompt is no token id, or an item does not fit in it."""
-
-
-class Item(NamedTuple):
-    """A multimodal item (an image, a sound): ``length`` placeholder positions from ``offset`` on.
-
-    ``hash`` identifies its content: 16 bytes or more, of which 124 bits are used.
-    """
-
-    hash: bytes
-    offset: int
-    length: int
 
 
 def words_of(tokens: Tokens, *, items: Sequence[Item] = ()) -> memoryview:
@@ -114,15 +108,15 @@ def _overwrite(array: npt.NDArray[np.int32], items: Sequence[Item]) -> None:
     if not isinstance(items, Sequence) or not all(map(_is_item, items)):
         raise InvalidTokens("items are a sequence of Item(hash: bytes, offset: int, length: int)")
     for item in sorted(items, key=lambda item: item.offset):
-        if len(item.hash) < _HASH_BYTES:
-            raise InvalidTokens(f"the hash of an item has {len(item.hash)} bytes, {_HASH_BYTES} or more are needed")
+        if not item.hash:
+            raise InvalidTokens(f"the hash of the item at {item.offset} is empty: it has to tell it from all others")
         if item.length < 1 or item.offset < end or item.offset + item.length > len(array):
             raise InvalidTokens(
                 f"an item at {item.offset} with {item.length} positions overlaps another one or does not fit in "
                 f"{len(array)} tokens"
             )
         end = item.offset + item.length
-        pattern = np.frombuffer(item.hash[:_HASH_BYTES], "<u4") | _SIGN
+        pattern = np.frombuffer(hashlib.sha256(item.hash).digest()[:_PATTERN_BYTES], "<u4") | _SIGN
         array[item.offset : end] = np.resize(pattern, item.length).astype("<u4").view(_WORD)
 
 
@@ -152,12 +146,14 @@ def adapter_of(namespace: bytes) -> str | None:
 
 
 def versioned(weights: str, namespace: bytes) -> bytes:
-    """A namespace under one version of the model's weights; no version leaves it as it is."""
-    if not weights:
+    """A namespace under one version of the model's weights; no two pairs of them come to the same.
+
+    Without a version it stays as it is, unless it looks like one with a version.
+    """
+    if not weights and not namespace.startswith(_VERSIONED):
         return namespace
     version = weights.encode()
-    # no length of a namespace_key() begins like this
-    return b"\xff\xff\xff\xff" + len(version).to_bytes(4, "little") + version + namespace
+    return _VERSIONED + len(version).to_bytes(4, "little") + version + namespace
 
 
 assert sys.byteorder == "little", "kvledger runs on little-endian machines (x86-64, aarch64)"

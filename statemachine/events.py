@@ -42,6 +42,7 @@ class Meaning(Enum):
     REQUEST_NAME = "the engine's own name of a request (private)"
     NAMESPACE = "a namespace, which may hold a salt (private)"
     CONTENT = "content words, what users wrote (private)"
+    ITEMS = "which images and sounds begin where, with hashes of them (private)"
 
 
 U8 = Annotated[int, "B"]
@@ -62,6 +63,8 @@ TransferId = Annotated[int, "Q", Meaning.TRANSFERS]
 TransferIds = Annotated[IntArray, "Q", Meaning.TRANSFERS]
 Words = Annotated[bytes, "bytes", Meaning.CONTENT]
 """Content words: little-endian int32, ``block_size`` of them per block (:mod:`statemachine.content`)."""
+Items = Annotated[bytes, "bytes", Meaning.ITEMS]
+"""Images and sounds (:mod:`statemachine.items`), by position from the beginning of the prompt."""
 Namespace = Annotated[bytes, "bytes", Meaning.NAMESPACE]
 Digest = Annotated[bytes, "bytes"]
 Text = Annotated[str, "text"]
@@ -169,13 +172,18 @@ class LedgerOpened(NamedTuple):
     pools: Text
     backup_after: U32 = 1
     """Write-through: the so-manieth use of a block backs it up; caching it is the first."""
+    chunked_multimodal: U8 = 1
+    """Whether the model can begin inside a multimodal item; 0: nothing that matches ends inside one."""
+    weights: Text = ""
+    """Version of the model's weights at first."""
 
 
 class RequestMatched(NamedTuple):
     """A request begins: the path that is already cached is pinned.
 
     ``key`` is the engine's own name of the request; ``device_blocks`` of the path have a place on the device,
-    the next ``host_blocks`` are on the host only; ``words`` are the content of the full blocks after the path.
+    the next ``host_blocks`` are on the host only; ``words`` are the content of the full blocks after the path, and
+    ``items`` those of the whole prompt.
     """
 
     request: RequestId
@@ -186,6 +194,7 @@ class RequestMatched(NamedTuple):
     host_blocks: U32
     key: RequestName
     namespace: Namespace
+    items: Items
     words: Words
 
 
@@ -221,7 +230,8 @@ class BlocksCached(NamedTuple):
     Follows the request's words from the end of its path: ``duplicates`` blocks have a valid device copy already (they
     are pinned, the request's own copies stay private), ``taken`` blocks are known but not valid on the device (the
     runs take the request's blocks), and what is left becomes the new run ``node``. ``leaf`` is the deepest run that
-    existed. ``words`` is the content of generated blocks, appended to what the request brought along.
+    existed. ``words`` is the content of generated blocks, appended to what the request brought along; ``items`` begin
+    in what is appended, or in the incomplete block before it.
     """
 
     request: RequestId
@@ -232,6 +242,7 @@ class BlocksCached(NamedTuple):
     duplicates: U32
     taken: U32
     blocks: DeviceBlocks
+    items: Items
     words: Words
 
 
@@ -343,6 +354,12 @@ class CacheCleared(NamedTuple):
     generation: U64
 
 
+class WeightsLoaded(NamedTuple):
+    """The model has other weights from here on; what requests match from now on was computed with these."""
+
+    weights: Text
+
+
 class PoolResized(NamedTuple):
     """A tier has a new number of blocks; the highest ids come or go."""
 
@@ -414,6 +431,7 @@ Event = (
     | DigestTaken
     | RequestExtended
     | BlocksComputed
+    | WeightsLoaded
 )
 
 KINDS: dict[int, type[Event]] = {
@@ -438,6 +456,7 @@ KINDS: dict[int, type[Event]] = {
     19: DigestTaken,
     20: RequestExtended,
     21: BlocksComputed,
+    22: WeightsLoaded,
 }
 """Kind number on the log → event. Numbers are never used twice."""
 

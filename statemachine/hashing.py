@@ -1,7 +1,7 @@
 """Block hashes: 128-bit chained names of blocks for the world outside (stores, routers, people).
 
 Nothing on the engine's path needs them: the prefix tree compares content words. Followers and adapters compute them
-from the words in the log.
+from the words and items in the log.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Callable
 
 import xxhash
+
+from statemachine.items import NO_ITEMS, BlockItems
 
 HASH_BYTES = 16
 
@@ -33,10 +35,16 @@ def block_hashes(
     *,
     algorithm: str = "sha256",
     parent: bytes | None = None,
+    items: BlockItems = NO_ITEMS,
+    first: int = 0,
 ) -> list[bytes]:
-    """Hashes of the full blocks of ``words``, each over its parent's hash and its own words.
+    """Hashes of the full blocks of ``words``, each over its parent's hash, its own words and items.
 
     The first block's parent is the hash of the namespace, unless ``parent`` (the hash of the block before) is given.
+
+    Args:
+        items: the images and sounds, by block from the beginning of the prompt.
+        first: position of the first block there.
 
     Raises:
         KeyError: no such algorithm.
@@ -46,7 +54,7 @@ def block_hashes(
     data = bytes(words)
     chain = digest(namespace) if parent is None else parent
     hashes = []
-    for start in range(0, len(data) - size + 1, size):
-        chain = digest(chain + data[start : start + size])
+    for block, start in enumerate(range(0, len(data) - size + 1, size), first):
+        chain = digest(chain + data[start : start + size] + items.get(block, b""))
         hashes.append(chain)
     return hashes

@@ -30,9 +30,16 @@ class Engine:
     """Decides, applies and records, as :class:`kvledger.CacheManager` does."""
 
     def __init__(
-        self, path: Path, device: int, host: int, staging: int, policy: HostPolicy, backup_after: int = 1
+        self,
+        path: Path,
+        device: int,
+        host: int,
+        staging: int,
+        policy: HostPolicy,
+        backup_after: int = 1,
+        chunked_multimodal: bool = True,
     ) -> None:
-        opened = LedgerOpened(BLOCK, device, host, staging, policy, 1, "", "", backup_after)
+        opened = LedgerOpened(BLOCK, device, host, staging, policy, 1, "", "", backup_after, chunked_multimodal)
         self._writer = KvlogWriter(path, schema_hash=codec.SCHEMA_HASH)
         self.state = genesis(opened)
         self.sequence = 0

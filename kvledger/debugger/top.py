@@ -35,6 +35,7 @@ from statemachine.events import (
     TierLost,
     TransferFinished,
     TransferStarted,
+    WeightsLoaded,
     WorkerJoined,
     WorkerLost,
 )
@@ -244,7 +245,7 @@ class Top:
                 pass
             case LedgerOpened() | QuarantineEnded() | CacheCleared() | PoolResized() | TierLost():
                 pass
-            case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken():
+            case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded():
                 pass
             case _:
                 assert_never(entry.event)

@@ -29,8 +29,8 @@ class BlockCalls(TokenCalls):
     def peek(self, tokens: Tokens, *, items: Sequence[Item] = (), namespace: bytes = b"") -> tuple[int, int]:
         """How many leading blocks would match now, on the device and after those on the host. Changes nothing."""
         expect_namespace(namespace)
-        words, _, uncut = prompt_of(self.config, tokens, items, 0)
-        return peek(self._state, words, versioned(self._weights, namespace), len(words), uncut)
+        words, _, records = prompt_of(self.config, tokens, items, 0)
+        return peek(self._state, words, versioned(self._state.weights, namespace), len(words), records)
 
     def allocate(self, counts: Mapping[str, SupportsIndex]) -> dict[str, BlockTable]:
         """Give each named request so many more blocks: one call per scheduler step, all or nothing.
@@ -104,13 +104,14 @@ class BlockCalls(TokenCalls):
         else:
             count = whole("blocks", blocks)
         ready = None if computed is None else whole("computed", computed)
+        items, later = self._items_before(told, len(words))
         told.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
         try:
-            self._execute(commands.Cache(key, count, words, ready))
+            self._execute(commands.Cache(key, count, words, ready, items))
         except (CommandRejected, LedgerError):  # nothing has changed
             told.tail = known
             raise
-        told.tail = tail
+        told.tail, told.items = tail, later
         if self._state.policy == HostPolicy.WRITE_THROUGH:
             self._back_up(key)
 

@@ -123,6 +123,8 @@ class Ledger:
             return
         self._transactions.commit(beginning.events)
         notice(self.name, beginning.events)
+        if self.config.weights not in (None, self._state.weights):
+            self._transactions.commit(decide(self._state, commands.LoadWeights(self.config.weights or "")))
         lost = beginning.lost
         if publish is not None and "device" in lost:
             publish(self.pools)

@@ -75,8 +75,9 @@ class CacheManager(BlockCalls):
         flight stay in flight: they end when all ranks have answered.
 
         Args:
-            config: must agree with the ledger, except for ``segment_bytes``, ``retain_bytes`` and the time-outs;
-                default: what the ledger says.
+            config: must agree with the ledger, except for ``segment_bytes``, ``retain_bytes``, the time-outs and
+                ``weights``; default: what the ledger says. ``weights`` are those that the engine has loaded now: where
+                they are not the ones in force in the ledger, nothing cached before matches, as after :meth:`resume`.
             publish: as for :meth:`create`; called where the device pools did not outlive their process.
 
         Raises:
@@ -178,8 +179,8 @@ class CacheManager(BlockCalls):
         Raises:
             statemachine.content.InvalidTokens, DuplicateRequest, Paused
         """
-        words, limit, uncut = prompt_of(self.config, tokens, items, max_blocks)
-        events = self._execute(commands.Match(key, words, self._namespace(namespace), limit, uncut))
+        words, limit, records = prompt_of(self.config, tokens, items, max_blocks)
+        events = self._execute(commands.Match(key, words, self._namespace(namespace), limit, records))
         return self._admission(events[0], words)
 
     def admit(
@@ -273,7 +274,7 @@ class CacheManager(BlockCalls):
         reserve: SupportsIndex | None,
     ) -> commands.Admit:
         expect_bool("must_fit", must_fit)
-        words, limit, uncut = prompt_of(self.config, tokens, items, max_blocks)
+        words, limit, records = prompt_of(self.config, tokens, items, max_blocks)
         all_blocks = -(-len(words) // self._state.block_bytes)
         count = all_blocks if blocks is None else whole("blocks", blocks)
         if new_tokens is not None and blocks is not None:
@@ -283,7 +284,7 @@ class CacheManager(BlockCalls):
         if reserve is not None:
             kept = -(-whole("reserve", reserve) // self.config.block_size)
         fit = all_blocks if must_fit else 0
-        return commands.Admit(key, words, self._namespace(namespace), limit, count, uncut, kept, chunk, fit)
+        return commands.Admit(key, words, self._namespace(namespace), limit, count, records, kept, chunk, fit)
 
     def _admit_prospect(self, key: str, prospect: Prospect) -> Admission:
         self._expect_owner()
@@ -445,7 +446,7 @@ class CacheManager(BlockCalls):
         expect_namespace(namespace)
         if self._paused:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
-        return versioned(self._weights, namespace) if self._weights else namespace
+        return versioned(self._state.weights, namespace)
 
     def _rest(self, words: memoryview) -> bytes:
         """What stands behind the last full block of a prompt."""

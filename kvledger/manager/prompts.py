@@ -8,20 +8,19 @@ from typing import SupportsIndex
 from kvledger.config import CacheConfig
 from kvledger.manager.arguments import whole
 from statemachine.content import Item, Tokens, words_of
+from statemachine.items import item_records
 from statemachine.state.nodes import Request
 
 
 def prompt_of(
     config: CacheConfig, tokens: Tokens, items: Sequence[Item], max_blocks: SupportsIndex | None
-) -> tuple[memoryview, int, tuple[tuple[int, int], ...]]:
-    """``(words, most blocks to match, ranges that are not to be cut)``."""
+) -> tuple[memoryview, int, bytes]:
+    """``(words, most blocks to match, records of the items)``."""
     words = words_of(tokens, items=items)
     most = max(len(words) // 4 - 1, 0) // config.block_size
     if max_blocks is not None:
         most = whole("max_blocks", max_blocks)
-    if not items or config.chunked_multimodal:
-        return words, most, ()
-    return words, most, tuple((item.offset, item.offset + item.length) for item in items)
+    return words, most, item_records(items) if items else b""
 
 
 def full_blocks(words: memoryview | bytes, block_bytes: int) -> int:
@@ -36,5 +35,7 @@ class Told:
         self.request = request
         self.tail = tail
         """The words after those that the state has; ``None``: a call was interrupted, nobody can tell."""
+        self.items = b""
+        """Records of the images and sounds that begin in these words."""
         self.computed = computed
         """So many tokens were said to be computed; what counts is :func:`kvledger.manager.tokens.computed_tokens`."""

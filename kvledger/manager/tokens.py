@@ -23,6 +23,7 @@ from statemachine.content import InvalidTokens, Item, Tokens, words_of
 from statemachine.decide import request_named
 from statemachine.errors import CommandRejected, InvalidCommand, OutOfBlocks, RequestNotReady
 from statemachine.events import BlocksAllocated, HostPolicy
+from statemachine.items import divided, each, item_records
 from statemachine.state.nodes import Request
 
 
@@ -80,7 +81,10 @@ class TokenCalls(WholeCache):
                 raise InvalidTokens(f"token {tokens} is not from 0 to 2^31 - 1")
             told.tail = tail + tokens.to_bytes(4, "little")
         else:
-            told.tail = tail + words_of(tokens, items=items)
+            words = words_of(tokens, items=items)
+            if items:
+                told.items += item_records(items, self._known(told, tail))
+            told.tail = tail + words
 
     def retract(self, request_id: str, tokens: SupportsIndex) -> None:
         """Take back the last so many known tokens, which are not computed: rejected drafts, a session's last token.
@@ -88,7 +92,7 @@ class TokenCalls(WholeCache):
         The room stays.
 
         Raises:
-            InvalidCommand: some of them are computed, or came with the admission.
+            InvalidCommand: some of them are computed, or came with the admission, or an item would be cut.
             UnknownRequest
         """
         count = whole("tokens", tokens)
@@ -103,7 +107,11 @@ class TokenCalls(WholeCache):
                 f"only the last {len(tail) // 4} tokens of request {request_id!r} were appended: to take back what it "
                 "was admitted with, release it and admit it again"
             )
-        told.tail = tail[: len(tail) - 4 * count]
+        left = self._known(told, tail) - count
+        kept, _ = divided(told.items, left)
+        if any(offset + length > left for offset, length, _ in each(kept)):
+            raise InvalidCommand(f"an image or sound of request {request_id!r} would be cut: take all of it back")
+        told.tail, told.items = tail[: len(tail) - 4 * count], kept
 
     def grow(self, tokens: Mapping[str, SupportsIndex], *, lookahead: SupportsIndex = 0) -> Growth:
         """Give each request room for its first so many tokens, and ``lookahead`` more. Most important first.
@@ -223,15 +231,22 @@ class TokenCalls(WholeCache):
         size = self._state.block_bytes
         tail = self._tail(told)
         missing = max((blocks - request.leaf.end) * size - len(request.words), 0)
+        items, later = self._items_before(told, missing)
         told.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
         try:
-            self._execute(commands.Cache(request.key, blocks, tail[:missing], None))
+            self._execute(commands.Cache(request.key, blocks, tail[:missing], None, items))
         except (CommandRejected, LedgerError):  # nothing has changed
             told.tail = tail
             raise
-        told.tail = tail[missing:]
+        told.tail, told.items = tail[missing:], later
         if self._state.policy == HostPolicy.WRITE_THROUGH:
             self._back_up(request.key)
+
+    def _items_before(self, told: Told, length: int) -> tuple[bytes, bytes]:
+        """Of the items that the state does not know yet, those in the next so many bytes of words, and the others."""
+        if not told.items:
+            return b"", b""
+        return divided(told.items, self._known(told, b"") + length // 4)
 
     def _expect_computable(self, told: Told, count: int) -> None:
         """Refuse to commit so many tokens if they cannot be computed."""

@@ -24,7 +24,6 @@ class WholeCache(Ledger):
     def __init__(self, name: str, beginning: Beginning) -> None:
         super().__init__(name, beginning)
         self._paused = False
-        self._weights = self.config.weights
 
     def _until(self, call: str, done: Callable[[], bool], timeout: float) -> bool:
         """Fold until ``done()``, or so many seconds have passed. Returns whether it is done."""
@@ -83,12 +82,12 @@ class WholeCache(Ledger):
         expect_bool("force", force)
         namespace_key(weights="" if weights is None else weights)  # refuses what is no text
         self._expect_owner()
-        if weights is not None and weights != self._weights:
+        if weights is not None and weights != self._state.weights:
             if self._state.requests:
                 if not force:
                     raise Busy(f"{len(self._state.requests)} requests run with the old weights: release them, or force")
                 self.clear(force=True)
-            self._weights = weights
+            self._execute(commands.LoadWeights(weights))
         self._paused = False
 
     def make_room(self, blocks: SupportsIndex) -> int:

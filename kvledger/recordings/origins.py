@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from statemachine.events import BlocksCached, Event, RequestMatched, RequestReleased
 from statemachine.hashing import ALGORITHMS, block_hashes
+from statemachine.items import BlockItems
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
 
@@ -44,21 +45,24 @@ class Origins:
     def _everything(self, state: State) -> None:
         for node in state.nodes.values():
             assert node.parent is not None
-            self._hashed(state, node.words, node.parent)
+            self._hashed(state, node.words, node.parent, node.items)
         for request in state.requests.values():
-            self._hashed(state, request.words, request.leaf)
+            self._hashed(state, request.words, request.leaf, request.items)
 
     def add(self, event: Event, state: State) -> None:
         """An event of the present stretch, and the state after it."""
         if isinstance(event, RequestMatched):
-            leaf = state.requests[event.request].leaf
-            self._known[event.request] = leaf.end, self._hashed(state, event.words, leaf)
+            request = state.requests[event.request]
+            leaf = request.leaf
+            self._known[event.request] = leaf.end, self._hashed(state, event.words, leaf, request.items)
         elif isinstance(event, BlocksCached):
             request = state.requests[event.request]
             leaf = request.leaf
             if event.words:
-                assert leaf.parent is not None
-                self._hashed(state, leaf.words + request.words, leaf.parent)
+                if leaf.parent is None:  # known, and nothing of it is cached yet
+                    self._hashed(state, request.words, leaf, request.items)
+                else:
+                    self._hashed(state, leaf.words + request.words, leaf.parent, request.items)
             elif event.request in self._known:
                 start, hashes = self._known[event.request]
                 if start < leaf.end <= start + len(hashes):
@@ -66,10 +70,11 @@ class Origins:
         elif isinstance(event, RequestReleased):
             self._known.pop(event.request, None)
 
-    def _hashed(self, state: State, words: bytes, parent: Node) -> list[bytes]:
+    def _hashed(self, state: State, words: bytes, parent: Node, items: BlockItems) -> list[bytes]:
         if not words:
             return []
-        hashes = block_hashes(words, state.opened.block_size, parent=self._end(state, parent))
+        size = state.opened.block_size
+        hashes = block_hashes(words, size, parent=self._end(state, parent), items=items, first=parent.end)
         self._found += b"".join([hash[:_BYTES] for hash in hashes])
         return hashes
 
@@ -81,7 +86,8 @@ class Origins:
             node = node.parent
         hash = self._ends[node.id][1] if node.parent is not None else ALGORITHMS["sha256"](node.words)
         for run in reversed(below):
-            hash = block_hashes(run.words, state.opened.block_size, parent=hash)[-1]
+            size = state.opened.block_size
+            hash = block_hashes(run.words, size, parent=hash, items=run.items, first=run.start)[-1]
             self._ends[run.id] = run.end, hash
         return hash
 

@@ -26,11 +26,13 @@ from kvledger.recordings.proportion import in_proportion
 from statemachine.errors import InvariantViolation
 from statemachine.events import BlocksCached, DigestScope, DigestTaken, Event, LedgerOpened, Meaning, RequestMatched
 from statemachine.fields import FIELDS
+from statemachine.items import NO_ITEMS, BlockItems, all_records, by_block, each, packed
 from statemachine.records import codec
 from statemachine.records.codec import CodecError
 from statemachine.records.replay import event_of, step
 from statemachine.records.snapshot import SnapshotError, counters_digest, restore, snapshot, state_digest
 from statemachine.records.upcast import UnknownSchema, digests_comparable, upcaster
+from statemachine.state import tree
 from statemachine.state.nodes import NO_CHILDREN, Node
 from statemachine.state.state import State
 
@@ -80,6 +82,7 @@ class Pseudonyms:
     def __init__(self, key: bytes, block_bytes: int) -> None:
         self._key = key
         self._block_bytes = block_bytes
+        self.block_size = block_bytes // 4
         self._given: dict[tuple[bytes, bytes], bytes] = {}
         """Short blocks could collide below one parent: by chain and pseudonym, whose it is."""
 
@@ -98,13 +101,23 @@ class Pseudonyms:
         """Where the chain of a namespace's blocks begins."""
         return self._hash(b"root", namespace)
 
-    def follow(self, chain: bytes, words: bytes) -> tuple[bytes, bytes]:
-        """The chain after these blocks, and what is written instead of them."""
+    def items(self, items: BlockItems) -> BlockItems:
+        """For images and sounds: where they stand and how long they are stays."""
+        return {
+            block: b"".join(
+                packed(offset, length, hmac.digest(self._key, b"item" + digest, hashlib.sha256))
+                for offset, length, digest in each(records)
+            )
+            for block, records in items.items()
+        } or NO_ITEMS
+
+    def follow(self, chain: bytes, words: bytes, items: BlockItems = NO_ITEMS, first: int = 0) -> tuple[bytes, bytes]:
+        """The chain after these blocks, and what is written instead of them; ``first``: position of the first one."""
         out = []
         size = self._block_bytes
-        for start in range(0, len(words), size):
+        for position, start in enumerate(range(0, len(words), size), first):
             block = words[start : start + size]
-            below = self._hash(b"block", chain + block)
+            below = self._hash(b"block", chain + block + items.get(position, b""))
             out.append(self._block(chain, below, block))
             chain = below
         return chain, b"".join(out)
@@ -183,20 +196,25 @@ class Redactor:
                 changed[field.name] = names.name(value)
             elif field.meaning == Meaning.NAMESPACE:
                 changed[field.name] = names.namespace(value)
+            elif field.meaning == Meaning.ITEMS and value:
+                changed[field.name] = all_records(names.items(_items(value, names.block_size)))
             elif field.meaning == Meaning.CONTENT and value:
-                changed[field.name] = names.follow(self._before(names, event, state), value)[1]
+                chain, items, first = self._before(names, event, state)
+                changed[field.name] = names.follow(chain, value, items, first)[1]
         return event._replace(**changed) if changed else event
 
-    def _before(self, names: Pseudonyms, event: Event, state: State | None) -> bytes:
-        """The chain that the content words of an event follow."""
+    def _before(self, names: Pseudonyms, event: Event, state: State | None) -> tuple[bytes, BlockItems, int]:
+        """The chain that the content words of an event follow, the items in them, and the position of their block."""
         match event:
             case RequestMatched():
+                items, first = _items(event.items, names.block_size), event.device_blocks + event.host_blocks
                 if state is None or event.leaf not in state.nodes:
-                    return names.root(event.namespace)
+                    return names.root(event.namespace), items, first
                 leaf = state.nodes[event.leaf]
-                return self._chain(names, state, leaf, event.cut if event.upper else leaf.size)
+                return self._chain(names, state, leaf, event.cut if event.upper else leaf.size), items, first
             case BlocksCached():
-                return b"" if state is None else self._end_of(names, state, event.request)
+                chain, first = (b"", 0) if state is None else self._end_of(names, state, event.request)
+                return chain, _items(event.items, names.block_size), first
             case _:
                 raise TypeError(f"nobody says what the content words of {type(event).__name__} follow")
 
@@ -208,15 +226,25 @@ class Redactor:
         words = b"".join(node.words for node in path[:-1])
         if path:
             words += leaf.words[: cut * state.block_bytes]
-        return names.follow(names.root(root.words), words)[0]
+        return names.follow(names.root(root.words), words, tree.items_of(path))[0]
 
-    def _end_of(self, names: Pseudonyms, state: State, id: int) -> bytes:
-        """The chain after everything that is known of a request."""
+    def _end_of(self, names: Pseudonyms, state: State, id: int) -> tuple[bytes, int]:
+        """The chain after everything that is known of a request, and how many blocks that are."""
         request = state.requests.get(id)
         if request is None:
-            return b""
+            return b"", 0
+        end = request.leaf.end
         chain = self._chain(names, state, request.leaf, request.leaf.size)
-        return names.follow(chain, request.words)[0]
+        chain = names.follow(chain, request.words, request.items, end)[0]
+        return chain, end + len(request.words) // state.block_bytes
+
+
+def _items(records: bytes, block_size: int) -> BlockItems:
+    """The items of an event; of one that is damaged, none."""
+    try:
+        return by_block(records, block_size)
+    except ValueError:
+        return NO_ITEMS
 
 
 def _redact_state(state: State, names: Pseudonyms) -> None:
@@ -227,8 +255,10 @@ def _redact_state(state: State, names: Pseudonyms) -> None:
         path = state.path(leaf)
         root = path[0].parent if path else leaf
         assert root is not None
-        chain = names.follow(names.root(root.words), b"".join(node.words for node in path))[0]
-        request.words = names.follow(chain, request.words)[1]
+        content = b"".join(node.words for node in path)
+        chain = names.follow(names.root(root.words), content, request.items)[0]
+        request.words = names.follow(chain, request.words, request.items, leaf.end)[1]
+        request.items = names.items(request.items)
         request.namespace = names.namespace(request.namespace)
         request.key = names.name(request.key)
     state.keys = {request.key: request.id for request in state.requests.values()}
@@ -240,9 +270,10 @@ def _redact_state(state: State, names: Pseudonyms) -> None:
             node = stack.pop()
             children = list(node.children.values())
             for child in children:
-                ends[id(child)], child.words = names.follow(ends[id(node)], child.words)
+                ends[id(child)], child.words = names.follow(ends[id(node)], child.words, child.items, child.start)
+                child.items = names.items(child.items)
             if children:
-                node.children = {child.words[: state.block_bytes]: child for child in children}
+                node.children = {child.content(state.block_bytes): child for child in children}
             assert children or node.children is NO_CHILDREN or not node.children
             stack.extend(children)
     state.roots = {root.words: root for root in state.roots.values()}

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from statemachine.events import Direction, TransferStarted
@@ -30,7 +31,9 @@ class Live:
 class OneTier:
     """A cache without host tier. Every method is the naive form of the command of its name."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, uncut: Callable[[list[Any], int], int] = lambda content, blocks: blocks) -> None:
+        self.uncut = uncut
+        """How many of so many leading blocks of a content do not end where nothing may begin."""
         self.free = list(range(blocks - 1, -1, -1))
         self.block: dict[Path, int] = {}
         self.pins: dict[Path, int] = {}
@@ -83,7 +86,7 @@ class OneTier:
     def admit(self, key: str, namespace: bytes, content: list[Any], limit: int, blocks: int) -> Any:
         """``(hits, granted, evicted)``, or ``None`` where there is no room."""
         root = self.root(namespace)
-        hits = self.hit(root, content, limit)
+        hits = self.uncut(content, self.hit(root, content, limit))
         request = Live(root, content)
         own = {self.path(request, i) for i in range(hits)}
         evictable = sum(path not in own for path in [*self.final, *self.lru])
@@ -117,8 +120,10 @@ class OneTier:
         request = self.live[key]
         end = request.cached
         while end < min(limit, len(request.content)) and self.path(request, end) in self.block:
-            self.pin(self.path(request, end))
             end += 1
+        end = max(self.uncut(request.content, end), request.cached)
+        for i in range(request.cached, end):
+            self.pin(self.path(request, i))
         own = [request.table[i] for i in range(min(end, len(request.table))) if i >= request.cached or i in request.own]
         self.free += reversed(own)
         paths = [self.block[self.path(request, i)] for i in range(end)]

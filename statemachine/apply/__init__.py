@@ -39,6 +39,7 @@ from statemachine.events import (
     TierLost,
     TransferFinished,
     TransferStarted,
+    WeightsLoaded,
     WorkerJoined,
     WorkerLost,
 )
@@ -76,6 +77,7 @@ HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
     DigestTaken: ledger.digest_taken,
     RequestExtended: requests.request_extended,
     BlocksComputed: requests.blocks_computed,
+    WeightsLoaded: ledger.weights_loaded,
 }
 """Event → how it changes the state; what :func:`apply` looks up, for loops where a call counts."""
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from statemachine.apply.expect import expect_blocks, expect_cut, node_of, request_of, violated
+from statemachine.apply.expect import (
+    expect_blocks,
+    expect_cut,
+    expect_items,
+    items_with,
+    node_of,
+    request_of,
+    violated,
+)
 from statemachine.apply.tree import attach, count_use, detach, drop_copy, pin_below, put_copy, split, truncate
 from statemachine.events import BACKUP, EXCLUSIVE, SWAP_IN, BlocksCached, BlocksEvicted, CacheCleared, IntArray
+from statemachine.items import BlockItems, within
 from statemachine.state.nodes import Node, Request, from_end
 from statemachine.state.places import Place
 from statemachine.state.state import State
@@ -13,9 +22,10 @@ from statemachine.state.tree import content_of, part
 
 def blocks_cached(state: State, event: BlocksCached) -> None:
     """A request's computed blocks enter the tree."""
-    number, leaf_id, cut, upper, new, duplicates, taken, blocks, generated = event
+    number, leaf_id, cut, upper, new, duplicates, taken, blocks, records, generated = event
     request = request_of(state, event, number)
     block_bytes = state.block_bytes
+    items = items_with(event, request.items, records, state.opened.block_size)
     bottom = path = request.leaf
     path_end = path.start + path.size
     words = request.words + generated if generated else request.words
@@ -24,7 +34,7 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
     chain: list[Node] = []
     if leaf_id:
         bottom = node_of(state, event, leaf_id)
-        chain = _known_below(state, event, path, bottom, words)
+        chain = _known_below(state, event, path, bottom, words, items)
     elif known or upper:
         violated(event, "nothing is known below the request's own path, and that cannot be cut")
     fresh = total - known
@@ -33,10 +43,9 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
     if len(words) < total * block_bytes:
         violated(event, f"the words of {len(words) // block_bytes} blocks are known, {total} are cached")
     if new:
-        siblings = bottom.children
-        if upper:
-            siblings = {bottom.words[cut * block_bytes : (cut + 1) * block_bytes]: bottom}
-        if new != state.next_node + bool(upper) or words[known * block_bytes : (known + 1) * block_bytes] in siblings:
+        content = words[known * block_bytes : (known + 1) * block_bytes] + items.get(path_end + known, b"")
+        there = content == bottom.content(block_bytes, cut) if upper else content in bottom.children
+        if there or new != state.next_node + bool(upper):
             violated(event, f"run {new} cannot be made below run {bottom.id}")
     if request.waits and any(position < path_end + total for position in request.waits.values()):
         violated(event, f"request {request.key!r} still waits for {[*request.waits]}")
@@ -53,6 +62,7 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
     leaf = bottom
     if new:
         leaf = Node(new, bottom, path_end + known, part(words, known * block_bytes, total * block_bytes), fresh)
+        leaf.items = within(items, leaf.start, leaf.end)
         leaf.pins = 1
         put_copy(state.device, leaf, blocks[position:], True)
         leaf.ahead = leaf.end > request.computed
@@ -65,10 +75,13 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
         state.counters.duplicate_blocks += duplicates
     request.leaf = leaf
     request.words = words[total * block_bytes :]
+    request.items = items
     state.counters.cached_blocks += len(blocks)
 
 
-def _known_below(state: State, event: BlocksCached, path: Node, bottom: Node, words: bytes) -> list[Node]:
+def _known_below(
+    state: State, event: BlocksCached, path: Node, bottom: Node, words: bytes, items: BlockItems
+) -> list[Node]:
     """The runs from a request's path down to ``bottom``, which hold what the request is about to cache."""
     chain: list[Node] = []
     known = duplicates = 0
@@ -90,6 +103,9 @@ def _known_below(state: State, event: BlocksCached, path: Node, bottom: Node, wo
         violated(event, f"{known} blocks are known below the path, not {event.duplicates + event.taken}")
     if chain and not words.startswith(part(content_of(chain), 0, known * state.block_bytes)):
         violated(event, "the words of the request and of the runs differ")
+    for run in chain:
+        if items or run.items:
+            expect_items(event, run, items, min(run.end, path.end + known))
     if duplicates != event.duplicates:
         violated(event, f"{duplicates} blocks are valid on the device, not {event.duplicates}")
     return chain

@@ -7,6 +7,7 @@ from typing import NoReturn, TypeVar
 
 from statemachine.errors import InvariantViolation
 from statemachine.events import Event, IntArray
+from statemachine.items import BlockItems, agreement, extended
 from statemachine.state.nodes import Node, Request, from_end
 from statemachine.state.ownership import owner
 from statemachine.state.places import Place
@@ -51,6 +52,20 @@ def one_of(event: Event, members: tuple[Member, ...], number: int) -> Member:
     if not 0 <= number < len(members):
         violated(event, f"{number} is no {type(members[0]).__name__}")
     return members[number]
+
+
+def items_with(event: Event, items: BlockItems, records: bytes, block_size: int) -> BlockItems:
+    """Items, and those that an event names after them, by block."""
+    try:
+        return extended(items, records, block_size)
+    except ValueError as error:
+        violated(event, str(error))
+
+
+def expect_items(event: Event, run: Node, items: BlockItems, stop: int) -> None:
+    """In the blocks of a run, up to position ``stop``, begin the items of the request that goes through it."""
+    if agreement(run.items, items, run.start, stop) < stop:
+        violated(event, f"the images and sounds of the request and of run {run.id} differ")
 
 
 def expect_cut(state: State, event: Event, node: Node, cut: int, upper: int) -> None:

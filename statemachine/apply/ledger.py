@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statemachine.apply.expect import violated
 from statemachine.errors import InvariantViolation
-from statemachine.events import DigestTaken, EpochStarted, Event, LedgerOpened, WorkerJoined, WorkerLost
+from statemachine.events import DigestTaken, EpochStarted, Event, LedgerOpened, WeightsLoaded, WorkerJoined, WorkerLost
 from statemachine.state.state import State, impossible
 
 
@@ -45,6 +45,11 @@ def epoch_started(state: State, event: EpochStarted) -> None:
     if event.epoch <= state.epoch:
         violated(event, f"epoch {state.epoch} is not followed by {event.epoch}")
     state.epoch = event.epoch
+
+
+def weights_loaded(state: State, event: WeightsLoaded) -> None:
+    """The model has other weights; which namespaces that comes to is not the state's business."""
+    state.weights = event.weights
 
 
 def digest_taken(state: State, event: DigestTaken) -> None:

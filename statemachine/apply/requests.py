@@ -5,9 +5,18 @@ from __future__ import annotations
 import itertools
 
 from statemachine.apply.blocks import give_back
-from statemachine.apply.expect import expect_blocks, expect_cut, node_of, request_of, violated
+from statemachine.apply.expect import (
+    expect_blocks,
+    expect_cut,
+    expect_items,
+    items_with,
+    node_of,
+    request_of,
+    violated,
+)
 from statemachine.apply.tree import absorb, count_use, ids_of, pin, pin_below, root, split, unpin
 from statemachine.events import BlocksComputed, RequestExtended, RequestMatched, RequestReleased
+from statemachine.items import NO_ITEMS
 from statemachine.state.nodes import ALL, Node, Request
 from statemachine.state.state import State
 from statemachine.state.tree import content_of, loosened, part
@@ -15,13 +24,14 @@ from statemachine.state.tree import content_of, loosened, part
 
 def request_matched(state: State, event: RequestMatched) -> None:
     """A request begins and pins its path."""
-    number, leaf_id, cut, upper, device_blocks, host_blocks, key, namespace, words = event
+    number, leaf_id, cut, upper, device_blocks, host_blocks, key, namespace, records, words = event
     if number != state.next_request or key in state.keys:
         violated(event, f"request {number} ({key!r}) is not the next new one")
     namespace_root = state.roots.get(namespace)
     leaf = namespace_root
     nodes: list[Node] = []
     found = device_blocks + host_blocks
+    items = items_with(event, NO_ITEMS, records, state.opened.block_size)
     if leaf_id:
         node = leaf = node_of(state, event, leaf_id)
         if cut or upper:
@@ -32,6 +42,8 @@ def request_matched(state: State, event: RequestMatched) -> None:
         on_device = length
         while node.parent is not None:
             nodes.append(node)
+            if items or node.items:
+                expect_items(event, node, items, min(node.end, length))
             if node.copies[0] is None:
                 on_device -= cut if cut and node is leaf else node.size
                 if not node.matchable():
@@ -49,6 +61,7 @@ def request_matched(state: State, event: RequestMatched) -> None:
     elif upper:
         leaf = nodes[0] = split(state, leaf, cut, upper)
     request = Request(number, key, namespace, leaf, words)
+    request.items = items
     pin(state, leaf)
     if state.opened.backup_after > 1:
         count_use(state, nodes)
@@ -94,6 +107,9 @@ def request_extended(state: State, event: RequestExtended) -> None:
         violated(event, f"run {leaf.id} is {end - path.end} blocks below the path, not {event.device_blocks}")
     if chain and not request.words.startswith(part(content_of(chain), 0, length)):
         violated(event, "the words of the request and of the runs differ")
+    for run in chain:
+        if request.items or run.items:
+            expect_items(event, run, request.items, min(run.end, end))
     expected = request.own_copies(end)[::-1]
     expect_blocks(state, event, state.device, event.blocks, expected, f"a copy of request {request.key!r}")
 

@@ -10,10 +10,11 @@ from array import array
 from collections.abc import Iterable
 
 from statemachine.events import SWAP_IN, IntArray
+from statemachine.items import within
 from statemachine.state.nodes import NO_CHILDREN, Copy, Node, Part, Transfer
 from statemachine.state.places import Place
 from statemachine.state.state import State
-from statemachine.state.tree import content_of, root_of
+from statemachine.state.tree import content_of, items_of, root_of
 
 
 def put_copy(place: Place, node: Node, ids: IntArray, ready: bool) -> None:
@@ -117,7 +118,7 @@ def attach(state: State, node: Node) -> None:
     assert parent is not None
     if parent.children is NO_CHILDREN:
         parent.children = {}
-    parent.children[node.words[: state.block_bytes]] = node
+    parent.children[node.content(state.block_bytes)] = node
     state.nodes[node.id] = node
 
 
@@ -125,7 +126,7 @@ def detach(state: State, node: Node) -> None:
     """Delete a run that has no copy left and no children."""
     parent = node.parent
     assert parent is not None
-    del parent.children[node.words[: state.block_bytes]]
+    del parent.children[node.content(state.block_bytes)]
     if not parent.children:
         parent.children = NO_CHILDREN
         if parent.parent is None:
@@ -146,12 +147,14 @@ def split(state: State, node: Node, cut: int, upper_id: int) -> Node:
             copy.ids = copy.ids[cut:]
             if not node.pins:
                 place.order_of(node).insert_after(node, upper)
-    parent.children[upper.words[: state.block_bytes]] = upper
+    upper.items = within(node.items, upper.start, upper.end)
+    parent.children[upper.content(state.block_bytes)] = upper
     node.words = node.words[length:]
+    node.items = within(node.items, upper.end, node.end)
     node.start += cut
     node.size -= cut
     node.parent = upper
-    upper.children = {node.words[: state.block_bytes]: node}
+    upper.children = {node.content(state.block_bytes): node}
     state.nodes[upper_id] = upper
     state.next_node = upper_id + 1
     transfer = node.transfer
@@ -171,6 +174,7 @@ def absorb(state: State, node: Node, ancestors: list[Node]) -> None:
     assert above is not None
     chain.append(node)
     node.words = content_of(chain)
+    node.items = items_of(chain)
     for place, copy in zip(state.places, node.copies):
         if copy is not None:
             for ancestor in ancestors:
@@ -181,13 +185,14 @@ def absorb(state: State, node: Node, ancestors: list[Node]) -> None:
     node.start = top.start
     node.size = sum(run.size for run in chain)
     node.parent = above
-    above.children[node.words[: state.block_bytes]] = node
+    above.children[node.content(state.block_bytes)] = node
 
 
 def truncate(state: State, node: Node, count: int) -> None:
     """Cut off the last ``count`` blocks of a run that has one copy only, no children, and that nobody holds."""
     node.size -= count
     node.words = node.words[: node.size * state.block_bytes]
+    node.items = within(node.items, node.start, node.end)
     for place, copy in zip(state.places, node.copies):
         if copy is not None:
             copy.ids = copy.ids[: node.size]

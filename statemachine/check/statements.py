@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator
 
 from statemachine.events import SWAP_IN, WRITE_THROUGH
+from statemachine.items import each
 from statemachine.state.nodes import ALL, Node, Request, Transfer
 from statemachine.state.places import Place
 from statemachine.state.state import State
@@ -20,6 +21,7 @@ INVARIANTS: dict[str, str] = {
     "pin counts": "a run's pins are the requests and swap-ins whose path holds it",
     "residency": "above a copy there is one in the same place or in a nearer one",
     "links": "runs hang below their parents, and every run can be reached from a root",
+    "items": "images and sounds begin where their content stands, the same in a request and in its path",
     "orders": "the eviction orders hold exactly what nobody uses, descendants first",
     "in flight": "what arrives has a transfer, and that moves just this",
     "ahead": "what is cached before it is computed has a request that is about to compute it",
@@ -28,6 +30,8 @@ INVARIANTS: dict[str, str] = {
 }
 """Name → what it says. Every one is shown to fire in the tests."""
 
+_SIGN = 0x80
+"""Of the last byte of a word: it belongs to an item, not to a token."""
 Position = tuple[int, int]
 """Where a run stands in its place: in which order, and where there."""
 
@@ -59,13 +63,21 @@ def of_run(state: State, node: Node) -> Iterator[str]:
 
 
 def _linked(state: State, node: Node, parent: Node) -> Iterator[str]:
-    if state.nodes.get(node.id) is not node or parent.children.get(node.words[: state.block_bytes]) is not node:
+    content = node.words[: state.block_bytes] + node.items.get(node.start, b"")
+    if state.nodes.get(node.id) is not node or parent.children.get(content) is not node:
         yield f"links: {node!r} is not linked to its parent {parent!r}"
     if node.start != parent.end or (parent.parent is not None and state.nodes.get(parent.id) is not parent):
         yield f"links: {node!r} does not begin where {parent!r} ends"
     lengths = {len(copy.ids) for copy in node.copies if copy is not None}
     if node.size < 1 or len(node.words) != node.size * state.block_bytes or lengths - {node.size}:
         yield f"links: {node!r} has words and block ids of different lengths"
+    size = state.opened.block_size
+    for block, records in node.items.items():
+        for offset, _, _ in each(records):
+            if offset // size != block or not node.start <= block < node.end:
+                yield f"items: {node!r} has an item that begins at position {offset}, outside of it or of block {block}"
+            elif node.words[4 * (offset - node.start * size) + 3] < _SIGN:
+                yield f"items: an item begins at position {offset} of {node!r}, where a token stands"
 
 
 def of_root(root: Node) -> Iterator[str]:
@@ -180,6 +192,10 @@ def of_request(state: State, request: Request) -> Iterator[str]:
     path = state.path(request.leaf)
     if request.matched > end or not any(request.matched in (node.start, node.end) for node in [request.leaf, *path]):
         yield f"block tables: {request.matched} blocks are said to have matched {name!r}, no run ends there"
+    if request.items or any(node.items for node in path):
+        theirs = {block: records for node in path for block, records in node.items.items()}
+        if theirs != {block: records for block, records in request.items.items() if block < end}:
+            yield f"items: the path of {name!r} has other items than its prompt"
     if any(stop > end for _, stop in request.duplicates):
         yield f"block tables: {name!r} has duplicates outside its path"
     for node in path:

@@ -11,6 +11,7 @@ from statemachine.decide.hits import follow
 from statemachine.decide.lookup import request_named
 from statemachine.errors import Busy, InvalidCommand, RequestNotReady
 from statemachine.events import BlocksCached, BlocksComputed, CacheCleared, Event, EvictReason
+from statemachine.items import extended
 from statemachine.state.nodes import ALL, Node, Request
 from statemachine.state.state import State
 
@@ -23,7 +24,7 @@ def _cache(state: State, command: Cache) -> list[Event]:
     marked: list[Event] = []
     if command.computed is not None or request.computed != ALL:
         marked = _mark_computed(request, command)
-    if count <= 0 and not command.words:
+    if count <= 0 and not command.words and not command.items:
         return marked
     if command.blocks > len(request.table):
         raise InvalidCommand(
@@ -37,14 +38,17 @@ def _cache(state: State, command: Cache) -> list[Event]:
         )
     if any(position < command.blocks for position in request.waits.values()):
         raise RequestNotReady(f"request {command.key!r} still waits for transfers {[*request.waits]}: poll() first")
-    node, cut, known, duplicates = follow(request.leaf, memoryview(content), count, block_bytes)
+    items = extended(request.items, command.items, state.opened.block_size)
+    own_words = memoryview(content)[: max(count, 0) * block_bytes]
+    node, cut, known, duplicates = follow(request.leaf, own_words, items, block_bytes)
     next_node = state.next_node
     upper = next_node if cut else 0
     new = next_node + bool(cut) if known < count else 0
     own = request.table[start + duplicates : command.blocks]
     leaf = node.id if known else 0
     taken = known - duplicates
-    return [*marked, BlocksCached(request.id, leaf, cut, upper, new, duplicates, taken, own, command.words)]
+    records, words = command.items, command.words
+    return [*marked, BlocksCached(request.id, leaf, cut, upper, new, duplicates, taken, own, records, words)]
 
 
 def _mark_computed(request: Request, command: Cache) -> list[Event]:

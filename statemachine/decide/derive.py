@@ -26,6 +26,7 @@ from statemachine.commands import (
     Forget,
     GiveBack,
     JoinWorker,
+    LoadWeights,
     LoseTier,
     LoseWorker,
     MakeRoom,
@@ -66,12 +67,14 @@ from statemachine.events import (
     TierLost,
     TransferFinished,
     TransferStarted,
+    WeightsLoaded,
     WorkerJoined,
     WorkerLost,
 )
+from statemachine.items import all_records, within
 from statemachine.state.nodes import ALL, Node
 from statemachine.state.state import State
-from statemachine.state.tree import content_of, root_of
+from statemachine.state.tree import content_of, items_of, root_of
 
 
 class NoCommand(ValueError):
@@ -129,6 +132,18 @@ def redecide(
         return command, [], f"{type(error).__name__}: {error}"
 
 
+def path_items(leaf: Node | None, cut: int) -> bytes:
+    """The items that begin in a path; of its last run only in the first ``cut`` blocks, if that is not 0."""
+    if leaf is None:
+        return b""
+    runs = []
+    node = leaf
+    while node.parent is not None:
+        runs.append(node)
+        node = node.parent
+    return all_records(within(items_of(runs), 0, leaf.start + cut if cut else leaf.end))
+
+
 def path_words(leaf: Node | None, cut: int, block_bytes: int) -> bytes:
     """The content of a path from its root; of its last run only the first ``cut`` blocks, if that is not 0."""
     runs: list[Node] = []
@@ -151,8 +166,8 @@ def _matched(state: State, event: RequestMatched, events: Sequence[Event]) -> Co
     granted = events[-1]
     if isinstance(granted, BlocksAllocated):
         blocks = found + len(granted.blocks)
-        return Admit(event.key, memoryview(words), event.namespace, found, blocks)
-    return Match(event.key, memoryview(words), event.namespace, found)
+        return Admit(event.key, memoryview(words), event.namespace, found, blocks, event.items)
+    return Match(event.key, memoryview(words), event.namespace, found, event.items)
 
 
 def _refused(state: State, event: AllocationRefused, events: Sequence[Event]) -> Command:
@@ -175,7 +190,7 @@ def _refused(state: State, event: AllocationRefused, events: Sequence[Event]) ->
     blocks = event.wanted + device
     # Whether too little was there or too little would have stayed: what was not available to it had to stay.
     watermark = max(available - min(event.available, event.wanted - 1), 0) if state.requests else 0
-    return Admit(event.key, memoryview(words), namespace, limit, blocks, watermark=watermark)
+    return Admit(event.key, memoryview(words), namespace, limit, blocks, path_items(leaf, event.cut), watermark)
 
 
 def _allocated(state: State, event: BlocksAllocated, events: Sequence[Event]) -> Command:
@@ -187,7 +202,7 @@ def _cached(state: State, event: BlocksCached, events: Sequence[Event]) -> Comma
     first = events[0]
     computed = first.blocks if isinstance(first, BlocksComputed) else request.computed
     blocks = request.leaf.end + event.duplicates + len(event.blocks)
-    return Cache(request.key, blocks, event.words, None if computed == ALL else computed)
+    return Cache(request.key, blocks, event.words, None if computed == ALL else computed, event.items)
 
 
 def _computed(state: State, event: BlocksComputed, events: Sequence[Event]) -> Command:
@@ -264,6 +279,7 @@ DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     TransferFinished: lambda _, event, __: FinishTransfer(event.transfer, Outcome(event.outcome), event.valid),
     QuarantineEnded: lambda _, event, __: EndQuarantine(event.transfer),
     CacheCleared: lambda _, event, __: Clear(True),
+    WeightsLoaded: lambda _, event, __: LoadWeights(event.weights),
     PoolResized: lambda _, event, __: Resize(Tier(event.tier), event.blocks),
     TierLost: lambda _, event, __: LoseTier(Tier(event.tier), event.reason, event.pools),
     WorkerJoined: lambda _, event, __: JoinWorker(event.rank, event.incarnation, event.pid),

@@ -9,9 +9,10 @@ from statemachine.decide.eviction import Supply
 from statemachine.decide.lookup import find_path
 from statemachine.errors import DuplicateRequest, InvalidCommand
 from statemachine.events import SWAP_IN, Event, IntArray, RequestMatched, TransferStarted
+from statemachine.items import BlockItems
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
-from statemachine.state.tree import Path, common_blocks, find
+from statemachine.state.tree import Path, find, step
 
 
 def path_of(state: State, command: Match | Admit) -> Path:
@@ -20,8 +21,8 @@ def path_of(state: State, command: Match | Admit) -> Path:
         raise InvalidCommand(f"the name of a request is a text, not {type(command.key).__name__}")
     if command.key in state.keys:
         raise DuplicateRequest(f"request {command.key!r} is live already: release it first, or choose another name")
-    if command.whole:
-        return find_path(state, command.words, command.namespace, command.limit, command.whole)
+    if command.items:
+        return find_path(state, command.words, command.namespace, command.limit, command.items)
     return find(state, state.roots.get(command.namespace), command.words, command.limit)
 
 
@@ -48,7 +49,7 @@ def matched(state: State, command: Match | Admit, path: Path) -> RequestMatched:
     upper = state.next_node if cut else 0
     block_bytes = state.block_bytes
     rest = words[(device + host) * block_bytes : len(words) // block_bytes * block_bytes].tobytes()
-    return RequestMatched(state.next_request, leaf, cut, upper, device, host, key, namespace, rest)
+    return RequestMatched(state.next_request, leaf, cut, upper, device, host, key, namespace, command.items, rest)
 
 
 def swapped_in(state: State, path: Path, supply: Supply, events: list[Event]) -> TransferStarted:
@@ -74,19 +75,22 @@ def swapped_in(state: State, path: Path, supply: Supply, events: list[Event]) ->
     return TransferStarted(transfer, SWAP_IN, state.next_request, 0, nodes, counts, after, held, sources, targets)
 
 
-def follow(node: Node, words: memoryview, count: int, block_bytes: int) -> tuple[Node, int, int, int]:
-    """What is known below ``node``: (deepest run, its cut, known blocks, those valid on the device)."""
-    offset = cut = 0
-    duplicates = 0
-    stop = count * block_bytes
-    while offset < stop and not cut:
-        child = node.children.get(bytes(words[offset : offset + block_bytes]))
-        if child is None:
+def follow(
+    node: Node, words: memoryview, items: BlockItems, block_bytes: int, *, valid: bool = False
+) -> tuple[Node, int, int, int]:
+    """What is known of ``words`` below ``node``: (deepest run, its cut, known blocks, those valid on the device).
+
+    Args:
+        valid: go only through runs that are valid on the device.
+    """
+    offset = cut = duplicates = 0
+    while offset < len(words) and not cut:
+        found = step(node, words, offset, items, block_bytes)
+        if found is None or (valid and not found[0].valid()):
             break
-        common = common_blocks(child.words, words[:stop], offset, block_bytes)
-        cut = common if common < child.size else 0
+        node, common = found
+        cut = common if common < node.size else 0
         offset += common * block_bytes
-        if child.valid():
+        if node.valid():
             duplicates += common
-        node = child
     return node, cut, offset // block_bytes, duplicates

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from statemachine.apply import apply
-from statemachine.commands import JoinWorker, LoseWorker, StartEpoch, TakeDigest
+from statemachine.commands import JoinWorker, LoadWeights, LoseWorker, StartEpoch, TakeDigest
 from statemachine.decide.eviction import evicted_everywhere
 from statemachine.errors import InvalidCommand
 from statemachine.events import (
@@ -29,6 +29,7 @@ from statemachine.events import (
     ReleaseReason,
     RequestReleased,
     TransferFinished,
+    WeightsLoaded,
     WorkerJoined,
     WorkerLost,
 )
@@ -98,6 +99,10 @@ def _lose_worker(state: State, command: LoseWorker) -> list[Event]:
     return [WorkerLost(command.rank, state.workers[command.rank], command.reason)]
 
 
+def _load_weights(state: State, command: LoadWeights) -> list[Event]:
+    return [WeightsLoaded(command.weights)] if command.weights != state.weights else []
+
+
 def _take_digest(state: State, command: TakeDigest) -> list[Event]:
     digest = state_digest(state) if command.whole else counters_digest(state)
     scope = DigestScope.STATE if command.whole else DigestScope.COUNTERS
@@ -107,6 +112,7 @@ def _take_digest(state: State, command: TakeDigest) -> list[Event]:
 LEDGER: dict[type[Any], Callable[[State, Any], list[Event]]] = {
     JoinWorker: _join_worker,
     LoseWorker: _lose_worker,
+    LoadWeights: _load_weights,
     StartEpoch: start_epoch,
     TakeDigest: _take_digest,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from statemachine.errors import InvalidCommand, RequestNotReady, UnknownRequest, UnknownTransfer
+from statemachine.items import by_block, uncut
 from statemachine.state.nodes import Request, Transfer
 from statemachine.state.state import State
 from statemachine.state.tree import Path, find
@@ -37,26 +38,21 @@ def transfer_numbered(state: State, id: int) -> Transfer:
     return transfer
 
 
-def find_path(
-    state: State, words: memoryview, namespace: bytes, limit: int, whole: tuple[tuple[int, int], ...]
-) -> Path:
+def find_path(state: State, words: memoryview, namespace: bytes, limit: int, records: bytes) -> Path:
     """The path that is known, cut back to before an item in which it would end and must not."""
     root = state.roots.get(namespace)
-    path = find(state, root, words, limit)
-    if whole:
-        size = state.opened.block_size
-        found = blocks = path.device + path.host
-        for start, stop in sorted(whole, reverse=True):
-            if start < blocks * size < stop:
-                blocks = start // size
-        if blocks < found:
-            path = find(state, root, words, blocks)
+    size = state.opened.block_size
+    items = by_block(records, size)
+    path = find(state, root, words, limit, items)
+    if items and not state.opened.chunked_multimodal:
+        found = path.device + path.host
+        whole = uncut(items, found, size)
+        if whole < found:
+            path = find(state, root, words, whole, items)
     return path
 
 
-def peek(
-    state: State, words: memoryview, namespace: bytes, limit: int, whole: tuple[tuple[int, int], ...] = ()
-) -> tuple[int, int]:
+def peek(state: State, words: memoryview, namespace: bytes, limit: int, items: bytes = b"") -> tuple[int, int]:
     """How many leading blocks a match would find now: (with a place on the device, after those on the host)."""
-    path = find_path(state, words, namespace, limit, whole)
+    path = find_path(state, words, namespace, limit, items)
     return path.device, path.host

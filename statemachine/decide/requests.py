@@ -11,7 +11,7 @@ from typing import Any, Final
 from statemachine.commands import Admit, Allocate, Extend, GiveBack, Match, Reassign, Release, Trim
 from statemachine.decide.capacity import available_blocks, can_allocate, out_of_blocks
 from statemachine.decide.eviction import Supply, device_supply
-from statemachine.decide.hits import kept_by, matched, path_of, swapped_in
+from statemachine.decide.hits import follow, kept_by, matched, path_of, swapped_in
 from statemachine.decide.lookup import find_path, ready_request, request_named
 from statemachine.errors import InvalidCommand, OutOfBlocks, RequestNotReady, UnknownRequest
 from statemachine.events import (
@@ -24,9 +24,10 @@ from statemachine.events import (
     RequestExtended,
     RequestReleased,
 )
-from statemachine.state.nodes import Node
+from statemachine.items import uncut
+from statemachine.state.nodes import Node, Request
 from statemachine.state.state import State
-from statemachine.state.tree import common_blocks, loosened
+from statemachine.state.tree import loosened
 
 _NONE: IntArray = array("Q")
 _NO_COUNTS: IntArray = array("I")
@@ -80,7 +81,7 @@ def _match(state: State, command: Match) -> list[Event]:
             return events
         # The device has no room for all of the host part now: match only what fits.
         shorter = path.device + (host if host < path.host else 0)
-        path = find_path(state, command.words, command.namespace, max(shorter, 0), command.whole)
+        path = find_path(state, command.words, command.namespace, max(shorter, 0), command.items)
 
 
 def _granted(requests: IntArray, counts: IntArray, supply: Supply, total: int) -> BlocksAllocated:
@@ -127,26 +128,25 @@ def _batch_refused(state: State, command: Allocate, requests: IntArray, total: i
 
 def _extend(state: State, command: Extend) -> list[Event]:
     request = ready_request(state, command.key)
-    words = memoryview(request.words)
-    block_bytes = state.block_bytes
-    stop = min(len(words), max(command.limit - request.leaf.end, 0) * block_bytes)
-    node = request.leaf
-    offset = cut = 0
-    while offset < stop and not cut:
-        child = node.children.get(bytes(words[offset : offset + block_bytes]))
-        if child is None or not child.valid():
-            break
-        common = common_blocks(child.words, words[:stop], offset, block_bytes)
-        cut = common if common < child.size else 0
-        offset += common * block_bytes
-        node = child
-    if not offset and not request.duplicates:
+    end = request.leaf.end
+    node, cut, found = _further(state, request, command.limit)
+    if request.items and not state.opened.chunked_multimodal:
+        whole = uncut(request.items, end + found, state.opened.block_size)
+        if whole < end + found:
+            node, cut, found = _further(state, request, whole)
+    if not found and not request.duplicates:
         return []
-    found = offset // block_bytes
     upper = state.next_node if cut else 0
-    leaf = node.id if offset else 0
-    own = request.own_copies(request.leaf.end + found)[::-1]
+    leaf = node.id if found else 0
+    own = request.own_copies(end + found)[::-1]
     return [RequestExtended(request.id, leaf, cut, upper, found, own)]
+
+
+def _further(state: State, request: Request, limit: int) -> tuple[Node, int, int]:
+    """What is valid on the device below a request's path, to ``limit`` blocks: (deepest run, its cut, blocks)."""
+    words = memoryview(request.words)[: max(limit - request.leaf.end, 0) * state.block_bytes]
+    node, cut, found, _ = follow(request.leaf, words, request.items, state.block_bytes, valid=True)
+    return node, cut, found
 
 
 def _trim(state: State, command: Trim) -> list[Event]:

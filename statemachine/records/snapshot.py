@@ -14,12 +14,13 @@ import xxhash
 
 from statemachine.check import check
 from statemachine.events import KIND_OF, Direction, HostPolicy, IntArray, LedgerOpened
+from statemachine.items import all_records, by_block
 from statemachine.records import codec
 from statemachine.state.nodes import NO_CHILDREN, Copy, Node, Part, Request, Transfer
 from statemachine.state.order import EvictionOrder
 from statemachine.state.state import COUNTERS, State, impossible
 
-MAGIC = b"kvlstate3"
+MAGIC = b"kvlstate4"
 """Names the encoding: a change of it changes every digest, and takes the next number."""
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -125,6 +126,7 @@ class _Writer:
         blob(payload)
         put(_SCALARS.pack(*_scalars(state)))
         blob(state.pools.encode())
+        blob(state.weights.encode())
         for rank, incarnation in sorted(state.workers.items()):
             put(struct.pack("<II", rank, incarnation))
         totals = state.counters.as_dict()
@@ -160,6 +162,7 @@ class _Writer:
                 )
             )
             blob(node.words)
+            blob(all_records(node.items))
             for copy in node.copies:
                 if copy is not None:
                     put(copy.ids.tobytes())
@@ -177,6 +180,7 @@ class _Writer:
             blob(request.key.encode())
             blob(request.namespace)
             blob(request.words)
+            blob(all_records(request.items))
             blob(request.table.tobytes())
             for ranges in (request.duplicates, request.joined):
                 blob(array("I", [bound for pair in ranges for bound in pair]).tobytes())
@@ -275,6 +279,7 @@ class _Reader:
         device.limit = device.pool.capacity
         state.policy = HostPolicy(policy)
         state.pools = self._blob().decode()
+        state.weights = self._blob().decode()
         # Every block of a pool stands somewhere in the encoding, so nobody can claim pools larger than it.
         if 4 * max(device.pool.capacity, host.pool.capacity) > len(self._data):
             raise ValueError("there are fewer block ids than blocks")
@@ -320,6 +325,7 @@ class _Reader:
         for _ in range(self._u32()):
             number, parent, root, start, size, pins, device, host, transfer, hits = _NODE.unpack(self._take(_NODE.size))
             node = Node(number, None, start, self._blob(), size)
+            node.items = by_block(self._blob(), state.opened.block_size)
             node.pins, node.hits = pins, hits
             node.ahead = device == _AHEAD
             for place, copy in enumerate((device, host)):
@@ -335,7 +341,7 @@ class _Reader:
                 raise ValueError(f"run {node.id} does not begin where its parent ends")
             if above.children is NO_CHILDREN:
                 above.children = {}
-            above.children[node.words[: state.block_bytes]] = node
+            above.children[node.content(state.block_bytes)] = node
 
     def _order(self, state: State, order: EvictionOrder) -> None:
         for number in self._array("Q"):
@@ -347,6 +353,7 @@ class _Reader:
             key = self._blob().decode()
             node = state.nodes[leaf] if leaf else roots[root]
             request = Request(number, key, self._blob(), node, self._blob())
+            request.items = by_block(self._blob(), state.opened.block_size)
             request.matched = matched
             request.table = self._array("i")
             request.duplicates = list(_pairs(self._array("I")))

@@ -13,7 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from statemachine.events import U8, U32, U64, AllocationRefused, Event, LedgerOpened, Text, TierLost
+from statemachine.events import (
+    U8,
+    U32,
+    U64,
+    AllocationRefused,
+    Blocks,
+    BlocksCached,
+    Event,
+    LedgerOpened,
+    RequestMatched,
+    Text,
+    TierLost,
+    Words,
+)
 from statemachine.records import codec
 from statemachine.records.snapshot import MAGIC
 
@@ -74,6 +87,60 @@ def _opened_2(old: _LedgerOpened2) -> LedgerOpened:
     return LedgerOpened(*old, backup_after=1)
 
 
+class _LedgerOpened3(NamedTuple):
+    """Until a restart remembered the weights in force, and whether the model can begin inside an item."""
+
+    block_size: U32
+    device_blocks: U32
+    host_blocks: U32
+    host_staging_blocks: U32
+    host_policy: U8
+    ranks: U32
+    layout: Text
+    pools: Text
+    backup_after: U32
+
+
+class _RequestMatched3(NamedTuple):
+    """Until items counted in full: they were told apart by their words alone."""
+
+    request: U64
+    leaf: U64
+    cut: U32
+    upper: U64
+    device_blocks: U32
+    host_blocks: U32
+    key: Text
+    namespace: Words
+    words: Words
+
+
+class _BlocksCached3(NamedTuple):
+    """Likewise."""
+
+    request: U64
+    leaf: U64
+    cut: U32
+    upper: U64
+    node: U64
+    duplicates: U32
+    taken: U32
+    blocks: Blocks
+    words: Words
+
+
+def _opened_3(old: _LedgerOpened3) -> LedgerOpened:
+    return LedgerOpened(*old)
+
+
+def _matched_3(old: _RequestMatched3) -> RequestMatched:
+    return RequestMatched(*old[:-1], b"", old.words)
+
+
+def _cached_3(old: _BlocksCached3) -> BlocksCached:
+    return BlocksCached(*old[:-1], b"", old.words)
+
+
 class Earlier(NamedTuple):
     """An earlier event table."""
 
@@ -83,12 +150,14 @@ class Earlier(NamedTuple):
     """What a digest of the state was made of then (:data:`statemachine.records.snapshot.MAGIC`)."""
 
 
-_OPENED = _changed(1, _LedgerOpened2, _opened_2)
+_WITHOUT_ITEMS = _changed(2, _RequestMatched3, _matched_3) | _changed(5, _BlocksCached3, _cached_3)
+_OPENED = _changed(1, _LedgerOpened2, _opened_2) | _WITHOUT_ITEMS
 EARLIER: dict[int, Earlier] = {
     0xC788335C0420067F: Earlier(
         _OPENED | _changed(4, _AllocationRefused1, _refused_1) | _changed(15, _TierLost1, _lost_1), b"kvlstate1"
     ),
     0x1B740F085A93AF3E: Earlier(_OPENED, b"kvlstate2"),
+    0x6F1B228257DA6E57: Earlier(_WITHOUT_ITEMS | _changed(1, _LedgerOpened3, _opened_3), b"kvlstate3"),
 }
 """By hash of the table."""
 

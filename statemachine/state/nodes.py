@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 
 from statemachine.events import SWAP_IN, Direction, IntArray, Tier
+from statemachine.items import NO_ITEMS, BlockItems
 
 ALL: Final = 2**32 - 1
 """More blocks than any request has."""
@@ -35,7 +36,20 @@ class Copy:
 class Node:
     """A run: consecutive cached blocks with one parent, one pin count and one residency."""
 
-    __slots__ = ("ahead", "children", "copies", "hits", "id", "parent", "pins", "size", "start", "transfer", "words")
+    __slots__ = (
+        "ahead",
+        "children",
+        "copies",
+        "hits",
+        "id",
+        "items",
+        "parent",
+        "pins",
+        "size",
+        "start",
+        "transfer",
+        "words",
+    )
 
     def __init__(self, id: int, parent: Node | None, start: int, words: bytes, size: int) -> None:
         self.id = id
@@ -45,8 +59,10 @@ class Node:
         self.size = size
         """Number of blocks."""
         self.words = words
+        self.items: BlockItems = NO_ITEMS
+        """What else belongs to the content: the images and sounds that begin in these blocks."""
         self.children: dict[bytes, Node] = NO_CHILDREN
-        """By the content words of the child's first block."""
+        """By the content of the child's first block (:meth:`content`)."""
         self.pins = 0
         self.copies: list[Copy | None] = [None, None]
         """By the number of the place (:attr:`Place.number`), the nearest first (``[None] * PLACES`` takes longer)."""
@@ -60,6 +76,11 @@ class Node:
     def end(self) -> int:
         """Number of blocks of the path that ends with this run."""
         return self.start + self.size
+
+    def content(self, block_bytes: int, offset: int = 0) -> bytes:
+        """Words of the block at ``offset`` and the items that begin there. The first one's tells siblings apart."""
+        words = self.words[offset * block_bytes : (offset + 1) * block_bytes]
+        return words + self.items.get(self.start + offset, b"") if self.items else words
 
     @property
     def device(self) -> Copy | None:
@@ -147,6 +168,7 @@ class Request:
         "computed",
         "duplicates",
         "id",
+        "items",
         "joined",
         "key",
         "leaf",
@@ -166,6 +188,8 @@ class Request:
         """Leading blocks of the path that were cached when it began; those after them it cached itself."""
         self.words = words
         """Content of the full blocks after the path."""
+        self.items: BlockItems = NO_ITEMS
+        """The images and sounds of all its content, also of what is no full block yet."""
         self.table: IntArray = array("i")
         """Device block ids in token order."""
         self.duplicates: list[tuple[int, int]] = []

@@ -19,6 +19,8 @@ def impossible(opened: LedgerOpened) -> str:
     """What is wrong with sizes and policies that no ledger can have; empty if nothing is."""
     if not 0 < opened.block_size <= MOST_BLOCKS or opened.host_policy > HostPolicy.WRITE_THROUGH:
         return "the block size or the host policy is impossible"
+    if opened.chunked_multimodal > 1:
+        return "whether the model can begin inside an item is 0 or 1"
     if max(opened.device_blocks, opened.host_blocks + opened.host_staging_blocks) > MOST_BLOCKS:
         return f"a pool has {MOST_BLOCKS} blocks at most"
     return ""
@@ -47,6 +49,7 @@ class State:
         "retired",
         "roots",
         "transfers",
+        "weights",
         "workers",
     )
 
@@ -56,6 +59,8 @@ class State:
         """What happens on the host tier; ``OFF`` once that tier was lost for good."""
         self.pools = opened.pools
         """Random ids of the pools."""
+        self.weights = opened.weights
+        """Version of the model's weights in force."""
         self.block_bytes = 4 * opened.block_size
         self.device = Place(0, Tier.DEVICE, 0, opened.device_blocks, 0, orders=2)
         self.host = Place(1, Tier.HOST, 0, opened.host_blocks, opened.host_staging_blocks, orders=1)

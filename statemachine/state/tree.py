@@ -9,6 +9,7 @@ Whoever only reads needs this module; what changes the tree is in :mod:`statemac
 
 from __future__ import annotations
 
+from statemachine.items import NO_ITEMS, BlockItems, agreement
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
 
@@ -48,20 +49,23 @@ def common_blocks(run: bytes, words: memoryview, offset: int, block_bytes: int) 
     return low
 
 
-def find(state: State, start: Node | None, words: memoryview, limit: int) -> Path:
-    """Follow ``words`` from ``start`` for at most ``limit`` blocks.
+def find(state: State, root: Node | None, words: memoryview, limit: int, items: BlockItems = NO_ITEMS) -> Path:
+    """Follow ``words``, and the ``items`` in them, from ``root`` for at most ``limit`` blocks.
 
     One dictionary lookup and one comparison per run; the tree holds content, so there is nothing to collide.
     """
     block_bytes = state.block_bytes
     stop = min(limit * block_bytes, len(words) // block_bytes * block_bytes)
     words = words[:stop]
-    node = start
+    node = root
     offset = device = cut = 0
     on_device = True
     blocked = False
     while node is not None and offset < stop and not cut:
-        child = node.children.get(words[offset : offset + block_bytes].tobytes())
+        content = words[offset : offset + block_bytes].tobytes()
+        if items:
+            content += items.get(offset // block_bytes, b"")
+        child = node.children.get(content)
         if child is None:
             break
         if child.copies[0] is None:
@@ -73,6 +77,8 @@ def find(state: State, start: Node | None, words: memoryview, limit: int) -> Pat
                 on_device = False
         node = child
         common = common_blocks(child.words, words, offset, block_bytes)
+        if items:
+            common = agreement(child.items, items, node.start, node.start + common) - node.start
         cut = common if common < child.size else 0
         offset += common * block_bytes
     found = offset // block_bytes
@@ -81,9 +87,28 @@ def find(state: State, start: Node | None, words: memoryview, limit: int) -> Pat
     return Path(node, cut, device, found - device, blocked)
 
 
+def step(node: Node, words: memoryview, offset: int, items: BlockItems, block_bytes: int) -> tuple[Node, int] | None:
+    """The child of ``node`` in which ``words`` go on from ``offset``, and how many of its blocks they share."""
+    content = words[offset : offset + block_bytes].tobytes()
+    if items:
+        content += items.get(node.end, b"")
+    child = node.children.get(content)
+    if child is None:
+        return None
+    common = common_blocks(child.words, words, offset, block_bytes)
+    if items:
+        common = agreement(child.items, items, child.start, child.start + common) - child.start
+    return child, common
+
+
 def content_of(nodes: list[Node]) -> bytes:
     """The words of consecutive runs."""
     return nodes[0].words if len(nodes) == 1 else b"".join([node.words for node in nodes])
+
+
+def items_of(nodes: list[Node]) -> BlockItems:
+    """The items that begin in consecutive runs."""
+    return {block: records for node in nodes for block, records in node.items.items()} or NO_ITEMS
 
 
 def part(words: bytes, start: int, stop: int) -> bytes:

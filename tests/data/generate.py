@@ -18,8 +18,10 @@ from pathlib import Path
 from examples.garbled.engine import Engine
 from kvledger.debugger import open_source
 from statemachine import commands
+from statemachine.content import Item, words_of
 from statemachine.errors import CommandRejected
 from statemachine.events import Direction, HostPolicy, Outcome, ReleaseReason, Tier
+from statemachine.items import item_records
 from statemachine.records.codec import SCHEMA_HASH
 from statemachine.records.snapshot import MAGIC, state_digest
 
@@ -41,6 +43,7 @@ def drive(engine: Engine, rng: random.Random) -> None:
         _try(engine, commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets)))
     for key in list(engine.state.keys):
         _try(engine, commands.Release(key, ReleaseReason.ABORTED, False))
+    _try(engine, commands.LoadWeights("step-1200"))
     _try(engine, commands.LoseWorker(0, "killed"))
     _try(engine, commands.LoseTier(Tier.HOST, "not the same memory", "new"))
     _try(engine, commands.Admit("last", memoryview(bytes(range(16))), b"", 99, 4))
@@ -79,12 +82,16 @@ def _command(engine: Engine, rng: random.Random, number: int) -> commands.Comman
     keys = list(state.keys)
     if kind < 8 or not keys:
         prompt = [token for _ in range(rng.randrange(1, 7)) for token in rng.choice(([1, 2, 3, 4], [5, 6, 7, 8]))]
-        words = memoryview(array("i", prompt)).cast("B")
-        whole, watermark = ((4, 12),) * rng.randrange(2), rng.choice((0, 0, 3))
+        items = [Item(rng.choice((b"image", b"other")), 5, rng.choice((1, 7)))] * rng.randrange(1 + (len(prompt) >= 12))
+        words, watermark = words_of(prompt, items=items), rng.choice((0, 0, 3))
         namespace, blocks = rng.choice((b"", b"", b"salt")), len(prompt) // 4 + 1
-        return commands.Admit(f"r{number}", words, namespace, 99, blocks, whole, watermark)
+        return commands.Admit(f"r{number}", words, namespace, 99, blocks, item_records(items), watermark)
     key = rng.choice(keys)
     request = state.requests[state.keys[key]]
+    if kind < 9:
+        content, at = [3, 4, 5, 6], 4 * (request.leaf.end + len(request.words) // 4 // 4)
+        words = words_of(content, items=[Item(b"generated", 2, 1)]).tobytes()
+        return commands.Cache(key, request.leaf.end, words, None, item_records([Item(b"generated", at + 2, 1)]))
     if kind < 12:
         blocks = min(len(request.table), request.leaf.end + len(request.words) // state.block_bytes)
         return commands.Cache(key, blocks, b"", max(blocks - 1, 0) if rng.random() < 0.3 else None)
@@ -126,7 +133,7 @@ def main() -> None:
     for policy in HostPolicy:
         path = folder / f"{policy.name.lower()}.kvlog"
         host = (0, 0) if policy == HostPolicy.OFF else (10, 5)
-        engine = Engine(path, 14, *host, policy, backup_after=2)
+        engine = Engine(path, 14, *host, policy, backup_after=2, chunked_multimodal=policy == HostPolicy.OFF)
         drive(engine, random.Random(policy))
         engine.close()
         path.chmod(0o644)

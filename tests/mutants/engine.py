@@ -253,8 +253,8 @@ MUTANTS: list[Mutant] = [
     mutant(
         "what was taken back stays known",
         "kvledger/manager/tokens.py",
-        "        told.tail = tail[: len(tail) - 4 * count]\n",
-        "        told.tail = tail\n",
+        "        told.tail, told.items = tail[: len(tail) - 4 * count], kept\n",
+        "        told.tail, told.items = tail, kept\n",
         "tests/manager/test_tokens.py::test_what_is_taken_back_never_matches",
         "tests/manager/test_tokens.py::test_token_machine",
     ),
@@ -423,9 +423,16 @@ MUTANTS: list[Mutant] = [
         "tests/manager/test_engine_api.py::test_the_watermark_keeps_blocks_for_those_that_run",
     ),
     mutant(
+        "the weights that an engine has loaded when it opens a ledger are not asked",
+        "kvledger/manager/execution.py",
+        "        if self.config.weights not in (None, self._state.weights):\n",
+        "        if self.config.weights == self.name:\n",
+        "tests/manager/test_content_in_full.py::test_the_weights_in_force_outlive_their_engine",
+    ),
+    mutant(
         "blocks of old weights match",
         "kvledger/manager/manager.py",
-        "        return versioned(self._weights, namespace) if self._weights else namespace\n",
+        "        return versioned(self._state.weights, namespace)\n",
         "        return namespace\n",
         "tests/manager/test_engine_api.py::test_blocks_of_other_weights_never_match",
     ),

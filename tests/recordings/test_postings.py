@@ -119,7 +119,7 @@ def test_contents(sources: tuple[Source, Source]) -> None:
         if isinstance(entry.event, RequestMatched):
             request = state.requests[entry.event.request]
             words = path_words(request.leaf, 0, state.block_bytes) + request.words
-            for hash in block_hashes(words, state.opened.block_size, request.namespace):
+            for hash in block_hashes(words, state.opened.block_size, request.namespace, items=request.items):
                 hashes.setdefault(hash.hex(), entry.sequence)
     gone = 0
     for name in random.Random(0).sample(sorted(hashes), min(len(hashes), 12)):

@@ -101,7 +101,7 @@ def test_images_never_equal_tokens_and_tell_content_and_position() -> None:
 @pytest.mark.parametrize(
     "items",
     [
-        [Item(b"short", 0, 4)],
+        [Item(b"", 0, 4)],
         [Item(IMAGE, -1, 4)],
         [Item(IMAGE, 0, 0)],
         [Item(IMAGE, 8, 3)],

@@ -46,6 +46,7 @@ from statemachine.events import (
     Tier,
     TransferFinished,
     TransferStarted,
+    WeightsLoaded,
 )
 from statemachine.mentions import FINDERS
 from statemachine.records.snapshot import state_digest
@@ -71,7 +72,7 @@ def test_every_table_has_every_event() -> None:
         assert set(table) == EVERY
     assert set(DERIVERS) == EVERY - {LedgerOpened}, "nobody commands a ledger's first event"
     uncounted = {LedgerOpened, BlocksReassigned, BlocksTrimmed, QuarantineEnded, PoolResized, EpochStarted, DigestTaken}
-    assert set(OBSERVERS) == EVERY - uncounted - {BlocksComputed}
+    assert set(OBSERVERS) == EVERY - uncounted - {BlocksComputed, WeightsLoaded}
 
 
 def test_the_log_has_every_event(log: Source) -> None:

@@ -169,7 +169,7 @@ def shown(event: Event) -> str:
             value = list(struct.unpack(f"<{len(value) // 4}i", value))
         elif isinstance(value, IntArray):
             value = list(value)
-        if value not in ([], "", 0):
+        if value not in ([], "", 0, b""):
             fields.append(f"{name}={value}")
     return f"    {type(event).__name__} {' '.join(fields)}"
 

@@ -10,6 +10,7 @@ from statemachine import check
 from statemachine.apply import apply, genesis
 from statemachine.apply.tree import drop_copy, put_copy
 from statemachine.commands import Admit, Cache, Command, FinishTransfer, Release
+from statemachine.content import Item
 from statemachine.decide import decide
 from statemachine.errors import InvariantViolation
 from statemachine.events import (
@@ -25,6 +26,7 @@ from statemachine.events import (
     WorkerLost,
     blocks,
 )
+from statemachine.items import item_records
 from statemachine.records.snapshot import SnapshotError, restore, snapshot, state_digest
 from statemachine.state.state import State
 from tests.statemachine.test_machine import words
@@ -118,6 +120,15 @@ def misremember_the_match(state: State) -> None:
     next(request for request in state.requests.values() if request.key == "b").matched = 1
 
 
+def an_image_of_tokens(state: State) -> None:
+    request = next(request for request in state.requests.values() if request.leaf.id)
+    node = state.path(request.leaf)[0]
+    assert node.parent is not None
+    del node.parent.children[node.content(state.block_bytes)]
+    request.items = node.items = {node.start: item_records([Item(b"image", node.start, 1)])}
+    node.parent.children[node.content(state.block_bytes)] = node
+
+
 CORRUPTIONS: list[tuple[Callable[[State], None], str]] = [
     (lose_a_block, "conservation"),
     (free_twice, "conservation"),
@@ -127,6 +138,7 @@ CORRUPTIONS: list[tuple[Callable[[State], None], str]] = [
     (ancestor_first, "orders"),
     (miscount_residents, "in flight"),
     (forget_who_computes, "ahead"),
+    (an_image_of_tokens, "items"),
     (forget_a_waiter, "transfers end"),
     (permute_a_table, "block tables"),
     (misremember_the_match, "block tables"),

@@ -27,6 +27,7 @@ from statemachine.commands import (
     FinishTransfer,
     Forget,
     GiveBack,
+    LoadWeights,
     LoseTier,
     MakeRoom,
     Match,
@@ -36,6 +37,7 @@ from statemachine.commands import (
     StartEpoch,
     Trim,
 )
+from statemachine.content import Item
 from statemachine.decide import can_allocate, decide, victims_for
 from statemachine.decide.derive import commands_of, redecide
 from statemachine.decide.ledger import untrusted
@@ -54,12 +56,28 @@ from statemachine.events import (
     TransferFinished,
     TransferStarted,
 )
+from statemachine.items import item_records
 from statemachine.records import codec
 from statemachine.records.snapshot import restore, snapshot, state_digest
 from statemachine.state.nodes import ALL, Node, from_end
 from statemachine.state.state import State
 
-PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=7)
+ITEM = st.builds(
+    lambda name, length: [(name, length, i) for i in range(length)], st.sampled_from("ab"), st.integers(1, 3)
+)
+"""An image, by its positions: (name, length, position). All images have the same words: only their records tell."""
+SEGMENTS = st.one_of(*[st.integers(1, 2).map(lambda token: [token])] * 5, ITEM)
+
+
+def joined(segments: list[list[Any]], most: int) -> list[Any]:
+    """One content, of as many whole segments as fit."""
+    content: list[Any] = []
+    for segment in segments:
+        content += segment if len(content) + len(segment) <= most else []
+    return content or [1]
+
+
+PROMPTS = st.lists(SEGMENTS, min_size=1, max_size=7).map(lambda segments: joined(segments, 7))
 NAMESPACES = st.sampled_from([b"", b"", b"", b"salt"])
 KEYS = st.integers(0, 1 << 16)
 REQUESTS = st.lists(
@@ -74,9 +92,21 @@ REQUESTS = st.lists(
 )
 
 
-def words(content: list[int]) -> memoryview:
+def words(content: list[Any]) -> memoryview:
     """Blocks of one token each."""
-    return memoryview(struct.pack(f"<{len(content)}i", *content))
+    return memoryview(struct.pack(f"<{len(content)}i", *[token if isinstance(token, int) else -1 for token in content]))
+
+
+def records(content: list[Any], start: int = 0) -> bytes:
+    """The images in a content."""
+    images = [(i, token) for i, token in enumerate(content, start) if not isinstance(token, int)]
+    return item_records([Item(name.encode(), i, length) for i, (name, length, place) in images if not place])
+
+
+def uncut(content: list[Any], blocks: int) -> int:
+    """So many leading blocks that none ends inside an image."""
+    inside = blocks < len(content) and not isinstance(content[blocks], int) and content[blocks][2]
+    return blocks - inside if inside else blocks
 
 
 class Machine(RuleBasedStateMachine):
@@ -86,16 +116,18 @@ class Machine(RuleBasedStateMachine):
     snapshot: bytes
     oracle: OneTier | None = None
 
-    def open(self, device: int, host: int, staging: int, policy: HostPolicy, backup_after: int = 1) -> None:
+    def open(
+        self, device: int, host: int, staging: int, policy: HostPolicy, chunked: bool, backup_after: int = 1
+    ) -> None:
         if policy == HostPolicy.OFF:
             host = staging = 0
-        opened = LedgerOpened(1, device, host, staging, policy, 1, "", "", backup_after)
+        opened = LedgerOpened(1, device, host, staging, policy, 1, "", "", backup_after, chunked)
         self.state, self.mirror = genesis(opened), genesis(opened)
         self.snapshot = snapshot(self.state)
         self.incremental = IncrementalCheck(self.state)
         self.tail: list[Event] = []
         self.memory = Memory()
-        self.content: dict[str, tuple[Any, list[int]]] = {}
+        self.content: dict[str, tuple[Any, list[Any]]] = {}
         self.names = self.upheaval = 0
         self.most_pins = 0
 
@@ -171,12 +203,12 @@ class Machine(RuleBasedStateMachine):
         self.upheaval = self.names
 
     @rule(prompt=PROMPTS, namespace=NAMESPACES, extra=st.integers(0, 2), limit=st.integers(0, 8))
-    def admit(self, prompt: list[int], namespace: bytes, extra: int, limit: int) -> None:
+    def admit(self, prompt: list[Any], namespace: bytes, extra: int, limit: int) -> None:
         """A request comes."""
         self.names += 1
         key = f"r{self.names:05}"
         generation = self.state.generation
-        done = self.do(Admit(key, words(prompt), namespace, limit, len(prompt) + extra))
+        done = self.do(Admit(key, words(prompt), namespace, limit, len(prompt) + extra, records(prompt)))
         if self.oracle is not None:
             expected = self.oracle.admit(key, namespace, prompt, limit, len(prompt) + extra)
             if expected is None:
@@ -191,22 +223,19 @@ class Machine(RuleBasedStateMachine):
             self.compare_tables(key)
 
     @precondition(lambda self: self.oracle is None)
-    @rule(
-        prompt=PROMPTS, namespace=NAMESPACES, first=st.integers(0, 6), length=st.integers(0, 4), kept=st.integers(0, 9)
-    )
-    def admit_carefully(self, prompt: list[int], namespace: bytes, first: int, length: int, kept: int) -> None:
-        """A request with an item that must not be cut; some blocks have to stay for those that run."""
+    @rule(prompt=PROMPTS, namespace=NAMESPACES, kept=st.integers(0, 9))
+    def admit_carefully(self, prompt: list[Any], namespace: bytes, kept: int) -> None:
+        """Some blocks have to stay for those that run."""
         self.names += 1
         key = f"r{self.names:05}"
         generation = self.state.generation
         available = len(self.state.device.pool.free) + self.state.device.evictable
-        whole = ((first, first + length),)
-        done = self.do(Admit(key, words(prompt), namespace, 99, len(prompt), whole, kept))
+        done = self.do(Admit(key, words(prompt), namespace, 99, len(prompt), records(prompt), kept))
         if isinstance(done, list):
             self.content[key] = (namespace, generation), prompt
             assert isinstance(done[0], RequestMatched)
             found = done[0].device_blocks + done[0].host_blocks
-            assert not first < found < first + length
+            assert self.state.opened.chunked_multimodal or uncut(prompt, found) == found
             left = len(self.state.device.pool.free) + self.state.device.evictable
             left += sum(len(transfer.held_in(0)) for transfer in self.state.transfers.values())
             assert len(self.state.requests) == 1 or left >= kept
@@ -214,17 +243,17 @@ class Machine(RuleBasedStateMachine):
             assert available < len(prompt) + kept or self.state.transfers
 
     @rule(prompt=PROMPTS, namespace=NAMESPACES)
-    def match(self, prompt: list[int], namespace: bytes) -> None:
+    def match(self, prompt: list[Any], namespace: bytes) -> None:
         if self.oracle is not None:
             return  # an admission for no more blocks than match
         self.names += 1
         key = f"r{self.names:05}"
         generation = self.state.generation
-        if isinstance(self.do(Match(key, words(prompt), namespace, 99)), list):
+        if isinstance(self.do(Match(key, words(prompt), namespace, 99, records(prompt))), list):
             self.content[key] = (namespace, generation), prompt
 
     @rule(requests=REQUESTS)
-    def serve(self, requests: list[tuple[list[int], bytes, int, str]]) -> None:
+    def serve(self, requests: list[tuple[list[Any], bytes, int, str]]) -> None:
         """What an engine does most: whole requests, some of which go on running. Other rules come in between."""
         for prompt, namespace, extra, end in requests:
             self.admit(prompt, namespace, extra, len(prompt))
@@ -242,7 +271,7 @@ class Machine(RuleBasedStateMachine):
                 self.release_named(key, end == "final", ReleaseReason.FINISHED)
 
     @rule(requests=REQUESTS, number=KEYS)
-    def serve_while_a_worker_copies(self, requests: list[tuple[list[int], bytes, int, str]], number: int) -> None:
+    def serve_while_a_worker_copies(self, requests: list[tuple[list[Any], bytes, int, str]], number: int) -> None:
         self.serve(requests)
         ids = sorted(self.memory.todo)
         if ids:
@@ -274,14 +303,15 @@ class Machine(RuleBasedStateMachine):
     @rule(
         number=KEYS,
         blocks=st.integers(1, 9),
-        generated=st.lists(st.integers(1, 2), max_size=2),
+        generated=st.one_of(st.lists(st.integers(1, 2), max_size=2), ITEM),
         ahead=st.sampled_from([1, 1, 2, 3]),
     )
-    def cache(self, number: int, blocks: int, generated: list[int], ahead: int = 1) -> None:
+    def cache(self, number: int, blocks: int, generated: list[Any], ahead: int = 1) -> None:
         """Publish blocks; a request that caches ahead has not computed the last ones (``ahead``) yet."""
         key = self.pick(number)
         request = self.state.requests[self.state.keys[key]]
         root, content = self.content[key]
+        images = records(generated, len(content))
         content = content + generated
         blocks = min(blocks, len(content), len(request.table))
         start = request.leaf.end
@@ -290,7 +320,7 @@ class Machine(RuleBasedStateMachine):
         computed = None if request.computed == ALL else max(request.computed, blocks - ahead)
         for position in range(start, blocks if computed is None else min(blocks, computed)):
             self.memory.write(request.table[position], (root, *content[: position + 1]))
-        if isinstance(self.do(Cache(key, blocks, words(generated).tobytes(), computed)), list):
+        if isinstance(self.do(Cache(key, blocks, words(generated).tobytes(), computed, images)), list):
             path = self.state.path(request.leaf)
             ahead = {block for node in path if node.ahead and node.device for block in node.device.ids}
             for position in range(start, blocks):
@@ -318,6 +348,8 @@ class Machine(RuleBasedStateMachine):
         request = self.state.requests[self.state.keys[key]]
         end, waits = request.leaf.end, bool(request.waits)
         done = self.do(Extend(key, limit))
+        if request.leaf.end > end and not self.state.opened.chunked_multimodal:
+            assert uncut(self.content[key][1], request.leaf.end) == request.leaf.end
         assert isinstance(done, list) != waits
         assert waits or (not request.duplicates and request.leaf.end >= end)
         if self.oracle is not None:
@@ -427,6 +459,11 @@ class Machine(RuleBasedStateMachine):
         if self.oracle is not None and tier == Tier.DEVICE:
             assert isinstance(done, list)
             assert [b for e in done if isinstance(e, BlocksEvicted) for b in e.blocks] == self.oracle.evict(blocks)
+
+    @rule(weights=st.sampled_from(["", "v2"]))
+    def load_weights(self, weights: str) -> None:
+        """Whether old blocks match is up to the namespaces."""
+        assert isinstance(self.do(LoadWeights(weights)), list) and self.state.weights == weights
 
     @precondition(quiet)
     @rule(force=st.booleans())
@@ -578,16 +615,16 @@ class Machine(RuleBasedStateMachine):
 
 
 class OneTierMachine(Machine):
-    @initialize(device=st.integers(4, 14))
-    def start(self, device: int) -> None:
-        self.open(device, 0, 0, HostPolicy.OFF)
-        self.oracle = OneTier(device)
+    @initialize(device=st.integers(4, 14), chunked=st.booleans())
+    def start(self, device: int, chunked: bool = True) -> None:
+        self.open(device, 0, 0, HostPolicy.OFF, chunked)
+        self.oracle = OneTier(device) if chunked else OneTier(device, uncut)
 
 
 class ExclusiveMachine(Machine):
-    @initialize(device=st.integers(4, 12), host=st.integers(2, 12), staging=st.integers(0, 6))
-    def start(self, device: int, host: int, staging: int) -> None:
-        self.open(device, host, staging, HostPolicy.EXCLUSIVE)
+    @initialize(device=st.integers(4, 12), host=st.integers(2, 12), staging=st.integers(0, 6), chunked=st.booleans())
+    def start(self, device: int, host: int, staging: int, chunked: bool = True) -> None:
+        self.open(device, host, staging, HostPolicy.EXCLUSIVE, chunked)
 
 
 class WriteThroughMachine(Machine):
@@ -596,9 +633,10 @@ class WriteThroughMachine(Machine):
         host=st.integers(2, 12),
         staging=st.integers(0, 6),
         backup_after=st.integers(1, 3),
+        chunked=st.booleans(),
     )
-    def start(self, device: int, host: int, staging: int, backup_after: int) -> None:
-        self.open(device, host, staging, HostPolicy.WRITE_THROUGH, backup_after)
+    def start(self, device: int, host: int, staging: int, backup_after: int, chunked: bool = True) -> None:
+        self.open(device, host, staging, HostPolicy.WRITE_THROUGH, chunked, backup_after)
 
 
 @pytest.mark.hypothesis

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, overload
 
 from kvledger.adapters.fastdeploy.cache_data import BlockNode, CacheStatus
 from statemachine.hashing import block_hashes
+from statemachine.state import tree
 from statemachine.state.nodes import Node
 from statemachine.state.places import Pool
 from statemachine.state.state import State
@@ -80,9 +81,8 @@ def _parent(state: State, run: Node, offset: int) -> BlockNode:
 
 def _children(state: State, run: Node, offset: int) -> dict[bytes, BlockNode]:
     if offset < run.size - 1:
-        start = (offset + 1) * state.block_bytes
-        return {run.words[start : start + state.block_bytes]: NodeView(state, run, run.start + offset + 1)}
-    return {words: NodeView(state, child, child.start) for words, child in run.children.items()}
+        return {run.content(state.block_bytes, offset + 1): NodeView(state, run, run.start + offset + 1)}
+    return {content: NodeView(state, child, child.start) for content, child in run.children.items()}
 
 
 def _words(state: State, run: Node, offset: int) -> list[int]:
@@ -94,8 +94,9 @@ def _words(state: State, run: Node, offset: int) -> list[int]:
 
 
 def _hash_value(state: State, run: Node, offset: int) -> bytes:
-    words = b"".join(node.words for node in state.path(run))
-    return block_hashes(words[: (run.start + offset + 1) * state.block_bytes], state.opened.block_size)[-1]
+    path = state.path(run)
+    words = b"".join(node.words for node in path)[: (run.start + offset + 1) * state.block_bytes]
+    return block_hashes(words, state.opened.block_size, items=tree.items_of(path))[-1]
 
 
 def _requests(state: State, run: Node, offset: int) -> set[str]:
@@ -125,9 +126,9 @@ _ATTRIBUTES: dict[str, Callable[[State, Node, int], Any]] = {
 def root_view(state: State) -> BlockNode:
     """The root; its children are the first blocks of the default namespace."""
     root = BlockNode(-1, [], 0, 0, -1, 0, None, None, None)
-    tree = state.roots.get(b"")
-    if tree is not None:
-        root.children = {words: NodeView(state, child, child.start) for words, child in tree.children.items()}
+    top = state.roots.get(b"")
+    if top is not None:
+        root.children = {content: NodeView(state, child, child.start) for content, child in top.children.items()}
     return root
 
 

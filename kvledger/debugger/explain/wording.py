@@ -33,6 +33,7 @@ from statemachine.events import (
     TierLost,
     TransferFinished,
     TransferStarted,
+    WeightsLoaded,
     WorkerJoined,
     WorkerLost,
 )
@@ -228,6 +229,9 @@ class Wording:
     def _cleared(self, event: CacheCleared) -> str:
         return f"the cache is cleared (generation {event.generation}): nothing cached before matches again"
 
+    def _weights(self, event: WeightsLoaded) -> str:
+        return f"the weights are those of version {event.weights!r} from here on"
+
     def _resized(self, event: PoolResized) -> str:
         return f"the {Tier(event.tier).name.lower()} tier has {count(event.blocks, 'block')} from here on"
 
@@ -278,6 +282,7 @@ WORDS: dict[type[Any], Callable[[Wording, Any], str]] = {
     TransferFinished: Wording._finished,
     QuarantineEnded: Wording._quarantine,
     CacheCleared: Wording._cleared,
+    WeightsLoaded: Wording._weights,
     PoolResized: Wording._resized,
     TierLost: Wording._tier_lost,
     WorkerJoined: Wording._joined,

@@ -44,6 +44,7 @@ from statemachine.events import (
     TierLost,
     TransferFinished,
     TransferStarted,
+    WeightsLoaded,
     WorkerJoined,
     WorkerLost,
 )
@@ -221,7 +222,7 @@ class _Timeline:
                 pass  # the counters show what they come to
             case LedgerOpened() | CacheCleared() | PoolResized() | TierLost():
                 pass  # likewise
-            case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken():
+            case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded():
                 pass
             case _:
                 assert_never(entry.event)

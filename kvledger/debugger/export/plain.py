@@ -8,6 +8,7 @@ from typing import Any
 from kvledger.debugger.source.source import Entry
 from statemachine.events import Event, Meaning, Tier
 from statemachine.fields import FIELDS
+from statemachine.items import each
 from statemachine.state.nodes import ALL, Node, Request, Transfer
 from statemachine.state.order import EvictionOrder
 from statemachine.state.state import State
@@ -16,6 +17,12 @@ from statemachine.state.state import State
 def tokens(words: bytes) -> list[int]:
     """Content words as token ids; negative ones belong to a multimodal item."""
     return array("i", words).tolist()
+
+
+def _plain(meaning: Meaning | None, value: bytes) -> str | list[Any]:
+    if meaning == Meaning.ITEMS:
+        return [[offset, length, digest.hex()] for offset, length, digest in each(value)]
+    return tokens(value) if meaning == Meaning.CONTENT else value.hex()
 
 
 def event_fields(event: Event) -> dict[str, Any]:
@@ -28,7 +35,7 @@ def event_fields(event: Event) -> dict[str, Any]:
         elif isinstance(value, array):
             fields[field.name] = value.tolist()
         elif isinstance(value, bytes):
-            fields[field.name] = tokens(value) if field.meaning == Meaning.CONTENT else value.hex()
+            fields[field.name] = _plain(field.meaning, value)
         else:
             fields[field.name] = value
     return fields
@@ -113,6 +120,7 @@ def state_fields(state: State) -> dict[str, Any]:
             "device": _ids(state.device.lru),
             "host": _ids(state.host.lru),
         },
+        "weights": state.weights,
         "epoch": state.epoch,
         "generation": state.generation,
         "workers": {str(rank): incarnation for rank, incarnation in sorted(state.workers.items())},

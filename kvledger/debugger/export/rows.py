@@ -79,6 +79,9 @@ def row(entry: Entry, transaction: int, *, words: bool) -> dict[str, Any]:
         if field.meaning == Meaning.CONTENT:
             if words:
                 values[column.name] = np.frombuffer(value, "<i4").tolist()
+        elif field.meaning == Meaning.ITEMS:  # hashes of what users sent
+            if words:
+                values[column.name] = value.hex()
         elif field.enum is not None:
             values[column.name] = field.enum(value).name
         elif isinstance(value, bytes):

@@ -12,6 +12,7 @@ from statemachine.decide.derive import path_words
 from statemachine.errors import Contradiction
 from statemachine.events import BlocksCached, Event, RequestMatched, Tier
 from statemachine.hashing import HASH_BYTES, block_hashes
+from statemachine.items import NO_ITEMS, BlockItems, within
 from statemachine.mentions import mentions
 from statemachine.records.replay import MISFITS, said
 from statemachine.state import tree
@@ -27,6 +28,8 @@ class Content(NamedTuple):
     words: bytes
     """From the root of the namespace down to the block."""
     block_bytes: int
+    items: BlockItems = NO_ITEMS
+    """The images and sounds that begin there."""
 
     @property
     def position(self) -> int:
@@ -40,7 +43,7 @@ class Content(NamedTuple):
 
     def found(self, state: State) -> tuple[Node, int] | None:
         """The run that holds it in a state, and the place in that run."""
-        path = tree.find(state, state.roots.get(self.namespace), memoryview(self.words), self.position + 1)
+        path = tree.find(state, state.roots.get(self.namespace), memoryview(self.words), self.position + 1, self.items)
         if path.leaf is None or path.device + path.host != self.position + 1:
             return None
         return path.leaf, self.position - path.leaf.start
@@ -56,13 +59,28 @@ class Content(NamedTuple):
     def present(self, state: State) -> bool:
         """Whether it is cached, or a live request is yet to cache it (where it can be found: not in a cleared tree)."""
         root = state.roots.get(self.namespace)
-        return bool(self.blocks(state)) or any(
+        return self._in_tree(state) or any(
             request.leaf.end <= self.position and tree.root_of(request.leaf) is root and self._stands_in(request)
             for request in state.requests.values()
         )
 
+    def _in_tree(self, state: State) -> bool:
+        """Whether a run holds it, also one whose only copy is still arriving, which nothing can match yet."""
+        node = state.roots.get(self.namespace)
+        offset = 0
+        while node is not None and offset < len(self.words):
+            found = tree.step(node, memoryview(self.words), offset, self.items, self.block_bytes)
+            if found is None:
+                return False
+            node, common = found
+            offset += common * self.block_bytes
+            if common < node.size:
+                break
+        return offset >= len(self.words)
+
     def _stands_in(self, request: Request) -> bool:
-        return (path_words(request.leaf, 0, self.block_bytes) + request.words).startswith(self.words)
+        words = path_words(request.leaf, 0, self.block_bytes) + request.words
+        return words.startswith(self.words) and within(request.items, 0, self.position + 1) == self.items
 
     def wanted(self, state: State, event: RequestMatched) -> bool:
         """Whether a request, just matched, has this content in its prompt."""
@@ -104,7 +122,8 @@ class Found(NamedTuple):
 def hash_of(state: State, node: Node, offset: int) -> bytes:
     """The block hash of a cached block: SHA-256, chained, 128 bits."""
     words = path_words(node, offset + 1, state.block_bytes)
-    return block_hashes(words, state.opened.block_size, tree.root_of(node).words)[-1]
+    items = tree.items_of(state.path(node))
+    return block_hashes(words, state.opened.block_size, tree.root_of(node).words, items=items)[-1]
 
 
 def find_hash(
@@ -159,10 +178,12 @@ def _cached(state: State, digits: str) -> Content | None:
     ]
     while stack:
         node, namespace, parent = stack.pop()
-        hashes = block_hashes(node.words, size, namespace, parent=parent)
+        hashes = block_hashes(node.words, size, namespace, parent=parent, items=node.items, first=node.start)
         for offset, hash in enumerate(hashes):
             if hash.hex().startswith(digits):
-                return Content(hash, namespace, path_words(node, offset + 1, state.block_bytes), state.block_bytes)
+                words = path_words(node, offset + 1, state.block_bytes)
+                items = within(tree.items_of(state.path(node)), 0, node.start + offset + 1)
+                return Content(hash, namespace, words, state.block_bytes, items)
         stack += [(child, namespace, hashes[-1]) for child in node.children.values()]
     return None
 
@@ -185,7 +206,9 @@ def _origins(state: State, event: Event, digits: str) -> Content | None:
 
 def _on_path(state: State, request: Request, digits: str) -> Content | None:
     words = path_words(request.leaf, 0, state.block_bytes) + request.words
-    for position, hash in enumerate(block_hashes(words, state.opened.block_size, request.namespace)):
+    hashes = block_hashes(words, state.opened.block_size, request.namespace, items=request.items)
+    for position, hash in enumerate(hashes):
         if hash.hex().startswith(digits):
-            return Content(hash, request.namespace, words[: (position + 1) * state.block_bytes], state.block_bytes)
+            words = words[: (position + 1) * state.block_bytes]
+            return Content(hash, request.namespace, words, state.block_bytes, within(request.items, 0, position + 1))
     return None

@@ -94,7 +94,7 @@ def differences(one: State, other: State) -> Iterator[str]:
 
 _SCALARS = (
     *("next_request", "next_node", "next_transfer"),
-    *("generation", "epoch", "workers", "opened"),
+    *("generation", "epoch", "workers", "weights", "opened"),
 )
 
 

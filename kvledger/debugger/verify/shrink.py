@@ -21,6 +21,7 @@ from statemachine.decide import decide
 from statemachine.decide.derive import NoCommand, commands_of, is_step_of_resize
 from statemachine.errors import CommandRejected, OutOfBlocks
 from statemachine.events import LedgerOpened, Outcome, TransferStarted
+from statemachine.items import NO_ITEMS, BlockItems, by_block
 from statemachine.records.replay import MISFITS, said
 
 Progress = Callable[[int, int], None]
@@ -173,16 +174,20 @@ def _smallest_blocks(
     size = 4 * opened.block_size
     tokens: dict[bytes, int] = {}
 
-    def plain(words: bytes) -> bytes:
-        blocks = (words[start : start + size] for start in range(0, len(words) - size + 1, size))
+    def plain(words: bytes, items: BlockItems = NO_ITEMS) -> bytes:
+        starts = range(0, len(words) - size + 1, size)
+        blocks = [words[start : start + size] + items.get(start // size, b"") for start in starts]
         return array("i", [tokens.setdefault(block, len(tokens) + 1) for block in blocks]).tobytes()
 
     smaller = []
     for step in steps:
         command = step.command
         if isinstance(command, Match | Admit):
-            command = command._replace(words=memoryview(plain(bytes(command.words))))
+            content = plain(bytes(command.words), by_block(command.items, opened.block_size))
+            command = command._replace(words=memoryview(content), items=b"")
         elif isinstance(command, Cache):
+            if command.items:  # where they stand, only the state says
+                return opened, steps
             command = command._replace(words=plain(command.words))
         smaller.append(step._replace(command=command))
     plain_ledger = opened._replace(block_size=1, layout="", pools="")

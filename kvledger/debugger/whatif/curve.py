@@ -36,6 +36,7 @@ from kvledger.debugger.whatif.prefixes import chain, root_seed
 from kvledger.debugger.whatif.recency import Places, Recency
 from kvledger.debugger.whatif.traffic import Again, Begin, End, Forget, Grow, Moment, Publish, traffic
 from statemachine.events import Tier
+from statemachine.items import by_block
 
 _HASHES = 1 << 64
 _KINDS = 3
@@ -151,7 +152,8 @@ class CurveBuilder:
         return Curve(self._capacities.tolist(), rates.tolist(), self._requests, blocks, int(known.sum()), self._rate)
 
     def _begin(self, ask: Begin) -> None:
-        numbers = chain(ask.words, self._block_bytes, root_seed(ask.namespace))
+        items = by_block(ask.items, self._block_bytes // 4)
+        numbers = chain(ask.words, self._block_bytes, root_seed(ask.namespace), items)
         self._requests += 1
         slots = self._find(numbers)
         used = self._pins[slots] > 0

@@ -34,6 +34,7 @@ from statemachine.events import (
     TierLost,
     TransferFinished,
     TransferStarted,
+    WeightsLoaded,
     WorkerJoined,
     WorkerLost,
 )
@@ -52,6 +53,8 @@ class Begin(NamedTuple):
     """Length that its block table gets at once."""
     found: int
     """Leading blocks that matched where this was recorded."""
+    items: bytes
+    """Images and sounds of the prompt."""
 
 
 class Grow(NamedTuple):
@@ -75,6 +78,7 @@ class Publish(NamedTuple):
     request: int
     blocks: int
     words: bytes
+    items: bytes = b""
 
 
 class Shrink(NamedTuple):
@@ -160,10 +164,10 @@ def _begun(state: State, event: RequestMatched) -> Iterator[Ask]:
     count = len(words) // state.block_bytes
     limit = count
     if matched == count - 1:
-        last = request.leaf.children.get(request.words)
+        last = request.leaf.children.get(request.words + request.items.get(matched, b""))
         if last is not None and last.matchable():
             limit = matched
-    yield Begin(request.id, event.namespace, words, limit, len(request.table), matched)
+    yield Begin(request.id, event.namespace, words, limit, len(request.table), matched, event.items)
     if matched:
         # Where these blocks do not match, they are computed and published like the rest.
         yield Publish(request.id, matched, b"")
@@ -180,7 +184,7 @@ def _asks(state: State, event: Event, begun: set[int]) -> Iterator[Ask]:
             yield Again(event.request, end - event.device_blocks, event.device_blocks)
             yield Publish(event.request, end, b"")  # as above
         case BlocksCached():
-            yield Publish(event.request, state.requests[event.request].leaf.end, event.words)
+            yield Publish(event.request, state.requests[event.request].leaf.end, event.words, event.items)
         case BlocksTrimmed():
             yield Shrink(event.request, len(state.requests[event.request].table))
         case BlocksReassigned():
@@ -195,7 +199,7 @@ def _asks(state: State, event: Event, begun: set[int]) -> Iterator[Ask]:
             yield Forget(Tier(event.tier))
         case LedgerOpened() | RequestMatched() | EpochStarted() | WorkerJoined() | WorkerLost() | DigestTaken():
             pass
-        case BlocksComputed() | BlocksEvicted() | PoolResized():
+        case BlocksComputed() | BlocksEvicted() | PoolResized() | WeightsLoaded():
             pass
         case TransferStarted() | TransferFinished() | QuarantineEnded():
             pass

@@ -40,6 +40,7 @@ from statemachine.events import (
     RequestMatched,
     Tier,
 )
+from statemachine.items import by_block
 from statemachine.state.nodes import Request
 from statemachine.state.state import State
 
@@ -116,6 +117,7 @@ class Simulation:
             "",
             "",
             recorded.backup_after,
+            recorded.chunked_multimodal,
         )
         self.state: State = genesis(opened)
         self._live: dict[int, str] = {}
@@ -131,7 +133,7 @@ class Simulation:
                     self._grow(ask.request, ask.blocks)
                 case Publish() if ask.request in self._live:
                     blocks = min(ask.blocks, len(self._request(ask.request).table))
-                    self._execute(commands.Cache(self._live[ask.request], blocks, ask.words))
+                    self._execute(commands.Cache(self._live[ask.request], blocks, ask.words, items=ask.items))
                     self._back_up(ask.request)
                 case Again() if ask.request in self._live:
                     self._again(ask)
@@ -164,12 +166,12 @@ class Simulation:
         result.blocks += count
         wanted = ask.blocks
         if wanted < count:  # more may match here than was allocated there
-            wanted = max(wanted, sum(peek(self.state, words, ask.namespace, ask.limit)))
+            wanted = max(wanted, sum(peek(self.state, words, ask.namespace, ask.limit, ask.items)))
         key = str(ask.request)
         stalled = False
         while wanted <= result.scenario.device_blocks:
             try:
-                events = self._execute(commands.Admit(key, words, ask.namespace, ask.limit, wanted))
+                events = self._execute(commands.Admit(key, words, ask.namespace, ask.limit, wanted, ask.items))
             except OutOfBlocks:
                 result.stalls += not stalled
                 stalled = True
@@ -184,7 +186,7 @@ class Simulation:
             if self.state.opened.backup_after > 1:
                 self._back_up(ask.request)
             return
-        device, host = peek(self.state, words, ask.namespace, ask.limit)
+        device, host = peek(self.state, words, ask.namespace, ask.limit, ask.items)
         result.too_large += 1
         result.device_hit_blocks += device
         result.host_hit_blocks += host
@@ -274,7 +276,8 @@ def continued_requests(moments: Iterable[Moment], block_bytes: int) -> set[int]:
     for moment in moments:
         for ask in moment.asks:
             if isinstance(ask, Begin):
-                numbers = chain(ask.words, block_bytes, root_seed(ask.namespace))
+                items = by_block(ask.items, block_bytes // 4)
+                numbers = chain(ask.words, block_bytes, root_seed(ask.namespace), items)
                 for number in numbers:
                     if number in waiting:
                         found.update(waiting.pop(number))
