@@ -14,9 +14,9 @@ from kvledger.debugger.explain.leaks import leaks
 from kvledger.debugger.explain.wording import Wording, count
 from kvledger.debugger.export.plain import entry_fields
 from kvledger.debugger.source.places import clock
-from kvledger.debugger.source.predicates import NAMES, predicate
 from kvledger.debugger.verify.bisect import first_true
 from kvledger.debugger.verify.check import check_log
+from kvledger.debugger.verify.predicates import NAMES, predicate
 from statemachine.errors import Contradiction
 
 _NAMES = "\n".join(f"- `{name}`: {meaning}" for name, meaning in NAMES.items())

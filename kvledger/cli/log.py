@@ -27,7 +27,7 @@ from kvledger.debugger.export.plain import entry_fields
 from kvledger.debugger.source.filters import Filter, kinds_named, request_number, request_numbers, select
 from kvledger.debugger.source.hashes import find_hash
 from kvledger.debugger.source.places import clock
-from kvledger.debugger.source.stepping import advance
+from kvledger.debugger.source.steps import advance
 from kvledger.text import printable_json
 from statemachine.errors import Contradiction
 from statemachine.events import Event, RequestMatched

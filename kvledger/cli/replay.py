@@ -17,9 +17,9 @@ from kvledger.debugger.explain.wording import Wording, count
 from kvledger.debugger.export.output import complete
 from kvledger.debugger.export.plain import entry_fields, event_fields
 from kvledger.debugger.source.places import locate
-from kvledger.debugger.source.predicates import predicate
 from kvledger.debugger.source.replay import Decision, decisions, evolve
 from kvledger.debugger.verify.diff import differences, diverge, fields_that_differ
+from kvledger.debugger.verify.predicates import predicate
 from kvledger.debugger.verify.pytest_file import as_test
 from kvledger.debugger.verify.shrink import shrink
 from kvledger.text import printable_json

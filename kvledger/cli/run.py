@@ -8,7 +8,7 @@ import signal
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -47,18 +47,29 @@ class Clock(StrEnum):
     TRACE = "trace"
 
 
+_TracePath = Annotated[
+    Path | None, typer.Argument(help="Token trace or Mooncake trace (docs/traces.md); default: a sample")
+]
+_HostBlocks = Annotated[
+    int | None, typer.Option(min=0, help="Blocks of the host pool; 0 = no host tier; default: 2048")
+]
+_HostPolicy = Annotated[
+    Policy | None,
+    typer.Option(help="When blocks are copied to the host; off = no host tier; default: exclusive"),
+]
+_Clock = Annotated[Clock, typer.Option(help="window: the oldest ends when one arrives; trace: virtual clock")]
+_PerRequest = Annotated[Path | None, typer.Option(help="Write hits per request to this JSONL file (must not exist)")]
+_Kills = Annotated[
+    list[str] | None,
+    typer.Option(help="Kill engine@EVENT, worker:RANK@EVENT or follower@EVENT, and go on; repeatable"),
+]
+
+
 def run(
-    trace: Annotated[
-        Path | None, typer.Argument(help="Token trace or Mooncake trace (docs/traces.md); default: a sample")
-    ] = None,
+    trace: _TracePath = None,
     device_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the device pool")] = 1024,
-    host_blocks: Annotated[
-        int | None, typer.Option(min=0, help="Blocks of the host pool; 0 = no host tier; default: 2048")
-    ] = None,
-    host_policy: Annotated[
-        Policy | None,
-        typer.Option(help="When blocks are copied to the host; off = no host tier; default: exclusive"),
-    ] = None,
+    host_blocks: _HostBlocks = None,
+    host_policy: _HostPolicy = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block (Mooncake traces: 4)")] = 16,
     ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, one worker process each")] = 2,
     layers: Annotated[int, typer.Option(min=1)] = 4,
@@ -67,22 +78,15 @@ def run(
     requests: Annotated[int | None, typer.Option(min=1, help="Only so many requests; sample: how many")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample")] = 0,
     in_flight: Annotated[int, typer.Option(min=1, help="Requests in flight at most")] = 64,
-    clock: Annotated[Clock, typer.Option(help="window: the oldest ends when one arrives; trace: virtual clock")] = (
-        Clock.WINDOW
-    ),
+    clock: _Clock = Clock.WINDOW,
     prefill_ms: Annotated[float, typer.Option(min=0, help="With --clock trace")] = 1000.0,
     token_ms: Annotated[float, typer.Option(min=0, help="With --clock trace")] = 30.0,
     no_data: Annotated[bool, typer.Option("--no-data", help="Decisions and log only: no pools, no workers")] = False,
-    per_request: Annotated[
-        Path | None, typer.Option(help="Write hits per request to this JSONL file (must not exist)")
-    ] = None,
+    per_request: _PerRequest = None,
     record: Annotated[Path | None, typer.Option(help="Write the log to this .kvlog file (must not exist)")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the ledger in /dev/shm for inspection")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the ledger; default run-PID")] = None,
-    crash: Annotated[
-        list[str] | None,
-        typer.Option(help="Kill engine@EVENT, worker:RANK@EVENT or follower@EVENT, and go on; repeatable"),
-    ] = None,
+    crash: _Kills = None,
     chaos: Annotated[int | None, typer.Option(help="Kill engine and workers at random events, drawn from SEED")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
 ) -> None:
@@ -114,13 +118,22 @@ def run(
         keep=keep,
     )
     loaded = _load(trace, requests, seed)
-    job = None
     if crash or chaos is not None:
-        from kvledger.run.crashes import Crash, CrashRun
-
         source = {"path": str(trace) if trace else None, "requests": len(loaded.requests), "seed": seed}
-        job = CrashRun(source, len(loaded.requests), options, [Crash.parse(text) for text in crash or []], chaos)
-    summary = _execute(loaded, job or Run(loaded, options), name)
+        job: Run | CrashRun = _with_crashes(source, options, crash or [], chaos)
+    else:
+        job = Run(loaded, options)
+    _report(_execute(loaded, job, name), options, as_json)
+
+
+def _with_crashes(source: dict[str, Any], options: RunOptions, kills: list[str], chaos: int | None) -> CrashRun:
+    from kvledger.run.crashes import Crash, CrashRun
+
+    return CrashRun(source, source["requests"], options, [Crash.parse(text) for text in kills], chaos)
+
+
+def _report(summary: Summary, options: RunOptions, as_json: bool) -> None:
+    """Print what a run came to. Raises :class:`typer.Exit` unless all went well."""
     if as_json:
         rates = {"device_hit_rate": summary.device_hit_rate, "host_hit_rate": summary.host_hit_rate}
         line(printable_json(dataclasses.asdict(summary) | rates))

@@ -14,6 +14,7 @@ Rules:
 Words: ``docs/glossary.md``.
 """
 
-from kvledger.debugger.source.source import Entry, Source, SourceError, open_source
+from kvledger.debugger.source import open_source
+from kvledger.debugger.source.source import Entry, Source, SourceError
 
 __all__ = ["Entry", "Source", "SourceError", "open_source"]

@@ -10,7 +10,8 @@ from typing import NamedTuple, assert_never
 from ipc import Control, LedgerError, LedgerNotFound, Overrun, memory
 from ipc.names import SHM, control_name
 from kvledger.debugger.export.occupancy import Occupancy, occupancy
-from kvledger.debugger.source.source import Entry, Source, SourceError, Tail, open_source
+from kvledger.debugger.source import open_source
+from kvledger.debugger.source.source import Entry, Source, SourceError, Tail
 from statemachine.apply import apply
 from statemachine.errors import Contradiction
 from statemachine.events import (

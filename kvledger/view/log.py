@@ -13,7 +13,8 @@ from typing import Any
 
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.explain.wording import Wording
-from kvledger.debugger.source.source import RecordedSource, Tail
+from kvledger.debugger.source.file import RecordedSource
+from kvledger.debugger.source.source import Tail
 from kvledger.recordings.timeline import ROW_EVENTS, Timeline
 from kvledger.text import printable
 from kvledger.view import answers

@@ -24,10 +24,10 @@ from kvledger.cli import app
 from kvledger.debugger import SourceError, open_source
 from kvledger.debugger.source.hashes import hash_of
 from kvledger.debugger.source.places import locate
-from kvledger.debugger.source.predicates import predicate
 from kvledger.debugger.source.replay import decisions
 from kvledger.debugger.verify.bisect import first_true
 from kvledger.debugger.verify.check import check_log
+from kvledger.debugger.verify.predicates import predicate
 from kvledger.run import sample
 from kvledger.run.run import Run, RunOptions
 from statemachine.check.incremental import IncrementalCheck

@@ -15,7 +15,7 @@ from ipc import snapshots
 from ipc.names import remove_objects
 from kvledger import CacheConfig, CacheManager, HostPolicy
 from kvledger.debugger import SourceError, open_source
-from kvledger.debugger.source import source
+from kvledger.debugger.source import ledger as ledger_source
 from kvledger.run import sample
 from kvledger.run.run import Run, RunOptions
 from statemachine.events import LedgerOpened
@@ -41,8 +41,8 @@ def nothing_left_behind(recorded: Path) -> None:  # the module's ledger is there
 
 
 def test_a_recording_and_a_dead_ledger_agree(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_CHECKPOINT_EVERY", 100)
-    monkeypatch.setattr(source, "_MOST_CHECKPOINTS", 3)
+    monkeypatch.setattr(ledger_source, "_CHECKPOINT_EVERY", 100)
+    monkeypatch.setattr(ledger_source, "_MOST_CHECKPOINTS", 3)
     with open_source(str(recorded)) as file, open_source(NAME) as ledger:
         assert (file.first, file.last, file.last_state) == (ledger.first, ledger.last, ledger.last_state)
         assert file.first == 1 and file.last > 600 and not file.damage and not ledger.contradiction

@@ -28,8 +28,8 @@ from kvledger import (
     OutOfBlocks,
     WrongThread,
 )
+from kvledger.debugger.source import open_source
 from kvledger.debugger.source.replay import decisions
-from kvledger.debugger.source.source import open_source
 from kvledger.handoff.receiver import Receiver
 from kvledger.handoff.sender import Sender
 from kvledger.manager import transactions

@@ -152,7 +152,7 @@ def test_a_recording_does_not_follow_a_link(tmp_path: Path) -> None:
 
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "multiprocessing"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
-PREDICATES = "kvledger/debugger/source/predicates.py"
+PREDICATES = "kvledger/debugger/verify/predicates.py"
 ALLOWED = {("statemachine/records/codec.py", "exec"), (PREDICATES, "compile"), (PREDICATES, "eval")}
 """The codec compiles text that it makes from its own event table when it is imported; nothing stored enters. A
 predicate of the debugger is code that its user types."""

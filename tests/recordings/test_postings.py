@@ -12,14 +12,9 @@ import pytest
 from examples.garbled.engine import Engine
 from ipc import KvlogReader, KvlogWriter
 from kvledger.debugger import Source, SourceError, open_source
-from kvledger.debugger.explain.explain import (
-    Explanation,
-    explain_block,
-    explain_hash,
-    explain_request,
-    explain_transfer,
-)
-from kvledger.debugger.source.source import RecordedSource
+from kvledger.debugger.explain.explain import explain_block, explain_hash, explain_request, explain_transfer
+from kvledger.debugger.explain.story import Explanation
+from kvledger.debugger.source.file import RecordedSource
 from kvledger.recordings import index, postings
 from kvledger.recordings.postings import Kind
 from statemachine.decide.derive import path_words

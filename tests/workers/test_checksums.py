@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ipc.names import remove_objects
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy
 from kvledger.cli import app
-from kvledger.debugger.source.source import open_source
+from kvledger.debugger.source import open_source
 from statemachine.check import check
 from statemachine.events import Direction, TransferStarted
 from tests.adapters.fastdeploy_engine import manager as drop_in

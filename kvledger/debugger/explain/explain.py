@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 from kvledger.debugger.explain.owners import Owner, content, describe, owners_of, short, tokens
+from kvledger.debugger.explain.story import Explanation, Story, backwards
 from kvledger.debugger.explain.wording import DIRECTIONS, Wording, block_name, count, listed
 from kvledger.debugger.source.filters import request_numbers
 from kvledger.debugger.source.hashes import Content, find_hash
 from kvledger.debugger.source.source import Entry, Source, SourceError
 from kvledger.recordings.origins import hash_number
-from statemachine.apply import apply, genesis
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
@@ -35,7 +34,6 @@ from statemachine.events import (
     TransferStarted,
 )
 from statemachine.mentions import mentions
-from statemachine.records.replay import MISFITS, said
 from statemachine.state.state import State
 
 MOST_FACTS = 30
@@ -45,27 +43,6 @@ _SWEEPING = (CacheCleared, PoolResized, TierLost)
 _STAYING = (RequestMatched, BlocksAllocated)
 """They leave what is cached where it is."""
 _ENDING = (TransferFinished, QuarantineEnded, *_SWEEPING)
-
-
-class Fact(NamedTuple):
-    """One step of a history."""
-
-    sequence: int
-    time_ns: int
-    step: int
-    text: str
-
-
-class Explanation(NamedTuple):
-    """What is now, and how it came about."""
-
-    subject: str
-    at: int
-    now: list[str]
-    history: list[Fact]
-    """Oldest first."""
-    omitted: str
-    """What the history leaves out; empty if it is complete."""
 
 
 def explain_block(
@@ -81,7 +58,7 @@ def explain_block(
     state = source.at(at)
     now = describe(state, tier, block, words)
     del state
-    return _backwards(source, block_name(tier, block), now, _BlockStory(source, block, tier, words), at, most)
+    return backwards(source, block_name(tier, block), now, _BlockStory(source, block, tier, words), at, most)
 
 
 def explain_transfer(source: Source, transfer: int, at: int, most: int = MOST_FACTS) -> Explanation:
@@ -103,7 +80,7 @@ def explain_transfer(source: Source, transfer: int, at: int, most: int = MOST_FA
         names = [f"{state.requests[id].key!r}" for id in flying.waiters]
         now.append(f"waiting for it: {listed(names) if names else 'nobody'}")
     del state
-    return _backwards(source, f"transfer {transfer}", now, _TransferStory(source, transfer), at, most)
+    return backwards(source, f"transfer {transfer}", now, _TransferStory(source, transfer), at, most)
 
 
 def explain_request(source: Source, text: str, at: int, most: int = MOST_FACTS) -> Explanation:
@@ -129,7 +106,7 @@ def explain_request(source: Source, text: str, at: int, most: int = MOST_FACTS) 
         for id, position in request.waits.items():
             now.append(f"it waits for transfer {id}: nothing from position {position} on may be used before that ends")
     del state
-    return _backwards(source, name, now, _RequestStory(source, number, text), at, most)
+    return backwards(source, name, now, _RequestStory(source, number, text), at, most)
 
 
 def explain_hash(
@@ -154,74 +131,10 @@ def explain_hash(
         now.append("it is cached nowhere")
     story = _HashStory(source, wanted, at, state, brought)
     del state
-    return _backwards(source, f"content {wanted.hash.hex()}", now, story, at, most)
+    return backwards(source, f"content {wanted.hash.hex()}", now, story, at, most)
 
 
-class _Story:
-    """Tells facts about one subject, event by event."""
-
-    complete = False
-    """Whether nothing before what has been told is of interest."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def spans(self) -> list[tuple[int, int]]:
-        """The stretches that may hold facts, ascending; asked again before each, from the newest on backwards."""
-        raise NotImplementedError
-
-    def begin(self, state: State | None) -> None:
-        """A stretch begins with this state."""
-
-    def before(self, state: State, event: Event) -> None:
-        """The event is about to be applied."""
-
-    def after(self, state: State, entry: Entry, purpose: Event) -> str:
-        """The event has been applied; ``purpose`` is what its transaction is for. Empty: it is of no interest."""
-        raise NotImplementedError
-
-
-def _backwards(source: Source, subject: str, now: list[str], story: _Story, at: int, most: int) -> Explanation:
-    """Tell stretch after stretch from the newest on, until the story is complete or long enough."""
-    facts: list[Fact] = []
-    start = at + 1
-    while spans := [span for span in story.spans() if span[0] < start]:
-        if len(facts) > most or story.complete:
-            break
-        start, last = spans[-1]
-        facts = [*_tell(source, story, start, min(last, at)), *facts]
-    told = facts[-most:]
-    left_out = len(facts) > most or (spans and told)
-    omitted = f"older facts are left out: explain it --at {told[0].sequence - 1}" if left_out else ""
-    return Explanation(subject, at, now, told, omitted)
-
-
-def _tell(source: Source, story: _Story, first: int, last: int) -> Iterator[Fact]:
-    state = source.before(first)
-    story.begin(state)
-    for transaction in source.transactions(first):
-        purpose = transaction[-1].event
-        for entry in transaction:
-            if entry.sequence > last:
-                return
-            event = entry.event
-            try:
-                if state is None:
-                    state = genesis(event)
-                else:
-                    story.before(state, event)
-                    apply(state, event)
-            except MISFITS as error:
-                yield Fact(entry.sequence, entry.time_ns, entry.step, f"contradicts the state: {said(error)}")
-                return
-            text = story.after(state, entry, purpose)
-            if text:
-                yield Fact(entry.sequence, entry.time_ns, entry.step, text)
-        if transaction[-1].sequence >= last:
-            return
-
-
-class _BlockStory(_Story):
+class _BlockStory(Story):
     def __init__(self, source: Source, block: int, tier: Tier, words: bool) -> None:
         super().__init__(source)
         self.block = block
@@ -354,7 +267,7 @@ def _for(state: State, purpose: Event) -> str:
     return ""
 
 
-class _RequestStory(_Story):
+class _RequestStory(Story):
     def __init__(self, source: Source, number: int, key: str) -> None:
         super().__init__(source)
         self.number = number
@@ -395,7 +308,7 @@ class _RequestStory(_Story):
         return self.number in mentions(event).requests
 
 
-class _TransferStory(_Story):
+class _TransferStory(Story):
     def __init__(self, source: Source, number: int) -> None:
         super().__init__(source)
         self.number = number
@@ -428,7 +341,7 @@ class _TransferStory(_Story):
         return text
 
 
-class _HashStory(_Story):
+class _HashStory(Story):
     def __init__(self, source: Source, wanted: Content, at: int, state: State, brought: int | None) -> None:
         super().__init__(source)
         self.wanted = wanted

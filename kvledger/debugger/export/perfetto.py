@@ -17,7 +17,7 @@ from typing import IO, Any, assert_never
 from kvledger.debugger.export.occupancy import occupancy
 from kvledger.debugger.export.output import CannotWrite
 from kvledger.debugger.source.source import Entry, Source
-from kvledger.debugger.source.stepping import stepped
+from kvledger.debugger.source.steps import stepped
 from kvledger.text import printable
 from statemachine.events import (
     AllocationRefused,

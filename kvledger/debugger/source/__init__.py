@@ -1,1 +1,40 @@
 """Where a log comes from, and how places, blocks and requests in it are named. Words: ``docs/glossary.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ipc import InvalidName, LedgerError, LedgerNotFound
+from ipc.names import SHM
+from kvledger.debugger.source.file import RecordedSource
+from kvledger.debugger.source.ledger import LedgerSource
+from kvledger.debugger.source.source import Source, SourceError
+
+__all__ = ["open_source"]
+
+
+def _ignore(done: int, total: int) -> None:
+    """Nobody wants to see progress."""
+
+
+def open_source(text: str, progress: Callable[[int, int], None] = _ignore) -> Source:
+    """Open what the user named: the path of a ``.kvlog`` file, or the name of a ledger.
+
+    Args:
+        text: a path if there is such a file or it looks like one (a slash, or ``.kvlog`` at the end).
+        progress: called with (done, total) while a recording is indexed for the first time, or a ledger replayed.
+
+    Raises:
+        SourceError: one line.
+    """
+    try:
+        if "/" in text or text.endswith(".kvlog") or Path(text).is_file():
+            return RecordedSource(text, progress)
+        return LedgerSource(text, progress)
+    except (InvalidName, LedgerNotFound):
+        names = sorted(path.name.removesuffix(".control") for path in SHM.glob("*.control"))
+        there = f"ledgers here: {', '.join(names)}" if names else "there is no ledger on this machine"
+        raise SourceError(f"{text!r} is neither a .kvlog file nor a ledger; {there}") from None
+    except LedgerError as error:
+        raise SourceError(str(error)) from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvledger.debugger.source.predicates import Predicate
 from kvledger.debugger.source.source import Entry, Source
+from kvledger.debugger.verify.predicates import Predicate
 
 
 def first_true(

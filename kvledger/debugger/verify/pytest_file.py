@@ -44,7 +44,7 @@ def test_shrunk() -> None:
             assert not check(state), (command, event)
 {assertion}'''
 _DEBUGGER = """from kvledger.debugger import Entry
-from kvledger.debugger.source.predicates import predicate
+from kvledger.debugger.verify.predicates import predicate
 """
 _ASSERTION = "            assert not HOLDS(state, Entry(sequence, 0, 0, event)), (command, event)\n"
 _ENUMS = "Direction", "Outcome", "ReleaseReason", "Tier"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from kvledger.debugger.source.predicates import Predicate
 from kvledger.debugger.source.replay import next_resize
 from kvledger.debugger.source.source import Entry, Source, SourceError
+from kvledger.debugger.verify.predicates import Predicate
 from statemachine.apply import apply, genesis
 from statemachine.check import check
 from statemachine.commands import Admit, Cache, Command, EndQuarantine, FinishTransfer, Match, TakeDigest

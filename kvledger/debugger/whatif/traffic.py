@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, assert_never
 
 from kvledger.debugger.source.source import Source
-from kvledger.debugger.source.stepping import stepped
+from kvledger.debugger.source.steps import stepped
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
