@@ -5,13 +5,15 @@ a line break begins a line that looks like the program's own; marks that reverse
 text than the one that is there. Whoever sends a request chooses its name, so none of these may get there.
 
 Everything that shows text to people uses this: the command line, the page, log messages, spans, exported files. It
-imports nothing, so that what says why an installation is broken can use it.
+imports nothing, so that what says why an installation is broken can use it. Words: ``docs/glossary.md``.
 """
 
 from __future__ import annotations
 
 import json
 import re
+
+__all__ = ["logged", "printable", "printable_json"]
 
 _PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
 
