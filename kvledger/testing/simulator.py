@@ -86,6 +86,8 @@ class Plan:
     host_blocks: int
     operations: tuple[Operation, ...]
     faults: tuple[Fault, ...]
+    tokens: bool = False
+    """Whether the engine counts tokens: grows, commits, and does so in steps of one transaction each."""
 
     @classmethod
     def draw(cls, seed: int, order: Order | None = None) -> Plan:
@@ -121,7 +123,8 @@ class Plan:
             else:  # anywhere in them
                 faults.append(Fault(1 + int(rng.random() * 600), "engine", "kill", 2))
         sizes = rng.randrange(6, 10), 0 if policy == HostPolicy.OFF else rng.randrange(4, 12)
-        return cls(seed, order or memory, policy, ranks, *sizes, tuple(operations), tuple(faults))
+        tokens = rng.random() < 0.5
+        return cls(seed, order or memory, policy, ranks, *sizes, tuple(operations), tuple(faults), tokens)
 
     def simulate(self) -> Outcome:
         """Run it. Raises what broke."""
@@ -318,10 +321,18 @@ class EngineSimulation(Simulation):
         table, valid = manager.block_table(key), manager.cached_blocks(key)
         engine.write(table[valid : len(seeds)], seeds[valid:])
         engine.verify(key, table[: len(seeds)], seeds, manager.next_sequence - 1)
-        manager.cache(key, len(seeds))
+        if self.plan.tokens:
+            manager.commit({key: manager.known(key)})
+        else:
+            manager.cache(key, len(seeds))
         request.computed = True
 
     def _allocate(self, manager: CacheManager, key: str, blocks: int) -> bool:
+        if self.plan.tokens:
+            with manager.step(self._next):
+                manager.poll()
+                grown = manager.grow({key: manager.room(key) + blocks * _BLOCK})
+            return not grown.refused
         try:
             manager.allocate({key: blocks})
         except OutOfBlocks:
@@ -337,7 +348,12 @@ class EngineSimulation(Simulation):
         generated = np.full(_BLOCK, token, np.int32)
         request.tokens = np.concatenate([request.tokens, generated])
         engine.write(manager.block_table(request.key)[start : start + 1], request.seeds[start:])
-        manager.cache(request.key, generated=generated)
+        if self.plan.tokens:
+            manager.append(request.key, [*generated.tolist(), token])
+            manager.retract(request.key, 1)  # a draft that was wrong
+            manager.commit({request.key: manager.known(request.key)})
+        else:
+            manager.cache(request.key, generated=generated)
 
     def _release(
         self, manager: CacheManager, engine: PatternEngine, live: list[_Live], reason: ReleaseReason, final: bool
@@ -347,7 +363,12 @@ class EngineSimulation(Simulation):
             seeds = request.seeds
             table = manager.block_table(request.key)
             engine.verify(request.key, table[: len(seeds)], seeds, manager.next_sequence - 1)
-        manager.release(request.key, reason, final=final)
+        if self.plan.tokens:
+            held = manager.release(request.key, reason, final=final, hold=True)
+            manager.poll()
+            manager.release(held)
+        else:
+            manager.release(request.key, reason, final=final)
 
     def _audit(self) -> int:
         """Starts an auditor, and another one when it was killed. It checks every event and writes snapshots."""
