@@ -95,7 +95,7 @@ class LogWriter:
         control.begin_writing()
         self._offset = HEADER_BYTES
         self._limit = segment_bytes - segment_bytes // _RESERVED
-        """Up to here no question is asked."""
+        """Bytes of the segment up to which room is never asked for: the reserve begins behind them."""
         self._prepared = self._prepare()
 
     @classmethod

@@ -48,7 +48,7 @@ class CacheConfig:
     host_staging_blocks: int | None = None
     """Host blocks on top for copies in transit; default: an eighth of ``host_blocks``."""
     backup_after: int = 1
-    """Write-through copies a block out at its so-manieth use; caching it is the first. 2 or more: selective."""
+    """Write-through copies a block out at this use of it, from 1; caching is the first. 2 or more: selective."""
     watermark_blocks: int = 0
     """Blocks that an admission leaves for the growth of requests that run already (nobody runs: it may take all)."""
     chunked_multimodal: bool = True

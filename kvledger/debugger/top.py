@@ -116,7 +116,7 @@ class Frame(NamedTuple):
     """Oldest first."""
     refusals_minute: int
     refusals: int
-    """As far as the log reaches back."""
+    """Totals since the oldest event that is still there."""
     evicted_minute: tuple[int, int]
     """Blocks evicted from the device and from the host in the last minute."""
     readers: list[Reader]

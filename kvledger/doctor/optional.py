@@ -14,6 +14,7 @@ EXTRAS = {
     "metrics": ("prometheus_client",),
     "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
     "plot": ("matplotlib",),
+    "events": ("msgpack", "zmq"),
     "export": ("pyarrow", "perfetto"),
     "testing": ("hypothesis",),
 }

@@ -13,17 +13,17 @@ from workers.handoff import pushes
 
 
 class Handed(NamedTuple):
-    """A request has been handed over, or has not."""
+    """How handing over a request has ended."""
 
     key: str
     outcome: Outcome
     """Only with ``DONE`` all blocks have arrived, in all layers, on all ranks."""
     reason: str
-    """Why not."""
+    """Why the outcome is not ``DONE``; empty if it is."""
 
 
 class Received(NamedTuple):
-    """As :class:`Handed`, where the blocks arrive."""
+    """How receiving the blocks of a request has ended; see :class:`Handed`."""
 
     key: str
     outcome: Outcome
@@ -44,7 +44,7 @@ class PeerLog:
         self.finished: list[pushes.PushFinished] = []
         """What has ended since it was last emptied."""
         self.lost = ""
-        """Why nothing will come any more."""
+        """Why the log of pushes has ended; empty while it has not."""
         self._next_look = 0.0
         try:
             self._reader = read_from_the_oldest(pushes.log_name(ledger), "decode")
@@ -60,7 +60,7 @@ class PeerLog:
         self.finished.clear()
 
     def look(self) -> None:
-        """Read on; 50 times per second at most also whether the sender lives."""
+        """Read what is new, and look whether the sender lives, 50 times per second at most."""
         now = time.monotonic()
         gone = ""
         if now >= self._next_look:

@@ -72,9 +72,9 @@ class Receiver:
         self._manager = manager
         self._peers: dict[str, PeerLog] = {}
         self._rooms: dict[int, _Room] = {}
-        """By ticket: open."""
+        """Open rooms, by ticket."""
         self._quarantined: dict[int, _Room] = {}
-        """By ticket: revoked, and perhaps still being written."""
+        """Rooms whose ticket is revoked and which may still be written, by ticket."""
         self._next_look = 0.0
         self._told: list[Received] = []
         self._closed = False
@@ -166,7 +166,7 @@ class Receiver:
         return told
 
     def fold(self) -> None:
-        """Take in what the prefill instances have said."""
+        """Take in what the prefill instances have logged."""
         if self._closed:
             return
         for peer in self._peers.values():
@@ -240,7 +240,7 @@ class Receiver:
         return any(room.key == key for room in self._rooms.values())
 
     def released(self, key: str) -> None:
-        """A request is released before its blocks have arrived: they are quarantined."""
+        """Quarantine the blocks of a request that is released before they have arrived."""
         for room in list(self._rooms.values()):
             if room.key == key:
                 self._quarantine(room)

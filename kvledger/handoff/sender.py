@@ -44,10 +44,10 @@ class _Push(NamedTuple):
     key: str
     ticket: int
     sequence: int
-    """Where in the log of pushes it started."""
+    """Sequence of its start in the log of pushes."""
     deadline: float
     answers: dict[int, Acknowledgement]
-    """By rank."""
+    """The ranks' answers so far, by rank."""
 
 
 class Sender:
@@ -270,7 +270,7 @@ class Sender:
     # For the manager
 
     def busy(self) -> bool:
-        """Whether something is being pushed."""
+        """Whether some push has not ended."""
         return bool(self._pushes)
 
     def uses(self, key: str) -> bool:
@@ -278,7 +278,7 @@ class Sender:
         return any(push.key == key for push in self._pushes.values())
 
     def released(self, key: str) -> None:
-        """The sources are given back: what has not arrived never counts. The decode instance hears of it."""
+        """End the pushes of a request that is released: what has not arrived never counts."""
         for number, push in list(self._pushes.items()):
             if push.key == key:
                 self._finish(number, Outcome.FAILED, "the prefill instance has released the request")

@@ -15,7 +15,7 @@ from statemachine.events import IntArray, Tier
 
 
 def whole(name: str, value: SupportsIndex) -> int:
-    """A whole number from 0, Python's or NumPy's; a bool is none."""
+    """Take a whole number from 0, Python's or NumPy's; refuse anything else, a bool too."""
     if type(value) is int and value >= 0:
         return value
     try:
@@ -28,25 +28,25 @@ def whole(name: str, value: SupportsIndex) -> int:
 
 
 def expect_namespace(namespace: object) -> None:
-    """A namespace is bytes."""
+    """Refuse a namespace that is not bytes."""
     if type(namespace) is not bytes:
         raise InvalidCommand(f"a namespace is bytes, from namespace_key(), not {type(namespace).__name__}")
 
 
 def expect_seconds(name: str, value: object) -> None:
-    """``None`` is allowed."""
+    """Refuse what is no number of seconds; ``None`` is allowed."""
     if value is not None and not (isinstance(value, int | float) and value < 1e9):
         raise InvalidCommand(f"{name} is a number of seconds, not {value!r:.80}")
 
 
 def expect_bool(name: str, value: object) -> None:
-    """Not what is merely true or false enough."""
+    """Refuse what is no bool, also where Python would take it for one."""
     if not isinstance(value, bool):
         raise InvalidCommand(f"{name} is a bool, not {value!r:.80}")
 
 
 def expect_tier(tier: object) -> None:
-    """Neither a name nor a number."""
+    """Refuse what is no tier, also a tier's name or number."""
     if not isinstance(tier, Tier):
         raise InvalidCommand(f"tier is a Tier, not {tier!r:.80}")
 

@@ -168,14 +168,14 @@ class Ledger:
         return events
 
     def _follow(self, events: list[Event]) -> None:
-        """Transfers that these events started get a deadline; without workers they are done at once."""
+        """Give the transfers that these events started a deadline; without workers end them at once."""
         if self._ranks is not None:
             self._ranks.started(self._transactions.next_sequence - len(events))
         else:
             self._end_transfers()
 
     def _end_transfers(self) -> None:
-        """Without workers there are no bytes to move: every transfer is done."""
+        """End every transfer as done: without workers there are no bytes to move."""
         for id, transfer in list(self._state.transfers.items()):
             done = commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets))
             self._transactions.commit(decide(self._state, commands.EndQuarantine(id) if transfer.quarantined else done))
@@ -193,7 +193,7 @@ class Ledger:
     # The owner, and what other threads release
 
     def adopt_thread(self) -> None:
-        """The calling thread owns the manager from now on; the one that owned it must not call any more."""
+        """Make the calling thread the owner of the manager; the thread that owned it must not call any more."""
         self._owner = get_ident()
 
     def _expect_thread(self) -> None:
@@ -277,13 +277,13 @@ class Ledger:
         return self._ranks.poll() if self._ranks is not None else []
 
     def fold(self) -> None:
-        """As :meth:`poll`, but what there is to report stays for the next :meth:`poll`."""
+        """Fold the workers' answers into the log; what there is to report stays for the next :meth:`poll`."""
         self._expect_owner()
         if self._ranks is not None:
             self._ranks.fold()
 
     def attach(self, handoff: Handoff) -> None:
-        """A sender or receiver of this manager says so. Raises :class:`InvalidCommand`: there is one of its kind."""
+        """Attach a sender or receiver to this manager. Raises :class:`InvalidCommand`: one of its kind is attached."""
         self._expect_owner()
         if any(type(other) is type(handoff) for other in self._handoffs):
             raise InvalidCommand(f"ledger {self.name!r} has a {type(handoff).__name__.lower()} already")
@@ -406,7 +406,7 @@ class Ledger:
                 last_first.callback(handoff.close, keep=keep)
 
     def disown(self) -> None:
-        """This process is a fork of the one that owns the ledger. See :mod:`kvledger.manager.forks`."""
+        """Become closed, in a fork of the process that owns the ledger. See :mod:`kvledger.manager.forks`."""
         self._transactions.closed = _FORKED
         for handoff in self._handoffs:
             handoff.disown()

@@ -20,7 +20,7 @@ class Owned(Protocol):
 
 
 _living: dict[int, Owned] = {}
-"""Of this process, by ``id``: a compiled manager can be referred to weakly by nobody."""
+"""What this process owns, by ``id``: a compiled manager cannot be referred to weakly."""
 
 
 def watch(manager: Owned) -> None:

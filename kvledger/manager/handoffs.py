@@ -29,19 +29,19 @@ class Handoff(Protocol):
         """Whether somebody reads or writes blocks of the device pool for it."""
 
     def fold(self) -> None:
-        """Take in what has happened; :meth:`poll` of the sender or receiver tells it to its user."""
+        """Take in what the other side has said; :meth:`poll` of the sender or receiver reports it to its user."""
 
     def uses(self, key: str) -> bool:
         """Whether the block table of a request has to stay as it is."""
 
     def released(self, key: str) -> None:
-        """A request is about to be released: whatever is under way for it ends first."""
+        """End whatever is under way for a request that is about to be released."""
 
     def close(self, *, keep: bool = False) -> None:
-        """The manager closes."""
+        """Close, because the manager does."""
 
     def disown(self) -> None:
-        """This process is a fork of the engine's: nothing is done here any more, nor ended."""
+        """Do nothing any more, and end nothing: this process is a fork of the engine's."""
 
 
 def end_pushers(ledger: str) -> None:

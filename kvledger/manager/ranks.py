@@ -33,7 +33,7 @@ BlockTable = npt.NDArray[np.int32]
 _BACK_OFF_S = 0.05
 _LONGEST_BACK_OFF_S = 5.0
 _MOST_FAILURES = 8
-"""In a row (deaths, failed copies, time-outs); then the host tier is given up."""
+"""Failures of a rank in a row (deaths, failed copies, time-outs) after which the host tier is given up."""
 _OUTCOMES = {Status.OK: Outcome.DONE, Status.FAILED: Outcome.FAILED, Status.CORRUPT: Outcome.CORRUPT}
 
 
@@ -99,7 +99,7 @@ class Ranks:
         self._giving_up = ""
         """Why the host tier goes, as soon as no worker is left that could write to it."""
         self._changes: deque[Change] = deque()
-        """Workers that came or went, until the log says so."""
+        """Workers that joined or were lost, and stand in no event yet."""
         self._news: dict[int, bool] = {}
         """Requests that :meth:`poll` has to report, by number, and whether they were shortened."""
         writer.hold(self._oldest_in_flight)
@@ -155,7 +155,7 @@ class Ranks:
         return None if rank in self._restarts else self.supervisor.pid(rank)
 
     def started(self, sequence: int) -> None:
-        """Transfers that are new since event ``sequence`` get a deadline."""
+        """Give every transfer that is new since event ``sequence`` a deadline."""
         deadline = self._deadline()
         for id in self._state.transfers:
             if id not in self._orders:
@@ -190,7 +190,7 @@ class Ranks:
         return self._news.pop(request.id, False)
 
     def fold(self) -> None:
-        """As :meth:`poll`, which has to report it then."""
+        """Fold the answers into the log; the next :meth:`poll` reports which requests can go on. Never blocks."""
         transfers = self._state.transfers
         if self._orders.keys() != transfers.keys():
             self._mend_orders()
@@ -239,7 +239,7 @@ class Ranks:
             self._failed(rank, f"its transfers took longer than {self._config.transfer_timeout_s:g} s")
 
     def _heard(self, answer: EpochSeen) -> None:
-        """An adopted worker follows this engine: all that was ordered before it has executed, for the last time."""
+        """Note that an adopted worker follows this engine: what was ordered before is executed, for the last time."""
         if answer.epoch == self._state.epoch and self._unheard.pop(answer.rank, None) is not None:
             for id, transfer in self._state.transfers.items():
                 if transfer.quarantined and self._orders[id].sequence < self._epoch_began:
@@ -306,13 +306,13 @@ class Ranks:
         self._writer.listen()
 
     def _lost(self, rank: int, reason: str) -> None:
-        """A rank has no worker: start one, later each time."""
+        """Plan the next worker of a rank that has none, later each time."""
         failures = self._failures.get(rank, 0)
         self._restarts[rank] = time.monotonic() + back_off(failures)
         self._failed(rank, reason)
 
     def _failed(self, rank: int, reason: str) -> None:
-        """One more failure of a rank. After too many in a row no more is asked of the workers."""
+        """Count one more failure of a rank; after too many in a row nothing more is asked of the workers."""
         self._failures[rank] = self._failures.get(rank, 0) + 1
         if self._failures[rank] >= _MOST_FAILURES and self._state.policy != HostPolicy.OFF and not self._giving_up:
             self._giving_up = f"rank {rank} failed {self._failures[rank]} times in a row: {reason}"

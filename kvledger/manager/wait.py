@@ -21,7 +21,7 @@ def loop(done: Callable[[], object], timeout: float) -> bool:
 
 
 async def loop_async(done: Callable[[], object], timeout: float) -> bool:
-    """As :func:`loop`, and other tasks of the event loop run meanwhile."""
+    """Ask until it is done, while other tasks of the event loop run. Returns whether it is done."""
     import asyncio  # a third of the package's import time; who has an event loop has it already
 
     deadline = time.monotonic() + timeout

@@ -119,7 +119,7 @@ class _Context:
     def __init__(self, reader: KvlogReader) -> None:
         self._reader = reader
         self._chunks: deque[tuple[int, int]] = deque()
-        """Of the last chunks: offset and bytes, unpacked."""
+        """The last chunks, each as its offset and its unpacked size in bytes."""
         self._bytes = 0
 
     def poll(self) -> list[Record]:

@@ -76,7 +76,7 @@ class Postings:
         self._flying: dict[int, tuple[bytes, bytes]] = {}
         """By transfer that has not ended: its device blocks and its host blocks."""
         self._waiting: dict[int, set[int]] = {}
-        """By the same: requests that wait for its end."""
+        """By transfer that has not ended: requests that wait for its end."""
         self._most = dict.fromkeys(Tier, 0)
         """Blocks that a tier has ever had."""
         if before is not None:

@@ -43,7 +43,7 @@ _CHAIN_BYTES = 16
 
 
 class Redacted(NamedTuple):
-    """What was done."""
+    """What a redaction has written, and where it had to stop."""
 
     events: int
     damage: str
@@ -90,11 +90,11 @@ class Pseudonyms:
         return hmac.digest(self._key, use + data, hashlib.sha256)[:_CHAIN_BYTES]
 
     def name(self, key: str) -> str:
-        """For a request's name."""
+        """The pseudonym of a request's name."""
         return self._hash(b"request", key.encode()).hex() if key else ""
 
     def namespace(self, namespace: bytes) -> bytes:
-        """For a namespace; the empty one stays empty."""
+        """The pseudonym of a namespace; the empty one stays empty."""
         return self._hash(b"namespace", namespace) if namespace else b""
 
     def root(self, namespace: bytes) -> bytes:

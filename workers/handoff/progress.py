@@ -24,7 +24,7 @@ class LayerProgress:
         self._release, self._acquire = make_fence()
 
     def wrote(self, step: int, layers: int) -> None:
-        """The first ``layers`` layers of step ``step`` are written, and all of the steps before it.
+        """Report that the first ``layers`` layers of step ``step`` are written, and all of the steps before it.
 
         Steps count from 1 and only grow. On a GPU: call it when the copies are known to be done, not when they are
         queued.

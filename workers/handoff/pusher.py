@@ -28,13 +28,13 @@ _ACK_SEGMENT_BYTES = 1 << 18
 
 
 class _Push:
-    """A push and how far it is."""
+    """A push, with the layers of it that have arrived."""
 
     def __init__(self, order: PushStarted, destination: Destination) -> None:
         self.order = order
         self.destination = destination
         self.layers = 0
-        """So many have arrived."""
+        """Layers that have arrived."""
 
 
 class Pusher:

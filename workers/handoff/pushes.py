@@ -47,12 +47,12 @@ class Address(NamedTuple):
     """Device block ids of the decode instance, in token order."""
 
     def text(self) -> str:
-        """As one line of JSON."""
+        """Write the address as one line of JSON."""
         return json.dumps(self._asdict())
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The opposite of :meth:`text`. Raises ``ValueError``: it comes from another process and may be anything."""
+        """Read the address that :meth:`text` wrote. Raises ``ValueError``: the text comes from another process."""
         try:
             fields = json.loads(text)
             address = cls(**{**fields, "blocks": tuple(fields["blocks"])})
@@ -105,12 +105,12 @@ SCHEMA_HASH = xxhash.xxh3_64_intdigest(repr([event.__annotations__ for event in 
 
 
 def record_of(fact: PushStarted | PushFinished) -> tuple[int, int, bytes, bytes]:
-    """As ``(kind, subject, args, payload)``."""
+    """Encode a fact as ``(kind, subject, args, payload)`` of a record."""
     return _encode_started(fact) if isinstance(fact, PushStarted) else _encode_finished(fact)
 
 
 def fact_of(record: Record) -> PushStarted | PushFinished:
-    """What a record of the log of pushes says. Raises :class:`statemachine.records.codec.CodecError`."""
+    """Decode a record of the log of pushes. Raises :class:`statemachine.records.codec.CodecError`."""
     decode = {STARTED_KIND: _decode_started, FINISHED_KIND: _decode_finished}.get(record.kind)
     try:
         if decode is None:

@@ -14,7 +14,7 @@ from workers.pools.numpy import NumpyPools, runs
 
 
 class SharedMemory:
-    """Both instances are on this host, with device pools in shared memory."""
+    """The transport between two instances on one host, with device pools in shared memory."""
 
     def __init__(self, rank: int, sources: NumpyPools, signals: Signals) -> None:
         self._rank = rank

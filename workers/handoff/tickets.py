@@ -67,17 +67,17 @@ class Tickets:
         return slot, self._words[slot]
 
     def revoke(self, slot: int) -> None:
-        """Nobody may begin to write with this ticket any more. Who is writing already shows by its claim."""
+        """Take a ticket back: nobody begins to write with it any more; who writes already is seen by its claim."""
         self._words[slot] &= ~1
         self._fence()
 
     def give_up(self, slot: int) -> None:
-        """The ticket is revoked and nobody claims it: the slot is free."""
+        """Free the slot of a ticket that is revoked and that nobody claims."""
         self._words[slot] = 0
         self._free.append(slot)
 
     def stands(self, slot: int, ticket: int) -> bool:
-        """Whether a ticket may be used. Asked by a pusher that has claimed it."""
+        """Whether a ticket may be used. A pusher asks after it has claimed the ticket, never before."""
         self._fence()
         return 0 < slot < _WORDS and ticket & 1 == 1 and self._words[slot] == ticket
 
@@ -106,7 +106,7 @@ def board_name(ledger: str) -> str:
 
 
 def claimed(tickets: Collection[int]) -> dict[int, int]:
-    """Those of these revoked tickets with which some pusher on this machine still writes, and its process id."""
+    """Find the pushers of this machine that still write with one of these revoked tickets: ticket → process id."""
     found: dict[int, int] = {}
     for name in os.listdir(SHM) if tickets else ():
         if not _PUSHER.fullmatch(name):

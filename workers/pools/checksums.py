@@ -22,9 +22,9 @@ class CheckedCopies:
         self._memory = memory
         self._copies = copies
         self._out: dict[int, IntArray] = {}
-        """By copy out under way: the host blocks that it writes."""
+        """Transfer id of a copy out under way → the host blocks that it writes."""
         self._corrupt: dict[int, str] = {}
-        """By copy in that was cut short: why."""
+        """Transfer id of a copy in that was cut short → the reason."""
         self._ended: list[Ended] = []
 
     def _digest(self, block: int) -> int:

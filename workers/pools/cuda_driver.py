@@ -147,7 +147,7 @@ class Driver:
     # Devices and contexts
 
     def devices(self) -> int:
-        """How many there are; those that ``CUDA_VISIBLE_DEVICES`` hides do not count."""
+        """Count the devices; those that ``CUDA_VISIBLE_DEVICES`` hides do not count."""
         return self._word("cuDeviceGetCount") & 0xFFFFFFFF
 
     def device(self, ordinal: int) -> int:
@@ -161,11 +161,11 @@ class Driver:
         return bytes(buffer)
 
     def device_of(self, address: int) -> int:
-        """The device whose memory it is."""
+        """The device that an address belongs to."""
         return self._word("cuPointerGetAttribute", _DEVICE_OF_POINTER, address) & 0xFFFFFFFF
 
     def retain(self, device: int) -> int:
-        """Its primary context, which all frameworks share. To be released."""
+        """Retain the primary context of a device, which all frameworks share. To be released."""
         return self._word("cuDevicePrimaryCtxRetain", device)
 
     def release(self, device: int) -> None:
@@ -187,7 +187,7 @@ class Driver:
     # Memory
 
     def allocate(self, size: int) -> int:
-        """So many bytes on the context's device; returns their address."""
+        """Allocate bytes on the context's device; returns their address."""
         return self._word("cuMemAlloc_v2", size)
 
     def free(self, address: int) -> None:
@@ -201,7 +201,7 @@ class Driver:
         return base.value, size.value
 
     def handle(self, base: int) -> bytes:
-        """What another process opens an allocation with."""
+        """Make the handle with which another process opens an allocation."""
         handle = _Handle()
         self._call("cuIpcGetMemHandle", byref(handle), base)
         return bytes(handle.reserved)

@@ -102,7 +102,7 @@ class PoolLayout(NamedTuple):
     """Whether each host block has one (:mod:`workers.pools.checksums`)."""
 
     def text(self) -> str:
-        """As it is written into the log and handed to workers."""
+        """Write the layout as one line, as the log and workers get it."""
         fields = self._asdict()
         if not self.checksums:  # as before there were any
             del fields["checksums"]
@@ -110,7 +110,7 @@ class PoolLayout(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From :meth:`text`. Raises ``ValueError`` for anything else."""
+        """Read the layout that :meth:`text` wrote. Raises ``ValueError`` for anything else."""
         try:
             fields = json.loads(text)
             tensors = tuple(KVTensor(name, tuple(shape), dtype) for name, shape, dtype in fields.pop("tensors"))
@@ -152,5 +152,5 @@ class PoolLayout(NamedTuple):
 
     @property
     def fingerprint(self) -> int:
-        """Differs when anything differs."""
+        """64 bits of the layout: two layouts that differ in anything have different ones."""
         return xxhash.xxh3_64_intdigest(self.text().encode())

@@ -111,7 +111,7 @@ class NumpyCopies:
         self._ended: list[Ended] = []
 
     def start(self, transfer: TransferStarted) -> None:
-        """Copy."""
+        """Copy the blocks of a transfer, at once."""
         try:
             valid = copy_blocks(self._pools, Direction(transfer.direction), transfer.sources, transfer.targets)
             ended = Ended(transfer.transfer, valid)
@@ -125,8 +125,8 @@ class NumpyCopies:
         return ended
 
     def busy(self) -> bool:
-        """Never, between two calls of :meth:`ended`."""
+        """Whether some copy has ended that :meth:`ended` has not told; none is ever under way."""
         return bool(self._ended)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is no memory but this process's to give back."""

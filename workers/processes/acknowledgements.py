@@ -31,12 +31,12 @@ class Acknowledgement(NamedTuple):
     error: str
 
     def record(self) -> tuple[int, int, bytes, bytes]:
-        """As ``(kind, subject, args, payload)``."""
+        """Encode the answer as ``(kind, subject, args, payload)`` of a record."""
         return KIND, self.transfer, _ARGS.pack(self.rank, self.status, self.valid), self.error.encode()
 
     @classmethod
     def of(cls, record: Record) -> Acknowledgement:
-        """From a record of a worker's log. Raises ``ValueError`` for anything else."""
+        """Decode a record of a worker's log. Raises ``ValueError`` for anything else."""
         if record.kind != KIND:
             raise ValueError(f"kind {record.kind} is no acknowledgement")
         rank, status, valid = _ARGS.unpack_from(record.args)
@@ -50,12 +50,12 @@ class EpochSeen(NamedTuple):
     epoch: int
 
     def record(self) -> tuple[int, int, bytes, bytes]:
-        """As ``(kind, subject, args, payload)``."""
+        """Encode the answer as ``(kind, subject, args, payload)`` of a record."""
         return EPOCH_KIND, self.epoch, _ARGS.pack(self.rank, 0, 0), b""
 
 
 def answer_of(record: Record) -> Acknowledgement | EpochSeen:
-    """What a record of a worker's log says."""
+    """Decode a record of a worker's log: the end of a transfer, or an epoch that was seen."""
     if record.kind == EPOCH_KIND:
         return EpochSeen(_ARGS.unpack_from(record.args)[0], record.subject)
     return Acknowledgement.of(record)
@@ -67,5 +67,5 @@ def log_name(ledger: str, rank: int, incarnation: int) -> str:
 
 
 def signals_name(ledger: str, rank: int, incarnation: int) -> str:
-    """Name of its signals."""
+    """Name of the signals of one incarnation of a rank's worker."""
     return f"/{ledger}.rank{rank}.{incarnation}.signals"

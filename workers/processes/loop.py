@@ -37,7 +37,7 @@ class Worker(Protocol):
         """The whole loop body; returns how much it has done."""
 
     def close(self) -> None:
-        """Leave."""
+        """Give back what the worker holds; its answers stay."""
 
 
 def run(

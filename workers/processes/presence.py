@@ -41,7 +41,7 @@ class Presence:
         return self._signals.words[LEAVE] != 0
 
     def close(self) -> None:
-        """The process ends."""
+        """Give the lock up, when the process ends."""
         self._lock.close()
 
 

@@ -35,7 +35,7 @@ envs = Environment()
 def expect_memory(cache_config: Any, host: bool, role: str) -> None:
     """Refuse to copy KV where the configuration does not say in whose memory it is.
 
-    FastDeploy's model runners compute in tensors that they make themselves, or, in split mode, that its messager makes.
+    FastDeploy's model runners compute in tensors of their own, or, in split mode, in those of ``cache_messager.py``.
     Workers that copied between pools of kvledger's own would report hits whose bytes the model has never seen.
 
     Raises:

@@ -39,9 +39,9 @@ from statemachine.state.state import State
 MOST_FACTS = 30
 _GRANTS = 3
 _SWEEPING = (CacheCleared, PoolResized, TierLost)
-"""They move blocks without naming them."""
+"""Events that move blocks without naming them."""
 _STAYING = (RequestMatched, BlocksAllocated)
-"""They leave what is cached where it is."""
+"""Events that leave what is cached where it is."""
 _ENDING = (TransferFinished, QuarantineEnded, *_SWEEPING)
 
 
