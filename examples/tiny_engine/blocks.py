@@ -104,7 +104,8 @@ class LedgerBlocks:
         if request.computed <= request.known:
             self._manager.cache(request.name, request.computed // self.block_size)
         else:
-            self._manager.cache(request.name, generated=request.tokens[request.known : request.computed])
+            told = request.tokens[request.known : request.computed]
+            self._manager.cache(request.name, request.computed // self.block_size, generated=told)
             request.known = request.computed
 
     def release(self, request: Request, *, preempted: bool = False) -> None:

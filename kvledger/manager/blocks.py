@@ -79,7 +79,8 @@ class BlockCalls(TokenCalls):
         """Publish blocks: from now on other requests can match them.
 
         Args:
-            blocks: the first so many blocks of the request are computed; default: all full blocks of known content.
+            blocks: the first so many blocks of the request are computed; default: all full blocks of known content, but
+                not the last of the tokens that were told as ``generated``, which was sampled and is not computed yet.
             generated: the tokens that follow those known so far. What does not fill a block is remembered.
             computed: only so many leading blocks of the request are computed, the others will be by the step that is
                 being scheduled. They can be matched, but they are not copied out until a later call, or the release,
@@ -97,10 +98,12 @@ class BlockCalls(TokenCalls):
         known = tail
         if generated is not None:
             words = tail + words_of(generated)
-            full = full_blocks(words, size)
-            words, tail = words[:full], words[full:]
+            end = full_blocks(words, size)
+            words, tail = words[:end], words[end:]
+        sampled = told.sampled or (generated is not None and len(words) + len(tail) > len(known))
         if blocks is None:
-            count = request.leaf.end + (len(request.words) + len(words)) // size
+            full = len(request.words) + len(words)
+            count = request.leaf.end + min(max(full + len(tail) - 4 * sampled, 0), full) // size
         else:
             count = whole("blocks", blocks)
         ready = None if computed is None else whole("computed", computed)
@@ -111,7 +114,7 @@ class BlockCalls(TokenCalls):
         except (CommandRejected, LedgerError):  # nothing has changed
             told.tail = known
             raise
-        told.tail, told.items = tail, later
+        told.tail, told.items, told.sampled = tail, later, sampled
         if self._state.policy == HostPolicy.WRITE_THROUGH:
             self._back_up(key)
 

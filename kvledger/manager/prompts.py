@@ -35,6 +35,8 @@ class Told:
         self.request = request
         self.tail = tail
         """The words after those that the state has; ``None``: a call was interrupted, nobody can tell."""
+        self.sampled = False
+        """The last known token was told as generated: its KV is not written before the next step."""
         self.items = b""
         """Records of the images and sounds that begin in these words."""
         self.computed = computed

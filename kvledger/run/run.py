@@ -291,7 +291,8 @@ class Run:
         self._count(request, count, admission.device_blocks, admission.host_blocks)
         seeds = self._compute(manager, request, words)
         begun = time.perf_counter_ns()
-        manager.cache(key, generated=request.output if len(request.output) else None)
+        blocks = (manager.known(key) + len(request.output)) // self._block_size
+        manager.cache(key, blocks, generated=request.output if len(request.output) else None)
         self._times["cache"].append(time.perf_counter_ns() - begun)
         finish = self._now + self.options.prefill_ms + self.options.token_ms * request.output_length
         self._in_flight.add(_Live(finish, request.number, request, seeds))

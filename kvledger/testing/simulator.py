@@ -353,7 +353,7 @@ class EngineSimulation(Simulation):
             manager.retract(request.key, 1)  # a draft that was wrong
             manager.commit({request.key: manager.known(request.key)})
         else:
-            manager.cache(request.key, generated=generated)
+            manager.cache(request.key, len(request.tokens) // _BLOCK, generated=generated)
 
     def _release(
         self, manager: CacheManager, engine: PatternEngine, live: list[_Live], reason: ReleaseReason, final: bool

@@ -179,7 +179,7 @@ class Workload:
         self.live[key] = np.concatenate([before, generated])
         try:
             self.fill(key)
-            self.manager.cache(key, generated=generated)
+            self.manager.cache(key, len(self.live[key]) // BLOCK, generated=generated)
         except BaseException:
             self.live[key] = before
             raise

@@ -160,13 +160,13 @@ def test_a_backup_that_cannot_be_logged_fails_no_call_that_was() -> None:
         manager.admit("a", tokens(4), blocks=6)
         with no_room_for(manager, TransferStarted):
             manager.cache("a")
-            manager.cache("a", generated=tokens(1, 5))
+            manager.cache("a", 5, generated=tokens(1, 5))
             assert manager.cached_blocks("a") == 5 and manager.stats()["backed_up_blocks"] == 0
         before = manager.digest()
         with no_room_for(manager, BlocksCached), pytest.raises(SharedMemoryFull):
-            manager.cache("a", generated=tokens(1, 6))
+            manager.cache("a", 6, generated=tokens(1, 6))
         assert manager.digest() == before
-        manager.cache("a", generated=tokens(1, 6))
+        manager.cache("a", 6, generated=tokens(1, 6))
         assert manager.stats()["backed_up_blocks"] == 6
         manager.release("a")
 

@@ -430,6 +430,13 @@ MUTANTS: list[Mutant] = [
         "tests/manager/test_content_in_full.py::test_the_weights_in_force_outlive_their_engine",
     ),
     mutant(
+        "a token that was sampled counts as computed",
+        "kvledger/manager/blocks.py",
+        "min(max(full + len(tail) - 4 * sampled, 0), full)",
+        "full",
+        "tests/manager/test_sampled_tokens.py",
+    ),
+    mutant(
         "blocks of old weights match",
         "kvledger/manager/manager.py",
         "        return versioned(self._state.weights, namespace)\n",
