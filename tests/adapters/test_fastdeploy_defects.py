@@ -55,7 +55,7 @@ def test_b1b_b4_a_refused_match_pins_nothing_and_can_be_cleaned_up() -> None:
         task = request("b", list(range(16)))
         with pytest.raises(OutOfBlocks):
             it.request_match_blocks(task, 2)
-        finish(it, SimpleNamespace(**vars(task), cached_block_num=0))
+        finish(it, task)
         assert len(it.req_leaf_map) == 0 and all(node.shared_count == 0 for node in it.node_map.values())
         assert {node.cache_status for node in it.node_map.values()} == {CacheStatus.GPU, CacheStatus.CPU}
         assert it.manager.digest() == before

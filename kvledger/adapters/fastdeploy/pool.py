@@ -24,6 +24,7 @@ from kvledger.manager.manager import CacheManager
 from kvledger.manager.wait import loop
 from statemachine.errors import InvalidCommand, OutOfBlocks
 from statemachine.events import AllocationRefused, Direction, HostPolicy, Tier
+from statemachine.state.nodes import Request
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,6 +123,8 @@ class DevicePool:
         self.ledger = f"fastdeploy-{os.getpid()}-dp{local_data_parallel_id}-{next(_numbers)}"
         """Name of the ledger."""
         self._live: dict[str, Live] = {}
+        self._uncached: dict[str, list[int]] = {}
+        """Requests whose content the ledger refuses, and the blocks that are freed with them: they run uncached."""
         self._swapping: dict[str, set[int]] = {}
         """By task of :meth:`issue_swap_task`: the transfers it stands for."""
         self._stopped = threading.Event()
@@ -166,6 +169,10 @@ class DevicePool:
     def manager(self) -> CacheManager:
         """The ledger behind it; call :meth:`CacheManager.adopt_thread` before changing anything through it."""
         return self._manager
+
+    def _request(self, req_id: str) -> Request:
+        state = self._manager.state
+        return state.requests[state.keys[req_id]]
 
     # Blocks without a request
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -17,13 +17,14 @@ import numpy.typing as npt
 
 from kvledger.adapters.fastdeploy.cache_data import BlockNode
 from kvledger.adapters.fastdeploy.content import item_around, items_of, tokens_of
+from kvledger.adapters.fastdeploy.looked_at import LookedAt
 from kvledger.adapters.fastdeploy.pool import Live, Match, own
 from kvledger.adapters.fastdeploy.signals import PrefixTreeStatus
-from kvledger.adapters.fastdeploy.split import SplitInstance
-from kvledger.adapters.fastdeploy.views import View, leaf_view, node_map, root_view, run_of
+from kvledger.adapters.fastdeploy.views import leaf_view, root_view, run_of
 from kvledger.manager.answers import Admission
 from kvledger.manager.wait import loop
-from statemachine.content import Item
+from kvledger.text import printable
+from statemachine.content import InvalidTokens, Item
 from statemachine.errors import InvalidCommand, OutOfBlocks
 from statemachine.state.nodes import ALL, Request
 
@@ -33,7 +34,7 @@ _LOOK_S = 0.001
 _LOOK_AT_STATUS_S = 0.01
 
 
-class PrefixCacheManager(SplitInstance):
+class PrefixCacheManager(LookedAt):
     """Which block holds which tokens, asked the way FastDeploy's schedulers ask.
 
     Args:
@@ -111,20 +112,27 @@ class PrefixCacheManager(SplitInstance):
         size = self._block_size
         return gpu, cpu, swapping[::-1], leaf, admission.device_blocks * size, admission.host_blocks * size
 
-    def _request(self, req_id: str) -> Request:
-        state = self._manager.state
-        return state.requests[state.keys[req_id]]
-
     @own
     def request_match_blocks(self, task: Any, block_size: int, *args: Any) -> tuple[list[int], int, dict[str, int]]:
         """Match a request and wait for its swap-in: ``(common block ids, matched tokens, hit information)``.
 
+        A request that the ledger refuses for what it is (a token below 0 outside its images, an image that does not fit
+        in its prompt) is told in the log and runs uncached: it matches nothing, and ``update_cache_blocks`` leaves it
+        out. FastDeploy's schedulers would try it again for ever, and nothing behind it.
+
         Raises:
-            OutOfBlocks: there is no room for what would have to be swapped in; nothing is pinned.
+            OutOfBlocks: there is no room for what would have to be swapped in; nothing is pinned. After this and any
+                other error ``task.cached_block_num`` is 0, so the scheduler can clean up and try again.
         """
+        self._expect_block_size(block_size)
+        task.cached_block_num = 0  # FastDeploy's clean-up after an error reads it, and a new request has none
         self._restart(task.request_id)
-        tokens = tokens_of(task)
-        match = self._match(task.request_id, tokens, items_of(task), block_size)
+        try:
+            tokens = tokens_of(task)
+            match = self._match(task.request_id, tokens, items_of(task), block_size)
+        except (InvalidTokens, InvalidCommand) as error:
+            self._run_uncached(task.request_id, [], error)
+            return [], 0, _hits(0, 0, block_size)
         common = self._settled(task.request_id)
         task.cached_block_num = len(common)
         gpu, cpu = self._count_hits(task.request_id, match, len(common), len(tokens))
@@ -136,15 +144,22 @@ class PrefixCacheManager(SplitInstance):
     ) -> tuple[list[int], list[int], dict[str, int]]:
         """Match, allocate and cache in one call: ``(common block ids, own block ids, hit information)``.
 
+        A request that the ledger refuses for what it is runs uncached, see :meth:`request_match_blocks`.
+
         Raises:
             OutOfBlocks: nothing is pinned.
         """
+        self._expect_block_size(block_size)
         req_id = task.request_id
         self._restart(req_id)
-        tokens = tokens_of(_Prompt(task.prompt_token_ids))
-        self.metrics.req_count += 1
-        blocks = (len(tokens) + block_size - 1 + dec_token_num) // block_size
-        match = self._match(req_id, tokens, [], block_size, blocks)
+        blocks = (len(task.prompt_token_ids) + block_size - 1 + dec_token_num) // block_size
+        try:
+            tokens = tokens_of(_Prompt(task.prompt_token_ids))
+            match = self._match(req_id, tokens, [], block_size, blocks)
+        except (InvalidTokens, InvalidCommand) as error:
+            self._run_uncached(req_id, self._raw.allocate(blocks), error)
+            self._set_gauges()
+            return [], list(self._uncached[req_id]), _hits(0, 0, block_size)
         self._settled(req_id)
         common = self._manager.cached_blocks(req_id)
         if common < len(match[0]) + len(match[2]):  # a swap-in failed: what it should have brought is computed
@@ -164,6 +179,14 @@ class PrefixCacheManager(SplitInstance):
         if req_id in self._live:
             _log.warning("request %r matches again without having been released: it is released now", req_id)
             self._release(req_id)
+        self._raw.recycle(self._uncached.pop(req_id, ()))
+
+    def _run_uncached(self, req_id: str, blocks: list[int], error: Exception) -> None:
+        """Let a request run whose content cannot be cached; ``blocks`` are freed when it is released."""
+        text = printable(str(error))
+        _log.error("request %r cannot be cached, and runs uncached: %s", req_id, text)
+        self._uncached[req_id] = blocks
+        self.metrics.req_count += 1
 
     def _settled(self, req_id: str) -> list[int]:
         """Wait for the transfers of a request; its block table. If they do not end, it holds nothing any more."""
@@ -200,10 +223,14 @@ class PrefixCacheManager(SplitInstance):
         """Cache the full blocks that the step being scheduled will have computed.
 
         They can be matched at once. They are copied out only when a later call, or the release, has shown that the step
-        has run.
+        has run. What follows a generated token that is none (below 0) is not cached; the log tells it.
         """
-        self.mm_build_path(task, num_computed_tokens, block_size, None, 0)
-        task.cached_block_num = self._manager.cached_blocks(task.request_id)
+        try:
+            self.mm_build_path(task, num_computed_tokens, block_size, None, 0)
+        except InvalidTokens as error:
+            _log.error("request %r caches nothing more: %s", task.request_id, printable(str(error)))
+        if task.request_id not in self._uncached:
+            task.cached_block_num = self._manager.cached_blocks(task.request_id)
 
     @own
     def mm_build_path(
@@ -214,6 +241,8 @@ class PrefixCacheManager(SplitInstance):
         ``last_node`` and ``num_cached_tokens`` are known to the ledger.
         """
         self._expect_block_size(block_size)
+        if request.request_id in self._uncached:
+            return root_view(self._manager.state)
         blocks = num_computed_tokens // block_size
         known = self._live_request(request.request_id).tokens // block_size
         tokens = tokens_of(request) if blocks > known else None
@@ -276,6 +305,10 @@ class PrefixCacheManager(SplitInstance):
     @own
     def release_block_ids(self, task: Any) -> None:
         """End a request: what it cached stays until it is evicted. An unknown request is reported, nothing else."""
+        if task.request_id in self._uncached:
+            self._raw.recycle(self._uncached.pop(task.request_id))
+            self._set_gauges()
+            return
         if task.request_id not in self._live:
             _log.warning("request %r is released, but holds nothing", task.request_id)
             return
@@ -304,6 +337,7 @@ class PrefixCacheManager(SplitInstance):
         loop(self._no_transfers, self._manager.config.transfer_timeout_s)
         for req_id in list(self._live):
             self._release(req_id)
+        self._uncached.clear()
         self._raw.release_all()
         self._manager.clear(force=True)
         self.gpu_free_task_future = None
@@ -412,52 +446,6 @@ class PrefixCacheManager(SplitInstance):
             launched.threads.append(thread)
             thread.start()
         return processes + launched.workers(self._manager)
-
-    # What engines look at
-
-    @property
-    def radix_tree_root(self) -> BlockNode:
-        """The root of the prefix tree, a live view."""
-        return root_view(self._manager.state)
-
-    @property
-    def node_map(self) -> Mapping[int, BlockNode]:
-        """All cached blocks by node id, a live view."""
-        return node_map(self._manager.state)
-
-    @property
-    def req_leaf_map(self) -> Mapping[str, BlockNode]:
-        """By request: the last cached block of its path, a live view."""
-        state = self._manager.state
-        return View(
-            self._live.keys,
-            lambda req_id: leaf_view(state, state.requests[state.keys[req_id]].leaf),
-            self._live.__len__,
-        )
-
-    @property
-    def leaf_req_map(self) -> Mapping[BlockNode, set[str]]:
-        """By last block: the requests whose path ends there."""
-        found: dict[BlockNode, set[str]] = {}
-        for req_id, leaf in self.req_leaf_map.items():
-            found.setdefault(leaf, set()).add(req_id)
-        return found
-
-    @property
-    def cache_info(self) -> Mapping[str, tuple[BlockNode, int]]:
-        """By request: the last node of its path, and the tokens that are cached."""
-        size = self._block_size
-        return View(
-            self._live.keys,
-            lambda req_id: (self.req_leaf_map[req_id], self._manager.cached_blocks(req_id) * size),
-            self._live.__len__,
-        )
-
-    @property
-    def unfilled_req_block_map(self) -> Mapping[str, list[int]]:
-        """By request: its own blocks that are not cached."""
-        own = {req_id: self._request(req_id).private().tolist() for req_id in self._live}
-        return {req_id: blocks for req_id, blocks in own.items() if blocks}
 
 
 class _Prompt(NamedTuple):
