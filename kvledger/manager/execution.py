@@ -208,7 +208,8 @@ class Ledger:
 
     def _expect_owner(self) -> None:
         """Refuse calls from other threads, and apply what these have released."""
-        self._expect_thread()
+        if self._transactions.closed or get_ident() != self._owner:
+            self._expect_thread()
         if self._releases:
             self._apply_releases()
 

@@ -273,7 +273,8 @@ class CacheManager(BlockCalls):
         must_fit: bool,
         reserve: SupportsIndex | None,
     ) -> commands.Admit:
-        expect_bool("must_fit", must_fit)
+        if must_fit is not False:
+            expect_bool("must_fit", must_fit)
         words, limit, records = prompt_of(self.config, tokens, items, max_blocks)
         all_blocks = -(-len(words) // self._state.block_bytes)
         count = all_blocks if blocks is None else whole("blocks", blocks)
@@ -350,7 +351,8 @@ class CacheManager(BlockCalls):
                 raise InvalidCommand("a release with hold answers, so it has to come from the owner of the manager")
             self._releases.append(command)
             return ""
-        self._expect_owner()
+        if self._releases or self._transactions.closed:
+            self._expect_owner()
         if self._gone and self._is_gone(key):
             return ""  # it was released from another thread before its owner knew
         if hold:
