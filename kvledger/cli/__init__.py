@@ -9,12 +9,14 @@ Words: ``docs/glossary.md``.
 """
 
 import sys
-from importlib import metadata
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from kvledger import __version__
 from kvledger.cli.doctor import doctor
+from kvledger.cli.examples import epilog
 from kvledger.cli.exits import BAD_INPUT
 from kvledger.cli.group import Commands
 from kvledger.cli.terminal import line, say
@@ -24,7 +26,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="The KV-block manager of an LLM serving engine, as an event-sourced state machine.\n\n"
@@ -63,28 +65,44 @@ try:
 except ImportError as error:  # the installation is not whole: there is the doctor alone, which says why
     _broken = error
 else:
-    app.command()(run)
-    app.command()(segments)
-    app.command("size")(size_command)
-    app.command()(simulate)
-    app.command()(audit)
-    app.command()(record)
-    app.command()(redact)
-    app.command()(metrics)
-    app.command()(spans)
-    app.command()(events)
-    app.command()(pushes)
-    for command in (log, show, check, bisect, diff, replay, what_if, export, top, view):
-        app.command(rich_help_panel="Debugger")(command)
-    app.command("explain", rich_help_panel="Debugger")(explain_command)
-    app.command("leaks", rich_help_panel="Debugger")(leaks_command)
-    app.command("shrink", rich_help_panel="Debugger")(shrink_command)
-app.command()(doctor)
+    _commands: dict[str, Callable[..., None]] = {
+        "run": run,
+        "segments": segments,
+        "size": size_command,
+        "simulate": simulate,
+        "audit": audit,
+        "record": record,
+        "redact": redact,
+        "metrics": metrics,
+        "spans": spans,
+        "events": events,
+        "pushes": pushes,
+    }
+    _debugger: dict[str, Callable[..., None]] = {
+        "log": log,
+        "show": show,
+        "check": check,
+        "bisect": bisect,
+        "diff": diff,
+        "replay": replay,
+        "what-if": what_if,
+        "export": export,
+        "top": top,
+        "view": view,
+        "explain": explain_command,
+        "leaks": leaks_command,
+        "shrink": shrink_command,
+    }
+    for _name, _command in _commands.items():
+        app.command(_name, epilog=epilog(_name))(_command)
+    for _name, _command in _debugger.items():
+        app.command(_name, rich_help_panel="Debugger", epilog=epilog(_name))(_command)
+app.command("doctor", epilog=epilog("doctor"))(doctor)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        line(f"kvledger {metadata.version('kvledger')}, {'compiled' if is_compiled() else 'interpreted'}")
+        line(f"kvledger {__version__}, {'compiled' if is_compiled() else 'interpreted'}")
         raise typer.Exit
 
 

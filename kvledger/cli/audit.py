@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.exits import FAILED, INTERRUPTED, CommandFailed
-from kvledger.cli.following import cannot_follow
+from kvledger.cli.following import Name, cannot_follow, the_one
 from kvledger.cli.stopping import until_asked, until_signal
 from kvledger.cli.terminal import line, note, say, working
 from kvledger.debugger.explain.wording import count
@@ -15,7 +15,7 @@ from kvledger.text import printable_json
 
 
 def audit(
-    name: Annotated[str, typer.Argument(help="Name of a ledger on this machine")],
+    name: Name = None,
     check_every: Annotated[
         int | None,
         typer.Option(min=1, help="Check all invariants after so many events; default: as often as takes half the time"),
@@ -28,7 +28,7 @@ def audit(
     Runs until the ledger ends, or Ctrl-C. Exit code 1 names the first event that broke something, and what.
     """
     with until_asked(not once):
-        _audit(name, check_every, once, as_json)
+        _audit(the_one(name), check_every, once, as_json)
 
 
 def _audit(name: str, check_every: int | None, once: bool, as_json: bool) -> None:

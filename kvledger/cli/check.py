@@ -23,7 +23,7 @@ _NAMES = "\n".join(f"- `{name}`: {meaning}" for name, meaning in NAMES.items())
 
 
 def check(
-    src: Src,
+    src: Src = None,
     begin: From = None,
     end: To = None,
     full: Annotated[bool, typer.Option("--full", help="Check the whole state at every event: slow")] = False,
@@ -58,8 +58,8 @@ def check(
 
 
 def bisect(
-    src: Src,
     text: Annotated[str, typer.Option("--predicate", metavar="EXPR|FILE.py", help="What becomes true")],
+    src: Src = None,
     begin: From = None,
     end: To = None,
     stays: Annotated[bool, typer.Option("--stays", help="Once true it stays true: search by halves")] = False,
@@ -104,7 +104,7 @@ An expression can use:
 
 
 def leaks_command(
-    src: Src,
+    src: Src = None,
     at: At = None,
     idle: Annotated[float, typer.Option(min=0, help="Only what nothing has mentioned for so many seconds")] = 0.0,
     as_json: Json = False,

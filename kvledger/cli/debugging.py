@@ -10,13 +10,27 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from kvledger.cli.exits import BAD_INPUT, FAILED, CommandFailed
+from kvledger.cli.following import named, the_one
 from kvledger.cli.terminal import errors, note, say
 from kvledger.debugger import Source, SourceError, open_source
 from kvledger.debugger.source.places import locate
 from kvledger.text import printable, printable_json
 from statemachine.errors import Contradiction
 
-Src = Annotated[str, typer.Argument(metavar="SRC", help="Name of a ledger, living or dead, or path of a .kvlog file")]
+Src = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="SRC",
+        help="Name of a ledger, living or dead, or path of a .kvlog file; default: the one ledger that is here",
+        autocompletion=named,
+    ),
+]
+Log = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="Name of a ledger, living or dead, or path of a .kvlog file", autocompletion=named
+    ),
+]
 At = Annotated[str | None, typer.Option("--at", metavar="SEQ|TIME|step:N", help="Where in the log; default: its end")]
 From = Annotated[str | None, typer.Option("--from", metavar="SEQ|TIME|step:N", help="Begin here")]
 To = Annotated[str | None, typer.Option("--to", metavar="SEQ|TIME|step:N", help="End here, included")]
@@ -51,13 +65,14 @@ def in_json(source: Source, fields: dict[str, Any]) -> str:
 
 
 @contextmanager
-def reading(src: str, *, whole: bool = False) -> Iterator[tuple[Source, Report]]:
+def reading(src: str | None, *, whole: bool = False) -> Iterator[tuple[Source, Report]]:
     """The source, and how to report progress. Of a log that contradicts itself each command says so: exit code 1.
 
     Args:
         whole: the answer is about all of the log. Of one that is damaged or cut off there is none: exit code 2 after
             what could be read, unless that was enough to say no (1).
     """
+    src = the_one(src, "SRC")
     console = errors()
     bar = Progress(
         TextColumn("{task.description}", markup=False),

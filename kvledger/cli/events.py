@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.exits import FAILED, CommandFailed
-from kvledger.cli.following import cannot_follow
+from kvledger.cli.following import Name, cannot_follow, the_one
 from kvledger.cli.stopping import until_asked, until_signal
 from kvledger.cli.terminal import line, working
 from kvledger.debugger.explain.wording import count
@@ -16,7 +16,7 @@ _EXTRA = "pip install 'kvledger[events]'"
 
 
 def events(
-    name: Annotated[str, typer.Argument(help="Name of a ledger on this machine")],
+    name: Name = None,
     endpoint: Annotated[str, typer.Option(help="ZeroMQ address to publish on")] = "tcp://127.0.0.1:5557",
     replay_endpoint: Annotated[
         str, typer.Option(help="ZeroMQ address that answers who has missed batches; empty: none")
@@ -31,7 +31,7 @@ def events(
     routers alone can reach. Exit code 1: the ledger contradicts itself. Needs the extra *events*.
     """
     with until_asked():
-        _publish(name, endpoint, replay_endpoint, topic, rank)
+        _publish(the_one(name), endpoint, replay_endpoint, topic, rank)
 
 
 def _publish(name: str, endpoint: str, replay_endpoint: str, topic: str, rank: int) -> None:

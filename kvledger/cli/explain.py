@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import At, Json, Src, in_json, place, reading
+from kvledger.cli.debugging import At, Json, Log, in_json, place, reading
 from kvledger.cli.terminal import line
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import SourceError
@@ -25,7 +25,7 @@ class What(StrEnum):
 
 
 def explain_command(
-    src: Src,
+    src: Log,
     what: Annotated[What, typer.Argument()],
     which: Annotated[
         str, typer.Argument(metavar="N|R|H|T", help="Block, request (its name, or #NUMBER), hash, transfer")

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import Src, reading
+from kvledger.cli.debugging import Log, reading
 from kvledger.cli.terminal import line
 from kvledger.cli.whole_log import reached
 
 
 def export(
-    src: Src,
+    src: Log,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (must not exist)")],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="parquet, jsonl, csv or perfetto")],
     words: Annotated[

@@ -35,7 +35,7 @@ from statemachine.state.state import State
 
 
 def log(
-    src: Src,
+    src: Src = None,
     begin: From = None,
     end: To = None,
     kind: Annotated[list[str] | None, typer.Option(help="Only events of this kind (its name or the beginning)")] = None,

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.exits import FAILED, CommandFailed
-from kvledger.cli.following import cannot_follow
+from kvledger.cli.following import Name, cannot_follow, the_one
 from kvledger.cli.stopping import until_asked, until_signal
 from kvledger.cli.terminal import note, say
 
 
 def metrics(
-    name: Annotated[str, typer.Argument(help="Name of a ledger on this machine")],
+    name: Name = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 9477,
     address: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
 ) -> None:
@@ -24,7 +24,7 @@ def metrics(
     Exit code 1: an event contradicts the state before it (the last metrics name it).
     """
     with until_asked():
-        _metrics(name, port, address)
+        _metrics(the_one(name), port, address)
 
 
 def _metrics(name: str, port: int, address: str) -> None:

@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.debugging import Json
+from kvledger.cli.following import Name, the_one
 from kvledger.cli.terminal import line, output
 from kvledger.text import printable_json
 
 
 def pushes(
-    name: Annotated[str, typer.Argument(help="Ledger of a prefill instance on this machine")],
+    name: Name = None,
     most: Annotated[int, typer.Option("--most", min=1, help="So many pushes, the newest")] = 50,
     as_json: Json = False,
 ) -> None:
@@ -22,7 +23,7 @@ def pushes(
     from kvledger.debugger.pushes import pushes as pushes_of
     from kvledger.debugger.source.places import clock
 
-    found = pushes_of(name)
+    found = pushes_of(the_one(name))
     shown = found[-most:]
     if as_json:
         for push in shown:

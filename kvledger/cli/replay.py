@@ -29,7 +29,7 @@ _MOST_DIFFERENCES = 40
 
 
 def replay(
-    src: Src,
+    src: Src = None,
     begin: From = None,
     end: To = None,
     decide: Annotated[
@@ -174,8 +174,8 @@ def _print_parting(left: Source, right: Source, sequence: int, one: Entry | None
 
 
 def shrink_command(
-    src: Src,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the test here (must not exist)")],
+    src: Src = None,
     text: Annotated[
         str | None,
         typer.Option(
@@ -197,5 +197,5 @@ def shrink_command(
         _, stop = span(source, None, end)
         shrunk = shrink(source, holds, stop, report)
         with complete(output) as file:
-            file.write_text(as_test(shrunk, Path(src).name, text or ""))
+            file.write_text(as_test(shrunk, Path(source.name).name, text or ""))
         line(f"{len(shrunk.commands)} of {shrunk.before} commands are left; {output} fails: {shrunk.message}")

@@ -31,7 +31,7 @@ _ROWS = 20
 
 
 def show(
-    src: Src,
+    src: Src = None,
     at: At = None,
     block: Annotated[int | None, typer.Option(min=0, help="Only this block")] = None,
     tier: Annotated[TierName, typer.Option(help="Tier of --block")] = TierName.DEVICE,

@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 import typer
 
 from kvledger.cli.exits import FAILED, CommandFailed
-from kvledger.cli.following import cannot_follow
+from kvledger.cli.following import Name, cannot_follow, the_one
 from kvledger.cli.stopping import until_asked, until_signal
 from kvledger.cli.terminal import note
 
 
 def spans(
-    name: Annotated[str, typer.Argument(help="Name of a ledger on this machine")],
+    name: Name = None,
     endpoint: Annotated[
         str | None,
         typer.Option(help="OTLP over HTTP, like http://127.0.0.1:4318/v1/traces; default: OTEL_EXPORTER_OTLP_ENDPOINT"),
@@ -27,7 +27,7 @@ def spans(
     is removed, or Ctrl-C.
     """
     with until_asked():
-        _spans(name, endpoint)
+        _spans(the_one(name), endpoint)
 
 
 def _spans(name: str, endpoint: str | None) -> None:

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kvledger.cli.following import Name, the_one
 from kvledger.cli.stopping import until_asked, until_signal
 from kvledger.cli.terminal import line, output, working
 from kvledger.text import printable_json
@@ -30,7 +31,7 @@ _COLOURS = {"cached": "blue", "private": "green", "in_flight": "yellow", "free":
 
 
 def top(
-    name: Annotated[str, typer.Argument(help="Name of a ledger on this machine")],
+    name: Name = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame, then stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one frame as JSON")] = False,
 ) -> None:
@@ -42,7 +43,7 @@ def top(
 
     with until_asked(not once and not as_json):
         with working("reading the log"):
-            observer = Top(name)
+            observer = Top(the_one(name))
         try:
             observer.poll()  # what came while the log was read
             if as_json:

@@ -17,7 +17,7 @@ from kvledger.view.log import Log
 
 
 def view(
-    src: Src,
+    src: Src = None,
     at: At = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 = any free one")] = 0,
     words: Annotated[bool, typer.Option("--words", help="Let the page show token ids (users' prompts)")] = False,

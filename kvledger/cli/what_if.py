@@ -37,7 +37,7 @@ class Log(NamedTuple):
 
 
 def what_if(
-    src: Src,
+    src: Src = None,
     device_blocks: Annotated[
         str | None, typer.Option(metavar="N[,N...]", help="Blocks of the device pool; default: as recorded")
     ] = None,

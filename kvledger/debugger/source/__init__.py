@@ -1,4 +1,21 @@
-"""Where a log comes from, and how places, blocks and requests in it are named. Words: ``docs/glossary.md``."""
+"""Where a log comes from, and how places, blocks and requests in it are named.
+
+Rules:
+
+* :class:`~.source.Source` is all that the rest of the debugger knows of a log: its events as they stand there
+  (``entries``, ``transactions``), the state after any of them (``at``, ``before``), and both together (``replay``).
+* An event that does not fit becomes a ``Contradiction`` that names it; nothing from there on has a state.
+* Two kinds of sources, told apart by :func:`open_source` alone: :mod:`.file` (a recording with an index: any state at
+  once) and :mod:`.ledger` (shared memory, read as an observer: checkpoints of what was asked for).
+
+::
+
+    open_source ─► file · ledger ─► source
+    places (``step:12``, a time) · filters (which events) · hashes (which content)
+    steps (event by event, command by command) · replay (against digests, and against the decisions of today)
+
+Words: ``docs/glossary.md``.
+"""
 
 from __future__ import annotations
 
