@@ -17,7 +17,7 @@ from workers.pools.layout import BACKENDS, KVTensor, PoolLayout
 _LARGEST = 2**31 - 1
 MOST_RANKS = 64
 """Each has a reader line in the log's control segment, and others need some too."""
-_LEAST_SEGMENT, _LARGEST_SEGMENT = 4096, 256 << 20
+_LEAST_SEGMENT, _LARGEST_SEGMENT = 64 << 10, 256 << 20
 _OF_POOLS = ("layers", "block_bytes", "tensors", "backend", "checksums")
 
 

@@ -93,7 +93,7 @@ def _overview(state: State, rows: int | None) -> None:
     left = [len(state.nodes) if rows is None else rows]
     for root in state.all_roots():
         name = f"namespace {root.words!r}" if root.words else "prefix tree"
-        if any(root is retired for retired in state.retired):
+        if root in state.retired:
             name += ", cleared: matches nothing"
         runs = count(sum(1 for _ in _below(root)), "run")
         tree = Tree(Text.assemble((printable(name), "bold"), f": {runs}"))

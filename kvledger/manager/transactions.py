@@ -131,7 +131,7 @@ class Transactions:
         try:
             self._writer.reserve(self._bytes + size)
         except TransactionTooLarge as error:
-            raise CallTooLarge(str(error)) from error
+            raise CallTooLarge(f"{error}; a prompt has up to about {self._most_tokens():,} new tokens here") from error
         except SharedMemoryFull:
             if not all(type(event) in _GIVING_BACK for event in events):
                 raise
@@ -141,11 +141,15 @@ class Transactions:
         self._collected += records
         self._bytes += size
 
+    def _most_tokens(self) -> int:
+        """So many tokens that are not cached, with the blocks for them, fit in one transaction."""
+        return self._writer.max_transaction_bytes // (self._state.block_bytes + 4) * self._state.opened.block_size
+
     def _stage(self, records: list[codec.Encoded], events: list[Event]) -> None:
         try:
             self._writer.stage(records, self.step)
         except TransactionTooLarge as error:
-            raise CallTooLarge(str(error)) from error
+            raise CallTooLarge(f"{error}; a prompt has up to about {self._most_tokens():,} new tokens here") from error
         except SharedMemoryFull:
             if not all(type(event) in _GIVING_BACK for event in events):
                 raise

@@ -211,7 +211,7 @@ def cache_cleared(state: State, event: CacheCleared) -> None:
         violated(event, f"generation {state.generation} is not followed by {event.generation}")
     state.generation = event.generation
     # by name: a restored state knows no order in which namespaces appeared
-    state.retired.extend(state.roots[namespace] for namespace in sorted(state.roots))
+    state.retired.update((state.roots[namespace], None) for namespace in sorted(state.roots))
     state.roots = {}
     for place in state.places:
         for node in list(place.lru):

@@ -99,7 +99,7 @@ def forget_root(state: State, root: Node) -> None:
     if root.pins or root.children:
         return
     if root in state.retired:
-        state.retired.remove(root)
+        del state.retired[root]
     else:
         del state.roots[root.words]
 

@@ -107,7 +107,7 @@ class _Writer:
     def __init__(self, state: State) -> None:
         self.out: list[bytes] = [MAGIC]
         self._put = self.out.append
-        self._roots = [state.roots[namespace] for namespace in sorted(state.roots)] + state.retired
+        self._roots = [*(state.roots[namespace] for namespace in sorted(state.roots)), *state.retired]
         self._root_index = {id(root): index for index, root in enumerate(self._roots)}
 
     def _blob(self, data: bytes) -> None:
@@ -316,7 +316,7 @@ class _Reader:
             roots.append(root)
         living = len(roots) - retired
         state.roots = {root.words: root for root in roots[:living]}
-        state.retired = roots[living:]
+        state.retired = dict.fromkeys(roots[living:])
         return roots
 
     def _nodes(self, state: State, roots: list[Node]) -> None:

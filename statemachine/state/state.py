@@ -68,7 +68,7 @@ class State:
         """By number: all tiers of group 0, the nearest first; those of another group would follow."""
         self.roots: dict[bytes, Node] = {}
         """By namespace."""
-        self.retired: list[Node] = []
+        self.retired: dict[Node, None] = {}
         """Roots of cleared trees that somebody still holds; nothing matches there any more."""
         self.nodes: dict[int, Node] = {}
         self.requests: dict[int, Request] = {}

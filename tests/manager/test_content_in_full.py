@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from kvledger import CacheConfig, CacheManager, InvalidCommand, Item, Tier, namespace_key
+from kvledger import CacheConfig, CacheManager, CallTooLarge, InvalidCommand, Item, Tier, namespace_key
 from kvledger.config import ConfigError
 from statemachine.content import versioned, words_of
 
@@ -182,3 +182,28 @@ def test_no_namespace_passes_for_other_weights() -> None:
 def test_weights_are_named_by_a_text(weights: object) -> None:
     with pytest.raises(ConfigError, match="weights"):
         CacheConfig(device_blocks=4, weights=weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 61440])
+def test_a_segment_that_the_log_refuses_is_refused_by_the_configuration(size: int) -> None:
+    with pytest.raises(ConfigError, match="segment_bytes"):
+        CacheConfig(device_blocks=4, segment_bytes=size)
+    with ledger(segment_bytes=65536) as manager:
+        with pytest.raises(CallTooLarge, match=r"a prompt has up to about 3,\d\d\d new tokens here"):
+            manager.admit("long", range(5000), blocks=1)
+        manager.admit("short", range(1000))
+
+
+def test_cleared_namespaces_that_others_hold_are_no_list_to_search() -> None:
+    with ledger(block_size=4) as manager:
+        for number in range(8):
+            manager.admit(f"r{number}", [1, 2, 3, 4, 5], namespace=str(number).encode())
+            manager.cache(f"r{number}")
+        manager.clear(force=True)
+        held = [root.words for root in manager.state.retired]
+        assert isinstance(manager.state.retired, dict) and len(held) == 8
+        for number in (3, 0, 7):
+            manager.release(f"r{number}")
+            held.remove(str(number).encode())
+            manager.evict(Tier.DEVICE, 100)
+            assert [root.words for root in manager.state.retired] == held
