@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +162,42 @@ def test_the_gauges_of_an_engine_are_set() -> None:
     with PrefixCacheManager(config(8), gauges=theirs) as it:
         serve(it, "a", list(range(4)))
     assert set(theirs.seen) == set(GAUGES) and theirs.seen["free_gpu_block_num"][-1] == 6
+
+
+def test_fastdeploys_own_gauges_are_set_where_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FastDeploy constructs the manager with four positional arguments, none of which says where the gauges are."""
+    theirs = Original()
+    monkeypatch.setitem(sys.modules, "fastdeploy.metrics.metrics", SimpleNamespace(main_process_metrics=theirs))
+    with PrefixCacheManager(config(8), 1, "mixed", 0) as it:
+        serve(it, "a", list(range(4)))
+        assert set(theirs.seen) == set(GAUGES) and theirs.seen["free_gpu_block_num"][-1] == 6
+        it.metrics.hit_req_count = it.metrics.req_count
+        it.metrics._update_history_hit_metrics()
+        assert theirs.seen["hit_req_rate"][-1] == 1.0
+
+
+def test_a_gauge_that_a_revision_does_not_have_is_left_out() -> None:
+    """FastDeploy of 2025-12 has no ``max_cpu_block_num``."""
+    theirs = MainProcessMetrics()
+    del theirs.max_cpu_block_num
+    with PrefixCacheManager(config(8), gauges=theirs) as it:
+        serve(it, "a", list(range(4)))
+    assert theirs.free_gpu_block_num.value == 6 and theirs.max_gpu_block_num.value == 8
+    with pytest.raises(ConfigError, match="gauges has none of max_gpu_block_num, "):
+        PrefixCacheManager(config(8), gauges=object())  # type: ignore[arg-type]
+
+
+def test_gauges_that_fail_leave_no_ledger_behind() -> None:
+    theirs = MainProcessMetrics()
+
+    def full(value: float) -> None:
+        raise OSError("no space left where the gauges are")
+
+    theirs.free_gpu_block_num.set = full  # type: ignore[method-assign]
+    before = {path.name for path in SHM.glob(f"fastdeploy-{os.getpid()}-*")}
+    with pytest.raises(OSError, match="no space left"):
+        PrefixCacheManager(config(8), gauges=theirs)
+    assert {path.name for path in SHM.glob(f"fastdeploy-{os.getpid()}-*")} == before
 
 
 def test_every_signal_is_what_python_s_own_shared_memory_sees() -> None:

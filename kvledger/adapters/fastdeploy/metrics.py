@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Protocol
+
+from kvledger.config import ConfigError
 
 GAUGES = {
     "max_gpu_block_num": "Blocks of the device pool",
@@ -58,10 +61,42 @@ class MainProcessMetrics:
 main_process_metrics = MainProcessMetrics()
 
 
-class CacheMetrics:
-    """Hit counts since the last reset."""
+def exported_gauges() -> Gauges:
+    """FastDeploy's ``main_process_metrics``, which it exports, where this process has loaded them; else ours."""
+    theirs = sys.modules.get("fastdeploy.metrics.metrics")
+    found: Gauges = getattr(theirs, "main_process_metrics", main_process_metrics)
+    return found
 
-    def __init__(self) -> None:
+
+class KnownGauges:
+    """Those of :data:`GAUGES` that an exporter has; revisions of FastDeploy have more and fewer of them.
+
+    Raises:
+        kvledger.ConfigError: it has none.
+    """
+
+    def __init__(self, gauges: Gauges) -> None:
+        found = {name: getattr(gauges, name, None) for name in GAUGES}
+        self._set = {name: gauge.set for name, gauge in found.items() if gauge is not None}
+        if not self._set:
+            raise ConfigError(f"gauges has none of {', '.join(GAUGES)}: {gauges!r:.80}")
+
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge if there is one of that name."""
+        setter = self._set.get(name)
+        if setter is not None:
+            setter(value)
+
+
+class CacheMetrics:
+    """Hit counts since the last reset.
+
+    Args:
+        gauges: where the rates are set; default: :func:`exported_gauges`.
+    """
+
+    def __init__(self, gauges: KnownGauges | None = None) -> None:
+        self._gauges = KnownGauges(exported_gauges()) if gauges is None else gauges
         self.reset_metrics()
 
     def reset_metrics(self) -> None:
@@ -86,14 +121,16 @@ class CacheMetrics:
         self.matched_token_num = self.total_cpu_matched_token_num + self.total_gpu_matched_token_num
         self.total_token_num += tokens
 
-    def update_history_hit_metrics(self, gauges: Gauges) -> None:
+    def update_history_hit_metrics(self) -> None:
         """Set the rates."""
         total = max(self.total_token_num, 1)
         self.hit_req_ratio = self.hit_req_count / max(self.req_count, 1)
         self.hit_token_ratio = self.matched_token_num / total
         self.cpu_hit_token_ratio = self.total_cpu_matched_token_num / total
         self.gpu_hit_token_ratio = self.total_gpu_matched_token_num / total
-        gauges.hit_req_rate.set(self.hit_req_ratio)
-        gauges.hit_token_rate.set(self.hit_token_ratio)
-        gauges.cpu_hit_token_rate.set(self.cpu_hit_token_ratio)
-        gauges.gpu_hit_token_rate.set(self.gpu_hit_token_ratio)
+        self._gauges.set("hit_req_rate", self.hit_req_ratio)
+        self._gauges.set("hit_token_rate", self.hit_token_ratio)
+        self._gauges.set("cpu_hit_token_rate", self.cpu_hit_token_ratio)
+        self._gauges.set("gpu_hit_token_rate", self.gpu_hit_token_ratio)
+
+    _update_history_hit_metrics = update_history_hit_metrics  # as FastDeploy's code calls it

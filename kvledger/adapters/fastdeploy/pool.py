@@ -16,7 +16,7 @@ import numpy as np
 
 from kvledger.adapters.fastdeploy.cache_data import BlockNode, CacheStatus
 from kvledger.adapters.fastdeploy.launch import Launched, envs, expect_memory
-from kvledger.adapters.fastdeploy.metrics import CacheMetrics, Gauges, main_process_metrics
+from kvledger.adapters.fastdeploy.metrics import CacheMetrics, Gauges, KnownGauges, exported_gauges
 from kvledger.adapters.fastdeploy.raw_blocks import RawBlocks
 from kvledger.adapters.fastdeploy.views import FreeList, run_of
 from kvledger.config import CacheConfig, ConfigError
@@ -97,20 +97,20 @@ class DevicePool:
         local_data_parallel_id: int = 0,
         *,
         attention_backend: Callable[..., Any] | None = None,
-        gauges: Gauges = main_process_metrics,
+        gauges: Gauges | None = None,
     ) -> None:
         if splitwise_role not in _ROLES:
             raise ConfigError(f"splitwise_role must be one of {', '.join(_ROLES)}, not {splitwise_role!r:.80}")
         self.config = config
         self.cache_config = config.cache_config
-        self._gauges = gauges
+        self._gauges = KnownGauges(exported_gauges() if gauges is None else gauges)
         self.speculative_config = getattr(config, "speculative_config", None)
         self.tensor_parallel_size = tensor_parallel_size
         self.splitwise_role = splitwise_role
         self.enable_splitwise = int(splitwise_role != "mixed")
         self.local_data_parallel_id = local_data_parallel_id
         self.attention_backend = attention_backend
-        self.metrics = CacheMetrics()
+        self.metrics = CacheMetrics(self._gauges)
         self.num_gpu_blocks = self._wanted_gpu_blocks()
         self.num_cpu_blocks = _blocks_of(self.cache_config, "num_cpu_blocks")
         self.request_release_lock = threading.RLock()
@@ -159,11 +159,15 @@ class DevicePool:
 
     def _open(self, config: CacheConfig) -> None:
         self._manager = CacheManager.create(self.ledger, config)
-        self._block_size = config.block_size
-        self._raw = RawBlocks(self._manager)
-        self.gpu_free_block_list = FreeList(self._manager.state.device.pool)
-        self.cpu_free_block_list = FreeList(self._manager.state.host.pool)
-        self._set_all_gauges()
+        try:
+            self._block_size = config.block_size
+            self._raw = RawBlocks(self._manager)
+            self.gpu_free_block_list = FreeList(self._manager.state.device.pool)
+            self.cpu_free_block_list = FreeList(self._manager.state.host.pool)
+            self._set_all_gauges()
+        except BaseException:  # a gauge of the engine's may raise what it likes
+            self._manager.close()
+            raise
 
     @property
     def manager(self) -> CacheManager:
@@ -359,16 +363,14 @@ class DevicePool:
         self.close()
 
     def _set_gauges(self) -> None:
-        gauges = self._gauges
         free = len(self.gpu_free_block_list)
-        gauges.free_gpu_block_num.set(free)
-        gauges.available_gpu_resource.set(free / self.num_gpu_blocks)
+        self._gauges.set("free_gpu_block_num", free)
+        self._gauges.set("available_gpu_resource", free / self.num_gpu_blocks)
 
     def _set_all_gauges(self) -> None:
-        gauges = self._gauges
-        gauges.max_gpu_block_num.set(self.num_gpu_blocks)
-        gauges.max_cpu_block_num.set(self.num_cpu_blocks)
-        gauges.available_gpu_block_num.set(self.num_gpu_blocks)
+        self._gauges.set("max_gpu_block_num", self.num_gpu_blocks)
+        self._gauges.set("max_cpu_block_num", self.num_cpu_blocks)
+        self._gauges.set("available_gpu_block_num", self.num_gpu_blocks)
         self._set_gauges()
 
 

@@ -46,9 +46,10 @@ class PrefixCacheManager(LookedAt):
             (``docs/pools.md``). With host blocks or a split role ``kv_backend`` has to say whose memory the KV is in.
         tensor_parallel_size, splitwise_role, local_data_parallel_id: as in the original.
         attention_backend: class with ``get_kv_cache_shape``, see :meth:`_get_kv_cache_shape`.
-        gauges: where the gauges are set; default: :data:`main_process_metrics`, which
-            :class:`kvledger.adapters.fastdeploy.collector.GaugesCollector` shows to Prometheus. An engine that exports
-            FastDeploy's own ``main_process_metrics`` passes that.
+        gauges: where the gauges are set; default: FastDeploy's ``main_process_metrics`` where this process has loaded
+            them, else :data:`main_process_metrics`, which
+            :class:`kvledger.adapters.fastdeploy.collector.GaugesCollector` shows to Prometheus. Those that it has not
+            are left out.
 
     Raises:
         kvledger.ConfigError: naming the setting.
@@ -207,7 +208,7 @@ class PrefixCacheManager(LookedAt):
         if common:
             self.metrics.hit_req_count += 1
         self.metrics.calculate_hit_metrics(req_id, cpu, gpu, tokens)
-        self.metrics.update_history_hit_metrics(self._gauges)
+        self.metrics.update_history_hit_metrics()
         if self.metrics.req_count % _RESET_METRICS_EVERY == 0:
             self.metrics.reset_metrics()
         return gpu, cpu
