@@ -30,6 +30,7 @@ from kvledger.recordings.index import TABLE, TIMELINE, VERSION, build, unpack
 from kvledger.recordings.postings import Kind, stretches
 from kvledger.recordings.proportion import in_proportion
 from kvledger.recordings.timeline import Timeline
+from kvledger.text import printable
 from statemachine.errors import Contradiction
 from statemachine.records import codec
 from statemachine.records.replay import Replay
@@ -129,7 +130,7 @@ class Recording:
                 elif name:
                     os.unlink(name)
             except OSError as error:
-                _log.info("the index of %s cannot be kept in %s: %s", self.path, folder, error)
+                _log.info("%s", printable(f"the index of {self.path} cannot be kept in {folder}: {error}"))
                 _remove(name)
                 continue
             except BaseException:
