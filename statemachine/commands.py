@@ -127,6 +127,8 @@ class Evict(NamedTuple):
 
     tier: Tier
     blocks: int
+    namespace: bytes | None = None
+    """Only those of this namespace."""
 
 
 class Clear(NamedTuple):

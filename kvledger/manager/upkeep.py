@@ -7,15 +7,16 @@ from collections.abc import Callable
 from typing import SupportsIndex
 
 from ipc import SharedMemoryFull
-from kvledger.manager.arguments import expect_bool, expect_seconds, expect_tier, whole
+from kvledger.manager.arguments import expect_bool, expect_namespace, expect_seconds, expect_tier, whole
 from kvledger.manager.execution import Ledger
 from kvledger.manager.lifecycle import Beginning
 from kvledger.manager.wait import loop
 from statemachine import commands
-from statemachine.content import namespace_key
+from statemachine.content import namespace_key, versioned
 from statemachine.decide import available_blocks, can_allocate
 from statemachine.errors import Busy, InvalidCommand
 from statemachine.events import BlocksEvicted, HostPolicy, PoolResized, Tier, TransferStarted
+from statemachine.state.tree import root_of
 
 
 class WholeCache(Ledger):
@@ -35,17 +36,24 @@ class WholeCache(Ledger):
 
         return loop(folded, timeout)
 
-    def clear(self, *, force: bool = False, wait: float = 0.0) -> None:
-        """Forget everything cached.
+    def clear(self, *, namespace: bytes | None = None, force: bool = False, wait: float = 0.0) -> None:
+        """Forget everything cached, or everything of one namespace: an adapter was reloaded, a tenant is gone.
 
         With ``force`` also while requests run: what they hold can never match again, and is freed when they release it.
         With ``wait``, first give transfers (and releases from other threads) so many seconds to end.
 
+        Args:
+            namespace: only this one, as requests name it; ``force`` is for the whole cache.
+
         Raises:
-            Busy: requests or transfers use the cache, and ``force`` is not given.
+            Busy: requests or transfers use the cache (or that namespace), and ``force`` is not given.
+            ipc.SharedMemoryFull: with ``namespace``, in the middle: what is left still matches; call it again.
         """
         expect_bool("force", force)
         expect_seconds("wait", wait)
+        if namespace is not None:
+            self._clear_namespace(namespace, force, wait)
+            return
         if wait:
             self._until("clear(wait=...)", lambda: not (self._state.requests or self._state.transfers), wait)
         self._execute(commands.Clear(force))
@@ -53,6 +61,30 @@ class WholeCache(Ledger):
             for tier in (Tier.HOST, Tier.DEVICE):
                 while self._execute(commands.Evict(tier, self._evict_step)):
                     pass
+
+    def _clear_namespace(self, namespace: bytes, force: bool, wait: float) -> None:
+        expect_namespace(namespace)
+        if force:
+            raise InvalidCommand("force clears the whole cache: release the requests of the namespace instead")
+        self._expect_owner()
+        name = versioned(self._state.weights, namespace)
+        if wait:
+            self._until("clear(wait=...)", lambda: not self._in_use(name), wait)
+        users = self._in_use(name)
+        if users:
+            raise Busy(f"{users} requests and transfers use namespace {namespace!r:.80}: release and poll first")
+        for tier in (Tier.HOST, Tier.DEVICE):
+            while self._execute(commands.Evict(tier, self._evict_step, name)):
+                pass
+
+    def _in_use(self, namespace: bytes) -> int:
+        """How many requests and transfers hold something of a namespace."""
+        state = self._state
+        root = state.roots.get(namespace)
+        held = sum(request.namespace == namespace for request in state.requests.values())
+        for transfer in state.transfers.values():
+            held += any(part.node is not None and root_of(part.node) is root for part in transfer.parts)
+        return held
 
     def pause(self, timeout: float | None = None) -> None:
         """Hand out nothing more, and wait until no copy is in flight: the device pool is the engine's alone.

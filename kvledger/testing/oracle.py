@@ -83,6 +83,16 @@ class OneTier:
         self.free += evicted
         return evicted
 
+    def evict_tree(self, root: Any, count: int) -> list[int]:
+        """As :meth:`evict`, below one root only."""
+        evicted = []
+        for path in [path for path in [*self.final, *self.lru] if path[0] == root][:count]:
+            evicted.append(self.block.pop(path))
+            del self.pins[path]
+            (self.final if path in self.final else self.lru).remove(path)
+        self.free += evicted
+        return evicted
+
     def admit(self, key: str, namespace: bytes, content: list[Any], limit: int, blocks: int) -> Any:
         """``(hits, granted, evicted)``, or ``None`` where there is no room."""
         root = self.root(namespace)

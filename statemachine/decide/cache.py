@@ -67,7 +67,12 @@ def _evict(state: State, command: Evict) -> list[Event]:
     if command.blocks < 0:
         raise InvalidCommand(f"{command.blocks} blocks cannot be evicted")
     place = state.place(command.tier)
-    victims = droppable(place, command.blocks)
+    root = None
+    if command.namespace is not None:
+        root = state.roots.get(command.namespace)
+        if root is None:
+            return []
+    victims = droppable(place, command.blocks, root)
     return [evicted(place, victims, EvictReason.CLEARED)] if victims else []
 
 

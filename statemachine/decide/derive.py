@@ -238,9 +238,11 @@ def _evicted(state: State, event: BlocksEvicted, events: Sequence[Event]) -> Com
     if event.reason != EvictReason.CLEARED:
         raise NoCommand(f"{tier.name} blocks are evicted for {EvictReason(event.reason).name}, and nothing follows")
     if len(events) == 1:
-        victims = droppable(state.place(tier), len(event.blocks))
-        if [victim.node.id for victim in victims] == list(event.nodes):
-            return Evict(tier, len(event.blocks))
+        root = root_of(state.nodes[event.nodes[0]])
+        for tree_only in (None, root):
+            victims = droppable(state.place(tier), len(event.blocks), tree_only)
+            if [victim.node.id for victim in victims] == list(event.nodes):
+                return Evict(tier, len(event.blocks), None if tree_only is None else root.words)
     nodes = [state.nodes[id] for each in events if isinstance(each, BlocksEvicted) for id in each.nodes]
     return Forget(max(nodes, key=lambda node: node.start).id)
 

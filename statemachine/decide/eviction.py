@@ -23,6 +23,7 @@ from statemachine.events import (
 from statemachine.state.nodes import Node, from_end
 from statemachine.state.places import Place
 from statemachine.state.state import State
+from statemachine.state.tree import root_of
 
 _NONE: IntArray = array("Q")
 _NO_COUNTS: IntArray = array("I")
@@ -139,10 +140,11 @@ def _stuck(node: Node, skipped: set[Node]) -> bool:
     return False
 
 
-def droppable(place: Place, limit: int) -> list[Victim]:
+def droppable(place: Place, limit: int, root: Node | None = None) -> list[Victim]:
     """Runs that nobody uses, in eviction order, until ``limit`` blocks are found (the last one in part).
 
-    Runs in flight, and runs below which something would be stranded, are passed over.
+    Runs in flight, and runs below which something would be stranded, are passed over; with ``root``, those of other
+    trees, too.
     """
     gone: set[Node] = set()
     victims: list[Victim] = []
@@ -151,6 +153,8 @@ def droppable(place: Place, limit: int) -> list[Victim]:
             if limit <= 0:
                 return victims
             if node.transfer is not None or node.strands(place.number, gone):
+                continue
+            if root is not None and root_of(node) is not root:
                 continue
             # A run with two copies would have to be cut: it goes as a whole, and stays where its other copy is.
             other = node.elsewhere(place.number)

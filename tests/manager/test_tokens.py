@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from ipc import LogReader, SharedMemoryFull
 from ipc.names import remove_objects
 from kvledger import (
+    Busy,
     CacheConfig,
     CacheManager,
     HostPolicy,
@@ -33,6 +34,7 @@ from kvledger import (
     ReleaseReason,
     RequestNotReady,
     UnknownRequest,
+    namespace_key,
 )
 from statemachine.check import check
 from statemachine.events import BlocksReassigned, RequestMatched
@@ -367,6 +369,33 @@ def serve_tokens(manager: CacheManager, key: str, tokens: Any) -> int:
     manager.commit({key: manager.known(key)})
     manager.release(key)
     return admission.cached_tokens
+
+
+def test_an_adapter_is_cleared_and_nothing_else() -> None:
+    settings = {"host_blocks": 16, "host_policy": HostPolicy.EXCLUSIVE, "weights": "v1"}
+    with ledger(**settings) as manager:
+        adapter = namespace_key(lora="a")
+        for name, namespace in (("plain", b""), ("adapter", adapter), ("again", b""), ("third", adapter)):
+            manager.admit(name, [*range(24), *name.encode()], namespace=namespace)
+            manager.commit({name: manager.known(name)})
+            if name != "third":
+                manager.release(name)
+        before = manager.digest()
+        with pytest.raises(Busy, match="1 requests and transfers use namespace"):
+            manager.clear(namespace=adapter)
+        with pytest.raises(InvalidCommand, match="whole cache"):
+            manager.clear(namespace=adapter, force=True)
+        with pytest.raises(InvalidCommand, match="namespace is bytes"):
+            manager.clear(namespace="a")  # type: ignore[arg-type]
+        assert manager.digest() == before
+        manager.release("third")
+        plain = manager.peek(range(25))
+        assert sum(manager.peek(range(25), namespace=adapter)) == 6
+        manager.clear(namespace=adapter)
+        assert manager.peek(range(25), namespace=adapter) == (0, 0) and manager.peek(range(25)) == plain
+        assert sum(plain) == 6
+        manager.clear(namespace=adapter)
+        manager.clear(namespace=b"nobody's")
 
 
 TOKENS = st.lists(st.integers(1, 2), min_size=1, max_size=14)

@@ -69,6 +69,13 @@ MUTANTS = [
         ONE_TIER,
     ),
     mutant(
+        "clearing a namespace reaches into another",
+        "statemachine/decide/eviction.py",
+        "            if root is not None and root_of(node) is not root:\n",
+        "            if False:\n",
+        ONE_TIER,
+    ),
+    mutant(
         "a batch is told that would fit what a copy is in the way of",
         "statemachine/decide/requests.py",
         "        if can_allocate(state, sums[middle]):\n",

@@ -61,6 +61,7 @@ from statemachine.records import codec
 from statemachine.records.snapshot import restore, snapshot, state_digest
 from statemachine.state.nodes import ALL, Node, from_end
 from statemachine.state.state import State
+from statemachine.state.tree import root_of
 
 ITEM = st.builds(
     lambda name, length: [(name, length, i) for i in range(length)], st.sampled_from("ab"), st.integers(1, 3)
@@ -459,6 +460,16 @@ class Machine(RuleBasedStateMachine):
         if self.oracle is not None and tier == Tier.DEVICE:
             assert isinstance(done, list)
             assert [b for e in done if isinstance(e, BlocksEvicted) for b in e.blocks] == self.oracle.evict(blocks)
+
+    @rule(tier=st.sampled_from(Tier), blocks=st.integers(1, 9), namespace=st.sampled_from([b"", b"salt", b"unknown"]))
+    def evict_of_a_namespace(self, tier: Tier, blocks: int, namespace: bytes) -> None:
+        root = self.state.roots.get(namespace)
+        others = {id for id, node in self.state.nodes.items() if root_of(node) is not root}
+        done = self.do(Evict(tier, blocks, namespace))
+        assert isinstance(done, list) and others <= self.state.nodes.keys()
+        if self.oracle is not None and tier == Tier.DEVICE:
+            expected = self.oracle.evict_tree(self.oracle.root(namespace), blocks)
+            assert [b for e in done if isinstance(e, BlocksEvicted) for b in e.blocks] == expected
 
     @rule(weights=st.sampled_from(["", "v2"]))
     def load_weights(self, weights: str) -> None:
