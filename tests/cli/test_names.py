@@ -134,8 +134,9 @@ def test_every_command_is_in_the_table() -> None:
 @pytest.mark.parametrize("colours", [False, True], ids=["pipe", "terminal"])
 @pytest.mark.parametrize("command", sorted(SHOWS))
 def test_no_command_prints_what_a_terminal_obeys(
-    command: str, colours: bool, logs: dict[str, str], tmp_path: Path
+    command: str, colours: bool, logs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # a simulation that fails leaves a program
     everything = ""
     for number, text in enumerate(SHOWS[command]):
         words = asked(text, logs, tmp_path / f"{number}{HOSTILE}")
