@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import At, From, Json, Src, To, in_json, place, reading, span
 from kvledger.cli.exits import BAD_INPUT, FAILED
+from kvledger.cli.sources import At, From, Json, Src, To, in_json, place, reading, span
 from kvledger.cli.terminal import line
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.explain.leaks import leaks

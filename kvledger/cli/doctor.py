@@ -22,7 +22,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] =
     worker from end to end. Leaves nothing behind. A note is no problem: it works, but slower, with less room, or
     without an optional part. Exit code 2 if there is a problem.
     """
-    from kvledger.cli.stopping import until_signal
+    from kvledger.cli.interrupts import until_signal
     from kvledger.doctor import Status, examine
 
     results = []

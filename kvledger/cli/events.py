@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.exits import FAILED, CommandFailed
-from kvledger.cli.following import Name, cannot_follow, the_one
-from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.cli.interrupts import until_asked, until_signal
+from kvledger.cli.ledgers import Name, cannot_follow, the_one
 from kvledger.cli.terminal import line, working
 from kvledger.debugger.explain.wording import count
 

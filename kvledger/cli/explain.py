@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import At, Json, Log, in_json, place, reading
+from kvledger.cli.sources import At, Json, Log, in_json, place, reading
 from kvledger.cli.terminal import line
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import SourceError

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import Log, reading
+from kvledger.cli.sources import Log, reading
 from kvledger.cli.terminal import line
 from kvledger.cli.whole_log import reached
 

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import (
+from kvledger.cli.exits import FAILED
+from kvledger.cli.interrupts import until_asked
+from kvledger.cli.sources import (
     From,
     Json,
     Src,
@@ -17,8 +19,6 @@ from kvledger.cli.debugging import (
     reading,
     span,
 )
-from kvledger.cli.exits import FAILED
-from kvledger.cli.stopping import until_asked
 from kvledger.cli.terminal import flush, line, note
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import Entry, Source, SourceError

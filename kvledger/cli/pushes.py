@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import Json
-from kvledger.cli.following import Name, the_one
+from kvledger.cli.ledgers import Name, the_one
+from kvledger.cli.sources import Json
 from kvledger.cli.terminal import line, output
 from kvledger.text import printable_json
 

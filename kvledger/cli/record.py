@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.exits import FAILED, INTERRUPTED, CommandFailed
-from kvledger.cli.following import cannot_follow
-from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.cli.interrupts import until_asked, until_signal
+from kvledger.cli.ledgers import cannot_follow
 from kvledger.cli.terminal import line, note, say, working
 from kvledger.debugger.explain.wording import count
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import note_damage
 from kvledger.cli.exits import BAD_INPUT, FAILED, CommandFailed
-from kvledger.cli.following import is_ledger
+from kvledger.cli.ledgers import is_ledger
+from kvledger.cli.sources import note_damage
 from kvledger.cli.terminal import line, say, working
 from kvledger.debugger.explain.wording import count
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from kvledger.cli.check import events_around
-from kvledger.cli.debugging import From, Json, Report, Src, To, in_json, reading, span
 from kvledger.cli.exits import FAILED
+from kvledger.cli.sources import From, Json, Report, Src, To, in_json, reading, span
 from kvledger.cli.terminal import line
 from kvledger.debugger import Entry, Source, SourceError
 from kvledger.debugger.explain.wording import Wording, count

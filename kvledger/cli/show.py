@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from kvledger.cli.debugging import At, Json, Src, in_json, place, reading
+from kvledger.cli.sources import At, Json, Src, in_json, place, reading
 from kvledger.cli.terminal import line, output
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import Source, SourceError

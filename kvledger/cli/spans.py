@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import typer
 
 from kvledger.cli.exits import FAILED, CommandFailed
-from kvledger.cli.following import Name, cannot_follow, the_one
-from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.cli.interrupts import until_asked, until_signal
+from kvledger.cli.ledgers import Name, cannot_follow, the_one
 from kvledger.cli.terminal import note
 
 

@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvledger.cli.following import Name, the_one
-from kvledger.cli.stopping import until_asked, until_signal
+from kvledger.cli.interrupts import until_asked, until_signal
+from kvledger.cli.ledgers import Name, the_one
 from kvledger.cli.terminal import line, output, working
 from kvledger.text import printable_json
 

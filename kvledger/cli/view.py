@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kvledger.cli.debugging import At, From, Src, To, reading
-from kvledger.cli.stopping import until_asked
+from kvledger.cli.interrupts import until_asked
+from kvledger.cli.sources import At, From, Src, To, reading
 from kvledger.cli.terminal import flush, line
 from kvledger.debugger import SourceError
 from kvledger.debugger.source.places import locate

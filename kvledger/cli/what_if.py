@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kvledger.cli.debugging import Json, Src, in_json, reading
+from kvledger.cli.sources import Json, Src, in_json, reading
 from kvledger.cli.terminal import line, output
 from kvledger.cli.whole_log import reached
 from kvledger.debugger import Source, SourceError

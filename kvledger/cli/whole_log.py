@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvledger.cli.debugging import Report
+from kvledger.cli.sources import Report
 from kvledger.debugger import Source
 
 _EVERY = 1000

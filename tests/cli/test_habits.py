@@ -72,7 +72,7 @@ def test_a_fault_of_ours_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("\x1b[2Joops")
 
-    monkeypatch.setattr("kvledger.cli.debugging.open_source", fail)
+    monkeypatch.setattr("kvledger.cli.sources.open_source", fail)
     code, out, err = run("check", "x", "--json")
     assert code == BUG and json.loads(out)["exit_code"] == BUG and "Traceback" in err and "\\x1b[2Joops" in err
     assert "\x1b" not in err

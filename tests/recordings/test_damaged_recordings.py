@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from ipc import KvlogReader, KvlogWriter, LogCorrupt
 from kvledger.cli import app
-from kvledger.cli.debugging import _NO_END
+from kvledger.cli.sources import _NO_END
 from kvledger.run import sample
 from kvledger.run.run import Run, RunOptions
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from kvledger import CacheConfig, CacheManager
 from kvledger.cli import app
-from kvledger.cli.stopping import until_asked
+from kvledger.cli.interrupts import until_asked
 from kvledger.run import sample
 from kvledger.run.run import Run, RunOptions
 from tests.waiting import PATIENCE_S

@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from kvledger.cli.exits import BAD_INPUT, FAILED, CommandFailed
-from kvledger.cli.following import named, the_one
+from kvledger.cli.ledgers import named, the_one
 from kvledger.cli.terminal import errors, note, say
 from kvledger.debugger import Source, SourceError, open_source
 from kvledger.debugger.source.places import locate
