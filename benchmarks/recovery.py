@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import figures as f
 from ipc import LogReader, snapshots
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from kvledger import CacheConfig, CacheManager
 from statemachine.records.snapshot import snapshot
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks import figures as f
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from statemachine.events import Direction, TransferStarted
 from workers import PoolLayout
 from workers.pools.backends import create_pools, open_copies

@@ -10,7 +10,8 @@
                                 | name 16 B
 
 The owner holds a lock on the first 4,096 bytes as long as it lives, each reader one on its line (:mod:`ipc.liveness`);
-the kernel gives them up when their process ends, however it ends. Each line has one writer, its reader.
+the kernel gives them up when their process ends, however it ends. Each line has one writer, its reader. The segment
+appears under its name when it is complete and locked.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import time
 from typing import Final, NamedTuple
 
+from ipc import memory
 from ipc.errors import (
     LedgerExists,
     LedgerNotFound,
@@ -31,8 +33,8 @@ from ipc.errors import (
 )
 from ipc.fence import make_fence
 from ipc.liveness import Lock, life_of
-from ipc.memory import open_new, open_private
-from ipc.names import SHM, check_name, control_name, unlink
+from ipc.names import check_log_name, control_name, ledger_of
+from ipc.ownership import STAMP_BYTES, find, identity_of, new_identity, read_stamp
 from ipc.processes import Identity, Life, life_by_number, own_identity
 from ipc.segment import MAGIC, VERSION
 
@@ -44,7 +46,6 @@ _TEARDOWN_ELSEWHERE_S = 0.5
 _LINES = 4096
 _LINE_BYTES = 64
 _BYTES = _LINES + READERS * _LINE_BYTES
-_BEING_CREATED = "ledger {!r} is only being created, or its creator died before it was done"
 _SCHEMA, _WRITER, _OWNER = 2, 3, 6
 CURRENT: Final = 192 // 8
 """Word of the current segment."""
@@ -67,10 +68,12 @@ class ReaderLine(NamedTuple):
 class Control:
     """A mapped control segment."""
 
-    def __init__(self, ledger: str, fd: int) -> None:
-        """``fd``: of the object; the caller closes it."""
+    def __init__(self, ledger: str, fd: int, map: mmap.mmap, identity: int) -> None:
+        """``fd``: of the object; the caller closes it. ``map``: of it; it belongs to this from now on."""
         self.ledger = ledger
-        self._map = mmap.mmap(fd, _BYTES)
+        self.identity = identity
+        """Random number of the ledger; what is stamped with it is its own (:mod:`ipc.ownership`)."""
+        self._map = map
         try:
             self._lock = Lock.beside(fd)
         except BaseException:
@@ -84,34 +87,32 @@ class Control:
 
     @classmethod
     def create(cls, ledger: str, schema_hash: int) -> Control:
-        """Create it, with this process as the writer.
+        """Create it, with this process as the writer. It appears when it is complete.
 
         Raises:
             LedgerExists: with who writes it, or what to do about a dead one.
+            LedgerNotFound: the log belongs to a ledger that is not there.
+            SharedMemoryFull, TooManyFiles
         """
+        owner = ledger_of(check_log_name(ledger))
+        identity = identity_of(owner) if owner != ledger else new_identity()
+        if not identity:
+            raise LedgerNotFound(f"there is no ledger {owner!r} that a log {ledger!r} could belong to")
+        begun = memory.Begun(control_name(ledger), _BYTES, identity)
         try:
-            memory = open_new(control_name(check_name(ledger)))
+            control = cls(ledger, begun.fd, begun.map, identity)
+            try:
+                control.words[0], control.words[1], control.words[_SCHEMA] = MAGIC, VERSION, schema_hash
+                control.lock()
+                control.begin_writing()
+                begun.publish()
+            except BaseException:
+                control.close()
+                raise
         except LedgerExists:
             raise LedgerExists(_who_is_there(ledger)) from None
-        control = None
-        try:
-            os.posix_fallocate(memory.fd, 0, _BYTES)
-            control = cls(ledger, memory.fd)
-            control.lock()
-        except BaseException as error:
-            unlink(control_name(ledger))
-            if control is not None:
-                control.close()
-            if isinstance(error, OSError):
-                raise SharedMemoryFull(f"no room for {control_name(ledger)}: {error.strerror}") from error
-            raise
         finally:
-            os.close(memory.fd)
-        words = control.words
-        words[1], words[_SCHEMA] = VERSION, schema_hash
-        control.begin_writing()
-        control._fence()  # who sees the first word sees the others
-        words[0] = MAGIC
+            begun.close()
         return control
 
     @classmethod
@@ -121,27 +122,30 @@ class Control:
         Raises:
             LedgerNotFound, LogCorrupt, NotPrivate
         """
+        name = control_name(check_log_name(ledger))
+        is_ledger = ledger_of(ledger) == ledger
         try:
-            memory = open_private(control_name(check_name(ledger)), write=True)
+            if is_ledger:
+                shared = memory.open_private(name, write=True)
+                size = shared.size - STAMP_BYTES
+            else:
+                shared, size = memory.open_own(name, write=True)
+        except NotPrivate:
+            raise
         except LedgerNotFound:
             raise LedgerNotFound(f"there is no ledger {ledger!r} on this machine") from None
         try:
-            if not memory.size:
-                raise LedgerNotFound(_BEING_CREATED.format(ledger))
-            if memory.size < _BYTES:
-                raise LogCorrupt(control_name(ledger), 0, "too short for a control segment")
-            control = cls(ledger, memory.fd)
+            identity = read_stamp(shared.fd, size + STAMP_BYTES, name)
+            if size != _BYTES or identity is None:
+                raise LogCorrupt(name, 0, "not a control segment of this version of kvledger, or it is damaged")
+            control = cls(ledger, shared.fd, mmap.mmap(shared.fd, size), identity)
         except OSError as error:
-            raise SharedMemoryFull(f"{control_name(ledger)} cannot be mapped: {error.strerror}") from error
+            raise SharedMemoryFull(f"{name} cannot be mapped: {error.strerror}") from error
         finally:
-            os.close(memory.fd)
-        if not control.words[0]:
-            control.close()
-            raise LedgerNotFound(_BEING_CREATED.format(ledger))
-        control._fence()
+            os.close(shared.fd)
         if control.words[0] != MAGIC or control.words[1] != VERSION:
             control.close()
-            raise LogCorrupt(control_name(ledger), 0, "not a control segment of this version of kvledger")
+            raise LogCorrupt(name, 0, "not a control segment of this version of kvledger")
         return control
 
     def lock(self) -> None:
@@ -206,10 +210,7 @@ class Control:
 
     def exists(self) -> bool:
         """Whether this segment is still the one of that name: the ledger was neither removed nor created anew."""
-        try:
-            return os.path.samestat(os.stat(SHM / control_name(self.ledger)[1:]), os.fstat(self._lock.fd))
-        except FileNotFoundError:
-            return False
+        return find(control_name(self.ledger), self.identity) is not None
 
     @property
     def current(self) -> tuple[int, int]:

@@ -27,6 +27,10 @@ class LedgerNotFound(LedgerError):
     """There is no ledger of that name, or not the segment that was asked for."""
 
 
+class NotOurs(NotPrivate, LedgerNotFound):
+    """What stands under a name is another user's: whatever it is, it is not what was looked for."""
+
+
 class SharedMemoryFull(LedgerError):
     """``/dev/shm`` has no room for a segment; nothing was created."""
 

@@ -20,7 +20,7 @@ import struct
 from typing import Self
 
 from ipc.errors import LedgerError, TooManyFiles
-from ipc.memory import open_private
+from ipc.memory import open_own
 from ipc.processes import Identity, Life, life_by_number
 
 _FLOCK = struct.Struct("hhxxxxqqixxxx")
@@ -46,13 +46,13 @@ class Lock:
         _locks[fd] = self
 
     @classmethod
-    def on(cls, name: str) -> Self:
-        """A lock on an object by its name.
+    def on(cls, name: str, identity: int | None = None) -> Self:
+        """A lock on a ledger's object. ``identity``: of the ledger; default: of the one that is there now.
 
         Raises:
             ipc.LedgerNotFound, ipc.NotPrivate, ipc.TooManyFiles
         """
-        return cls(open_private(name, write=True).fd)
+        return cls(open_own(name, write=True, identity=identity)[0].fd)
 
     @classmethod
     def beside(cls, fd: int) -> Self:

@@ -11,8 +11,17 @@ from pathlib import Path
 
 import posix_ipc
 
-from ipc.errors import LedgerError, LedgerExists, LedgerNotFound, NotPrivate, SharedMemoryFull, TooManyFiles
-from ipc.names import SHM, unlink
+from ipc import ownership
+from ipc.errors import (
+    LedgerError,
+    LedgerExists,
+    LedgerNotFound,
+    NotOurs,
+    NotPrivate,
+    SharedMemoryFull,
+    TooManyFiles,
+)
+from ipc.names import SHM, control_name, ledger_of
 
 _MADV_POPULATE_WRITE = 23
 _PIECE_BYTES = 2 << 20
@@ -37,21 +46,119 @@ def populate(map: mmap.mmap) -> bool:
     return taken
 
 
-def open_new(name: str) -> posix_ipc.SharedMemory:
-    """A new empty object that only this user may read and write, whatever the umask is.
+class Begun:
+    """An object that has no name yet: nobody sees half of it, and with its process it is gone.
+
+    Args:
+        identity: of the ledger that it will belong to; ``None``: it carries no stamp (see :mod:`ipc.ownership`), since
+            others know it by its name and its bytes alone.
 
     Raises:
-        LedgerExists: the name is taken.
+        SharedMemoryFull: with what is there and what is wanted.
         TooManyFiles
     """
+
+    def __init__(self, name: str, size: int, identity: int | None) -> None:
+        self.name = name
+        self.identity = identity
+        _check_room(name, size)
+        self.fd, self._temporary = _unnamed(name)
+        try:
+            os.fchmod(self.fd, 0o600)  # whatever the umask is
+            # ftruncate alone would succeed on a full tmpfs and kill the process at the first touch
+            stamp = b"" if identity is None else ownership.stamp(name, identity)
+            os.posix_fallocate(self.fd, 0, size + len(stamp))
+            os.pwrite(self.fd, stamp, size)
+            self.map = mmap.mmap(self.fd, size)
+            """Without the stamp."""
+        except OSError as error:
+            self.close()
+            raise _no_room(name, size, error) from error
+
+    def publish(self) -> str:
+        """Give it its name, or one beside it where something that is not the ledger's stands there; the file's name.
+
+        Raises:
+            LedgerExists: the ledger has such an object already, or the name is taken and there is no other one.
+        """
+        name, identity = self.name, self.identity
+        taken = identity is not None and ownership.find(name, identity) is not None
+        file = name[1:]
+        try:
+            if taken or not self._link(file):
+                if taken or identity is None or name == control_name(ledger_of(name)):
+                    raise LedgerExists(f"shared memory {name} exists already: choose another name for the ledger")
+                file = f"{file}~{os.urandom(4).hex()}"
+                self._link(file)
+                if ownership.find(name, identity) != file:  # somebody else of the ledger's was as quick
+                    ownership.unlink("/" + file)
+                    raise LedgerExists(f"shared memory {name} exists already")
+        except OSError as error:
+            raise _refused(name, error) from error
+        return file
+
+    def _link(self, file: str) -> bool:
+        """Whether the name was free."""
+        source = SHM / self._temporary if self._temporary else Path(f"/proc/self/fd/{self.fd}")
+        try:
+            # Both paths are absolute; with a descriptor Python calls linkat(2), which follows, and not link(2).
+            os.link(source, SHM / file, src_dir_fd=self.fd, follow_symlinks=True)
+        except FileExistsError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the descriptor; what has not been published is gone."""
+        os.close(self.fd)
+        if self._temporary:
+            ownership.unlink("/" + self._temporary)
+
+
+def _unnamed(name: str) -> tuple[int, str]:
+    """A new file that has no name; where the kernel knows no such thing, one with a name that nobody looks for."""
     try:
-        memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
-    except posix_ipc.ExistentialError:
-        raise LedgerExists(f"shared memory {name} exists already: choose another name for the ledger") from None
+        if os.path.exists("/proc/self/fd"):  # a name is given through it
+            return os.open(SHM, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600), ""
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+            raise _refused(name, error) from error
+    temporary = f"{name[1:]}.begun~{os.urandom(4).hex()}"
+    try:
+        return os.open(SHM / temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), temporary
     except OSError as error:
         raise _refused(name, error) from error
-    os.fchmod(memory.fd, 0o600)
-    return memory
+
+
+def open_own(name: str, *, write: bool, identity: int | None = None) -> tuple[posix_ipc.SharedMemory, int]:
+    """A ledger's object that exists, and how many bytes it has without its stamp.
+
+    Args:
+        identity: of the ledger; default: of the one that is there now.
+
+    Raises:
+        LedgerNotFound: there is none. With :class:`NotOurs` something that is not this user's stands in its place.
+        NotPrivate: others may touch it.
+        TooManyFiles
+    """
+    wanted = ownership.identity_of(name) if identity is None else identity
+    refusal: LedgerError | None = None
+    for file in ownership.places(name):
+        try:
+            memory = _open("/" + file, write)
+        except LedgerNotFound as error:
+            refusal = refusal or error
+            continue
+        size = memory.size
+        if ownership.read_stamp(memory.fd, size, name) == wanted:
+            _expect_private(name, memory)
+            return memory, size - ownership.STAMP_BYTES
+        memory.close_fd()
+        refusal = LedgerNotFound(f"shared memory {name} is not the ledger's: it is of an earlier one, or damaged")
+    assert refusal is not None
+    try:
+        raise refusal
+    finally:
+        del refusal  # its traceback leads back here: what the callers have mapped would stay until a collection
 
 
 def open_private(name: str, *, write: bool) -> posix_ipc.SharedMemory:
@@ -61,21 +168,42 @@ def open_private(name: str, *, write: bool) -> posix_ipc.SharedMemory:
         LedgerNotFound, NotPrivate, TooManyFiles
     """
     try:
+        memory = _open(name, write)
+    except NotOurs as error:
+        raise NotPrivate(str(error)) from None
+    _expect_private(name, memory)
+    return memory
+
+
+def _open(name: str, write: bool) -> posix_ipc.SharedMemory:
+    """An object that exists, if this user owns it. Raises: see :func:`open_own`."""
+    try:
         memory = posix_ipc.SharedMemory(name, read_only=not write)
     except posix_ipc.ExistentialError:
         raise LedgerNotFound(f"there is no shared memory {name}: the ledger does not exist or was closed") from None
     except posix_ipc.PermissionsError:
-        raise NotPrivate(f"shared memory {name} belongs to another user: run this as that user") from None
+        raise NotOurs(f"shared memory {name} belongs to another user: run this as that user") from None
     except OSError as error:
         raise _refused(name, error) from error
     status = os.fstat(memory.fd)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    if status.st_uid != os.geteuid() or not stat.S_ISREG(status.st_mode):
         memory.close_fd()
-        raise NotPrivate(
-            f"shared memory {name} belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}, not to "
-            f"user {os.geteuid()} alone: run this as its owner, and if others could write it, remove it and start anew"
-        )
+        raise NotOurs(_not_alone(name, status))
     return memory
+
+
+def _expect_private(name: str, memory: posix_ipc.SharedMemory) -> None:
+    status = os.fstat(memory.fd)
+    if status.st_mode & 0o077:
+        memory.close_fd()
+        raise NotPrivate(_not_alone(name, status))
+
+
+def _not_alone(name: str, status: os.stat_result) -> str:
+    return (
+        f"shared memory {name} belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}, not to "
+        f"user {os.geteuid()} alone: run this as its owner, and if others could write it, remove it and start anew"
+    )
 
 
 def _refused(name: str, error: OSError) -> LedgerError:
@@ -91,9 +219,9 @@ def available_memory() -> int:
     limit as the root of cgroup v2; page cache that was not used lately counts as free in both (Linux, ``proc(5)`` and
     ``cgroup-v2.rst``).
     """
-    with open("/proc/meminfo", encoding="ascii") as lines:
+    with open("/proc/meminfo", "rb") as lines:
         machine = {line.split()[0]: int(line.split()[1]) << 10 for line in lines}
-    available = machine["MemAvailable:"] + machine["SwapFree:"]
+    available = machine[b"MemAvailable:"] + machine[b"SwapFree:"]
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         if limit != "max":
@@ -135,44 +263,68 @@ def _full(name: str, size: int) -> SharedMemoryFull:
     )
 
 
-def create(name: str, size: int) -> mmap.mmap:
-    """Create an object of ``size`` zero bytes, mode 0600, and map it for writing.
+def _no_room(name: str, size: int, error: OSError) -> LedgerError:
+    if error.errno == errno.EFBIG:
+        return SharedMemoryFull(f"{name} needs {size:,} bytes, a file may not be so large (ulimit -f)")
+    if error.errno == errno.ENOMEM:
+        return SharedMemoryFull(f"{name} needs {size:,} bytes, this process may not map them (ulimit -v)")
+    return _full(name, size) if error.errno in (errno.ENOSPC, errno.EDQUOT) else _refused(name, error)
+
+
+def create(name: str, size: int, content: bytes = b"", *, identity: int | None = None) -> mmap.mmap:
+    """Create a ledger's object of ``size`` bytes, mode 0600, and map it for writing. It appears when it is complete.
+
+    Args:
+        content: what it begins with; the rest is zero.
+        identity: of the ledger; default: of the one that is there now.
 
     Raises:
         SharedMemoryFull: with what is there and what is wanted.
-        LedgerExists: the name is taken.
+        LedgerExists: the ledger has such an object already.
         TooManyFiles
     """
-    _check_room(name, size)
-    memory = open_new(name)
+    return _made(Begun(name, size, ownership.identity_of(name) if identity is None else identity), content)
+
+
+def create_plain(name: str, size: int) -> mmap.mmap:
+    """Create an object that belongs to no ledger and has nothing but its bytes; else as :func:`create`."""
+    return _made(Begun(name, size, None), b"")
+
+
+def _made(begun: Begun, content: bytes) -> mmap.mmap:
+    map = begun.map
     try:
-        # ftruncate alone would succeed on a full tmpfs and kill the process at the first touch
-        os.posix_fallocate(memory.fd, 0, size)
-        return mmap.mmap(memory.fd, size)
-    except OSError as error:
-        unlink(name)
-        if error.errno == errno.EFBIG:
-            raise SharedMemoryFull(f"{name} needs {size:,} bytes, a file may not be so large (ulimit -f)") from error
-        if error.errno == errno.ENOMEM:
-            raise SharedMemoryFull(f"{name} needs {size:,} bytes, this process may not map them (ulimit -v)") from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise _refused(name, error) from error
-        raise _full(name, size) from error
+        map[: len(content)] = content
+        begun.publish()
+    except BaseException:
+        map.close()
+        raise
     finally:
-        memory.close_fd()
+        begun.close()
+    return map
 
 
-def attach(name: str, *, write: bool) -> mmap.mmap:
-    """Map an object that exists, read-only unless ``write``.
+def attach(name: str, *, write: bool, identity: int | None = None) -> mmap.mmap:
+    """Map a ledger's object that exists, read-only unless ``write``. Raises: see :func:`open_own`."""
+    return _mapped(name, *open_own(name, write=write, identity=identity), write)
+
+
+def attach_plain(name: str, *, write: bool) -> mmap.mmap:
+    """Map what :func:`create_plain` or another program has made.
 
     Raises:
-        LedgerNotFound, NotPrivate, TooManyFiles
+        LedgerNotFound: it is not there, or empty.
+        NotPrivate, TooManyFiles
     """
     memory = open_private(name, write=write)
+    return _mapped(name, memory, memory.size, write)
+
+
+def _mapped(name: str, memory: posix_ipc.SharedMemory, size: int, write: bool) -> mmap.mmap:
     try:
-        if not memory.size:  # its creator has not reserved the space yet
-            raise LedgerNotFound(f"shared memory {name} is only being created")
-        return mmap.mmap(memory.fd, memory.size, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ)
+        if not size:
+            raise LedgerNotFound(f"shared memory {name} is empty")
+        return mmap.mmap(memory.fd, size, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ)
     except OSError as error:
         raise _refused(name, error) from error
     finally:

@@ -11,7 +11,8 @@ import posix_ipc
 from ipc.control import CURRENT, CURSOR, PARKED, Control
 from ipc.errors import LedgerError, LedgerNotFound, LogCorrupt, Overrun
 from ipc.fence import make_fence
-from ipc.names import SHM, bell_name, segments_of
+from ipc.names import SHM, bell_name
+from ipc.ownership import segments_of
 from ipc.record import Position, Record
 from ipc.segment import HEADER_BYTES, NEXT, TAIL, MappedSegment, damaged_beginning, locate, next_segment
 
@@ -21,15 +22,23 @@ _LOOK_EVERY_S = 0.1
 """A record that is begun and not published: so often is looked whether its writer still lives."""
 
 
-def _new_bell(name: str) -> posix_ipc.Semaphore:
-    """A reader's doorbell, mode 0600 whatever the umask is; one of that name belonged to a dead reader."""
+def _new_bell(name: str) -> posix_ipc.Semaphore | None:
+    """A reader's doorbell, mode 0600 whatever the umask is; one of that name belonged to a dead reader.
+
+    ``None``: the name is another user's. Nobody will wake this reader, which then looks for itself.
+    """
+    file = SHM / f"sem.{name[1:]}"
     try:
-        with contextlib.suppress(posix_ipc.ExistentialError):
+        with contextlib.suppress(FileNotFoundError, posix_ipc.ExistentialError):
+            if os.lstat(file).st_uid != os.geteuid():
+                return None
             posix_ipc.unlink_semaphore(name)
         bell = posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600)
+    except (posix_ipc.PermissionsError, posix_ipc.ExistentialError):
+        return None
     except (posix_ipc.Error, OSError) as error:
         raise LedgerError(f"the doorbell {name} cannot be made: {error}") from error
-    os.chmod(SHM / f"sem.{name[1:]}", 0o600)
+    os.chmod(file, 0o600)
     return bell
 
 
@@ -81,6 +90,8 @@ class LogReader:
                 raise damage
             if oldest:
                 raise Overrun(self.ledger, sequence, oldest)
+            if current[0]:  # says why it cannot be read
+                MappedSegment(self.ledger, *current, self._control.identity).close()
             raise LedgerNotFound(f"ledger {self.ledger!r} has no log segment")
         self._enter(segment)  # what stands before the sequence in it is read, checked and left out by the first poll
         self.cursor = sequence
@@ -219,6 +230,11 @@ class LogReader:
             if records := self.poll():
                 return records
         return []
+
+    @property
+    def identity(self) -> int:
+        """Random number of the ledger (:mod:`ipc.ownership`)."""
+        return self._control.identity
 
     @property
     def schema_hash(self) -> int:

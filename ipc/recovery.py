@@ -14,7 +14,7 @@ from typing import NamedTuple
 from crc32c import crc32c
 
 from ipc.errors import LogCorrupt, Overrun
-from ipc.names import segments_of
+from ipc.ownership import segments_of
 from ipc.record import CRC_OFFSET, LINE, LINE_BYTES, Position, Record
 from ipc.segment import HEADER_BYTES, TAIL, MappedSegment, is_blank
 

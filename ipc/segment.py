@@ -18,7 +18,8 @@ from crc32c import crc32c
 
 from ipc import memory
 from ipc.errors import LedgerNotFound, LogCorrupt
-from ipc.names import segment_name, segments_of
+from ipc.names import segment_name
+from ipc.ownership import segments_of
 from ipc.processes import Identity
 
 HEADER_BYTES: Final = 4096
@@ -91,9 +92,9 @@ def read_header(buffer: memoryview, name: str) -> Header:
 class MappedSegment:
     """A segment as a reader sees it."""
 
-    def __init__(self, ledger: str, epoch: int, index: int) -> None:
+    def __init__(self, ledger: str, epoch: int, index: int, identity: int | None = None) -> None:
         self.name = segment_name(ledger, epoch, index)
-        self._map = memory.attach(self.name, write=False)
+        self._map = memory.attach(self.name, write=False, identity=identity)
         self.buffer = memoryview(self._map)
         try:
             if len(self.buffer) < HEADER_BYTES or len(self.buffer) % 8:
@@ -112,13 +113,13 @@ class MappedSegment:
         self._map.close()
 
 
-def create(ledger: str, epoch: int, index: int, size: int) -> mmap.mmap:
-    """Reserve a segment; it has no header yet.
+def create(ledger: str, epoch: int, index: int, size: int, identity: int | None = None) -> mmap.mmap:
+    """Reserve a segment; it has no header yet. ``identity``: see :func:`ipc.memory.create`.
 
     Raises:
         ipc.SharedMemoryFull
     """
-    map = memory.create(segment_name(ledger, epoch, index), size)
+    map = memory.create(segment_name(ledger, epoch, index), size, identity=identity)
     memory.populate(map)
     return map
 

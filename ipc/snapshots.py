@@ -2,22 +2,22 @@
 
 ``/<ledger>.snapshot.<sequence>`` holds ``magic u64 | sequence u64 | bytes u64 | crc32c u32, header crc u32``, then the
 bytes. A follower writes them (the engine never does); they appear under their name only when they are complete, so a
-writer that dies half-way leaves nothing that anybody would read.
+writer that dies half-way leaves nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from crc32c import crc32c
 
-from ipc import memory
-from ipc.errors import LedgerNotFound, LogCorrupt
-from ipc.names import SHM, objects_of, unlink
+from ipc import memory, ownership
+from ipc.errors import LedgerExists, LedgerNotFound, LogCorrupt
+from ipc.names import check_name
+from ipc.ownership import identity_of, stamped
 
 MAGIC = int.from_bytes(b"kvlsnap1", "little")
 _HEADER = struct.Struct("<QQQI")
@@ -31,25 +31,29 @@ def snapshot_name(ledger: str, sequence: int) -> str:
 
 def sequences(ledger: str) -> list[int]:
     """The events after which there is a snapshot, ascending."""
-    prefix = f"{ledger}.snapshot."
-    names = (name.removeprefix(prefix) for name in objects_of(ledger) if name.startswith(prefix))
-    return sorted(int(name) for name in names if name.isdecimal())
+    identity = identity_of(ledger)
+    found = stamped(re.escape(snapshot_name(check_name(ledger), 0)[1:-1]) + "[0-9]{1,20}")
+    return sorted({int(own.name.rpartition(".")[2]) for own in found if own.identity == identity})
 
 
-def write(ledger: str, sequence: int, data: bytes) -> None:
-    """Keep ``data`` as the snapshot after event ``sequence``.
+def write(ledger: str, sequence: int, data: bytes, identity: int | None = None) -> None:
+    """Keep ``data`` as the snapshot after event ``sequence``, in the place of one that is there.
+
+    Args:
+        identity: of the ledger whose state it is; default: of the one that is there now.
 
     Raises:
         ipc.SharedMemoryFull: nothing is left behind.
     """
-    partial = f"{snapshot_name(ledger, sequence)}.partial.{os.getpid()}"
-    map = memory.create(partial, _HEADER_BYTES + len(data))
     header = _HEADER.pack(MAGIC, sequence, len(data), crc32c(data))
-    map[:_HEADER_BYTES] = header + crc32c(header).to_bytes(4, "little")
-    map[_HEADER_BYTES:] = data
-    map.close()
-    with contextlib.suppress(FileNotFoundError):  # the ledger was removed meanwhile, and this with it
-        os.rename(SHM / partial[1:], SHM / snapshot_name(ledger, sequence)[1:])
+    content = header + crc32c(header).to_bytes(4, "little") + data
+    name = snapshot_name(ledger, sequence)
+    identity = identity_of(ledger) if identity is None else identity
+    try:
+        memory.create(name, len(content), content, identity=identity).close()
+    except LedgerExists:
+        remove(ledger, sequence, identity)  # it may be damaged
+        memory.create(name, len(content), content, identity=identity).close()
 
 
 def read(ledger: str, sequence: int) -> bytes:
@@ -105,14 +109,7 @@ def newest_sequence(ledger: str) -> int:
     return 0
 
 
-def remove_partial(ledger: str) -> None:
-    """Remove what writers that died half-way have left; the caller has proof that nobody else writes snapshots."""
-    prefix = f"{ledger}.snapshot."
-    for name in objects_of(ledger):
-        if name.startswith(prefix) and ".partial." in name:
-            unlink(f"/{name}")
-
-
-def remove(ledger: str, sequence: int) -> None:
+def remove(ledger: str, sequence: int, identity: int | None = None) -> None:
     """Remove a snapshot; it may be gone already."""
-    unlink(snapshot_name(ledger, sequence))
+    name = snapshot_name(ledger, sequence)
+    ownership.remove_object(name, identity_of(name) if identity is None else identity)

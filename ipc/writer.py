@@ -26,13 +26,12 @@ from ipc.background import Background, Task
 from ipc.control import MASK, PARKED, Control
 from ipc.errors import LedgerError, SharedMemoryFull, TransactionTooLarge
 from ipc.fence import make_fence
-from ipc.names import bell_name, control_name, remove_objects, segment_name, segments_of
-from ipc.names import unlink as remove
+from ipc.names import bell_name, control_name, segment_name
+from ipc.ownership import remove_object, remove_objects, segments_of
 from ipc.record import CALL_BEGIN, CRC_OFFSET, LINE, LINE_BYTES, TXN_BEGIN, TXN_END
 from ipc.segment import HEADER_BYTES, NEXT, TAIL, Header
 
-LEAST_SEGMENT_BYTES = 64 << 10
-"""Smallest segment: a transaction takes a quarter of one at most, and the first event has to fit."""
+_LEAST_SEGMENT = 64 << 10
 _RESERVED = 16
 """This part of a segment (one sixteenth) is kept while there is no room for the next one."""
 _UNCOMMITTED: Final = bytes(LINE_BYTES - CRC_OFFSET)
@@ -58,10 +57,8 @@ class LogWriter:
         base_sequence: int,
         kept: list[tuple[int, int, int]] | None = None,
     ) -> None:
-        if segment_bytes < LEAST_SEGMENT_BYTES or segment_bytes % 4096:
-            raise LedgerError(
-                f"segment_bytes must be a multiple of 4096 from {LEAST_SEGMENT_BYTES}, not {segment_bytes}"
-            )
+        if segment_bytes < _LEAST_SEGMENT or segment_bytes % 4096:
+            raise LedgerError(f"segment_bytes must be a multiple of 4096 from {_LEAST_SEGMENT}, not {segment_bytes}")
         self.ledger = control.ledger
         self.max_transaction_bytes = (segment_bytes - HEADER_BYTES) // 4
         """The largest transaction, headers of its records included."""
@@ -93,7 +90,7 @@ class LogWriter:
         self._listeners: list[tuple[int, int, int]] = []
         self._helper = Background("kvledger-segment")
         self._map, self._buffer, self._words, self._words32 = self._begin_segment(
-            segment.create(self.ledger, epoch, 0, segment_bytes)
+            segment.create(self.ledger, epoch, 0, segment_bytes, control.identity)
         )
         control.begin_writing()
         self._offset = HEADER_BYTES
@@ -123,8 +120,6 @@ class LogWriter:
         """
         control = Control.create(ledger, schema_hash)
         try:
-            for sequence in snapshots.sequences(ledger):  # of another ledger of this name, long gone
-                snapshots.remove(ledger, sequence)
             return cls(
                 control,
                 config_hash=config_hash,
@@ -134,7 +129,7 @@ class LogWriter:
                 base_sequence=1,
             )
         except BaseException:
-            remove(control_name(ledger))
+            remove_object(control_name(ledger), control.identity)
             control.close()
             raise
 
@@ -162,7 +157,7 @@ class LogWriter:
         kept = []
         for place in segments_of(ledger):
             if segment.is_blank(ledger, *place):  # prepared by the dead writer, and never used
-                remove(segment_name(ledger, *place))
+                remove_object(segment_name(ledger, *place), control.identity)
                 continue
             with contextlib.suppress(LedgerError):
                 mapped = segment.MappedSegment(ledger, *place)
@@ -327,13 +322,14 @@ class LogWriter:
 
         Where there is no room, segments that nobody needs go, even below the limit.
         """
+        identity = self._control.identity
         try:
-            map = segment.create(self.ledger, self._epoch, index, self._segment_bytes)
+            map = segment.create(self.ledger, self._epoch, index, self._segment_bytes, identity)
         except SharedMemoryFull as error:
             if self._retain_bytes is not None:
                 self._drop(0)
             try:
-                map = segment.create(self.ledger, self._epoch, index, self._segment_bytes)
+                map = segment.create(self.ledger, self._epoch, index, self._segment_bytes, identity)
             except SharedMemoryFull:
                 self.refused_segments += 1
                 if self.refused_segments == 1:
@@ -416,7 +412,7 @@ class LogWriter:
             passed = min(passed, snapshots.newest_sequence(self.ledger) + 1)
         while self.log_bytes > limit and len(self._kept) > 1 and self._kept[1][2] <= passed:
             epoch, index, _ = self._kept.pop(0)
-            remove(segment_name(self.ledger, epoch, index))
+            remove_object(segment_name(self.ledger, epoch, index), self._control.identity)
 
     @property
     def log_bytes(self) -> int:
@@ -449,7 +445,7 @@ class LogWriter:
         if prepared is not None and prepared is not self._map:  # the same: a rotation was interrupted
             prepared.close()
             if not unlink:
-                remove(segment_name(self.ledger, self._epoch, self._index + 1))
+                remove_object(segment_name(self.ledger, self._epoch, self._index + 1), self._control.identity)
         for bell in self._bells.values():
             bell.close()
         for view in (self._words32, self._words, self._buffer):
@@ -457,14 +453,14 @@ class LogWriter:
         with contextlib.suppress(BufferError):  # a rotation was interrupted: views of both segments are about
             self._map.close()
         if unlink:
-            remove_objects(self.ledger)
+            remove_objects(self.ledger, self._control.identity)
         self._control.close()
 
 
 def segment_bytes_for(transaction_bytes: int) -> int:
     """The smallest segment that takes such a transaction."""
     size = HEADER_BYTES + 4 * transaction_bytes
-    return max(size + -size % 4096, LEAST_SEGMENT_BYTES)
+    return max(size + -size % 4096, _LEAST_SEGMENT)
 
 
 def next_epoch(control: Control) -> int:

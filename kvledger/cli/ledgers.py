@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ipc import InvalidName, LedgerError, LedgerNotFound
-from ipc.names import SHM
+from ipc.ownership import ledger_names
 from kvledger.cli.exits import CommandFailed
 from kvledger.cli.terminal import note
 
@@ -53,7 +53,7 @@ def the_one(name: str | None, argument: str = "NAME") -> str:
 
 def is_ledger(name: str) -> bool:
     """Whether a ledger has this name, and no file."""
-    return not os.path.exists(name) and "/" not in name and os.path.exists(SHM / f"{name}.control")
+    return not os.path.exists(name) and "/" not in name and name in ledger_names()
 
 
 def cannot_follow(name: str, error: LedgerError) -> str:

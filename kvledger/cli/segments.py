@@ -33,7 +33,7 @@ def segments(
         raise CommandFailed(f"there {what} {listed} in /dev/shm: kvledger segments lists what is there")
     removed = remove_dead(names or ()) if remove else []
     gone_names = {gone.name for gone in removed}
-    left = [ledger for ledger in found if ledger.name not in gone_names and (not names or ledger.name in names)]
+    left = [ledger for ledger in found if ledger not in removed and (not names or ledger.name in names)]
     if as_json:
         line(printable_json({"ledgers": [entry._asdict() for entry in left], "removed": sorted(gone_names)}))
         return

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple, assert_never
 
 from ipc import Control, LedgerError, LedgerNotFound, Overrun, memory
-from ipc.names import SHM, control_name
 from kvledger.debugger.export.occupancy import Occupancy, occupancy
 from kvledger.debugger.source import open_source
 from kvledger.debugger.source.source import Entry, Source, SourceError, Tail
@@ -254,7 +253,7 @@ class Top:
     @property
     def ended(self) -> bool:
         """Whether nothing can come any more: the ledger was removed, or nobody writes it."""
-        return not (SHM / control_name(self.ledger)[1:]).exists() or not self._control.writer_alive()
+        return not self._control.exists() or not self._control.writer_alive()
 
     def frame(self) -> Frame:
         """What is known now."""

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ipc import memory
 from ipc.liveness import Lock, NoLocks
-from ipc.names import SHM, unlink
+from ipc.names import SHM
+from ipc.ownership import unlink
 from ipc.processes import own_identity
 from kvledger.doctor.finding import Finding, note, ok, problem, size
 from kvledger.doctor.installation import ROOT

@@ -11,7 +11,8 @@ import posix_ipc
 
 from ipc import memory, segment
 from ipc.memory import available_memory
-from ipc.names import SHM, bell_name, segment_name, unlink
+from ipc.names import SHM, bell_name, segment_name
+from ipc.ownership import unlink
 from kvledger.config import CacheConfig
 from kvledger.doctor.finding import Finding, note, ok, problem, size
 from workers.processes.programs import environment, python

@@ -9,12 +9,12 @@ import contextlib
 from typing import Protocol
 
 from ipc import LedgerNotFound
-from ipc.names import objects_of, remove_objects, unlink
+from ipc.ownership import objects_of, remove_objects
 from ipc.signals import Signals
 from kvledger.errors import HandoffError
 from kvledger.manager.wait import loop
 from workers.handoff import pushes
-from workers.handoff.tickets import Tickets, board_name, claimed
+from workers.handoff.tickets import Tickets, claimed
 from workers.processes.adopted import AdoptedProcess
 from workers.processes.supervisor import end
 
@@ -52,10 +52,10 @@ def end_pushers(ledger: str) -> None:
         ipc.NotPrivate, ipc.TooManyFiles: it cannot be told.
     """
     log = pushes.log_name(ledger)
-    for name in objects_of(log):
-        if name.endswith(".signals"):
+    for own in objects_of(log):
+        if own.name.endswith(".signals"):
             with contextlib.suppress(LedgerNotFound):
-                signals = Signals(f"/{name}")
+                signals = Signals(f"/{own.name}", identity=own.identity)
                 try:
                     _end_pusher(ledger, signals)
                 finally:
@@ -86,7 +86,6 @@ def end_receiving(ledger: str) -> None:
     try:
         board = Tickets(ledger, inherit=True)
     except LedgerNotFound:
-        unlink(board_name(ledger))  # it may be one that a dead engine had only begun to create
         return
     tickets = board.revoke_all()
     writers: dict[int, int] = {}

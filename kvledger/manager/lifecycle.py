@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ipc import Control, LogWriter, record_bytes
-from ipc.names import remove_objects
+from ipc.names import check_name
+from ipc.ownership import remove_objects
 from ipc.writer import next_epoch, segment_bytes_for
 from kvledger.config import MOST_RANKS, CacheConfig, ConfigError
 from kvledger.manager.handoffs import end_pushers, end_receiving
@@ -46,7 +47,7 @@ def created(name: str, config: CacheConfig) -> Beginning:
     if not isinstance(config, CacheConfig):
         raise ConfigError(f"config is a CacheConfig, not {type(config).__name__}")
     writer = LogWriter.create(
-        name,
+        check_name(name),
         schema_hash=codec.SCHEMA_HASH,
         segment_bytes=config.segment_bytes,
         retain_bytes=config.retain_bytes,
@@ -66,7 +67,7 @@ def reopened(name: str, config: CacheConfig | None, *, resizable: bool = False) 
 
     ``resizable``: without pools, the configuration may have other numbers of blocks.
     """
-    control = Control.open(name)
+    control = Control.open(check_name(name))
     try:
         control.lock()
         rebuilt = rebuild(control)

@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ipc import KvlogWriter, LedgerError, LedgerNotFound, LogReader
-from ipc.names import check_name, objects_of, remove_objects
+from ipc.names import check_name
+from ipc.ownership import objects_of, remove_objects
 from kvledger import is_compiled
 from kvledger.config import ConfigError
 from kvledger.run.pattern import WrongBytes

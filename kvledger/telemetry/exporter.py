@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ipc import Control, LogCorrupt, Overrun
-from ipc.names import SHM, segment_name, segments_of
+from ipc.names import SHM
+from ipc.ownership import log_bytes
 from kvledger.telemetry.collectors import Histograms
 from kvledger.telemetry.derivation import Derivation, Sample
 from kvledger.telemetry.pushes import PushMetrics
@@ -119,7 +120,7 @@ class Exporter:
         free, size = _shared_memory()
         for name, value in {
             "kvledger_writer_up": self._control.writer_alive(),
-            "kvledger_log_bytes": sum(_size(segment_name(self.ledger, *each)) for each in segments_of(self.ledger)),
+            "kvledger_log_bytes": log_bytes(self.ledger),
             "kvledger_shared_memory_free_bytes": free,
             "kvledger_shared_memory_size_bytes": size,
             "kvledger_exporter_sequence": self.derivation.sequence,
@@ -147,10 +148,3 @@ class Exporter:
 def _shared_memory() -> tuple[int, int]:
     found = os.statvfs(SHM)
     return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
-
-
-def _size(name: str) -> int:
-    try:
-        return os.stat(SHM / name[1:]).st_size
-    except FileNotFoundError:  # dropped since we looked
-        return 0

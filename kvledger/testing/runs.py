@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from ipc import LedgerError, LedgerExists, LedgerNotFound, SharedMemoryFull, control, reader, writer
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from kvledger.config import CacheConfig
 from kvledger.manager.manager import CacheManager
 from kvledger.testing.schedule import Process, Schedule, one_core
@@ -149,7 +149,7 @@ class Simulation:
         common = (
             (writer.LogWriter, "publish", self._publish(writer.LogWriter.publish)),
             (transfer, "_ACK_SEGMENT_BYTES", SEGMENT_BYTES),
-            (writer, "LEAST_SEGMENT_BYTES", SEGMENT_BYTES),
+            (writer, "_LEAST_SEGMENT", SEGMENT_BYTES),
             (reader, "SPINS", 2),
             (control, "READERS", _READERS),
             (control, "_BYTES", control._LINES + 64 * _READERS),

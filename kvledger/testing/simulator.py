@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ipc import LedgerNotFound, SharedMemoryFull, snapshots
+from ipc.ownership import remove_objects
 from kvledger.config import CacheConfig
 from kvledger.manager.manager import CacheManager
 from kvledger.run.pattern import PatternEngine, Seeds, chain
@@ -379,9 +380,7 @@ class EngineSimulation(Simulation):
             if child.exit_code == 0:
                 return 0
             if self._finished:  # killed after the ledger was removed: what it leaves is for the operator
-                snapshots.remove_partial(LEDGER)
-                for sequence in snapshots.sequences(LEDGER):
-                    snapshots.remove(LEDGER, sequence)
+                remove_objects(LEDGER)
 
     def _follow(self) -> int:
         auditor = None
@@ -404,9 +403,9 @@ class EngineSimulation(Simulation):
                     data = snapshot(state)
                     if not len(data) % 8:  # simulated memory has whole words only
                         with contextlib.suppress(SharedMemoryFull):
-                            snapshots.write(LEDGER, sequence, data)
+                            snapshots.write(LEDGER, sequence, data, auditor.follower.reader.identity)
                         if not auditor.follower.reader.exists():  # the ledger was removed meanwhile
-                            snapshots.remove(LEDGER, sequence)
+                            snapshots.remove(LEDGER, sequence, auditor.follower.reader.identity)
             self._schedule.sleep(pause)
         if auditor is not None:
             auditor.close()

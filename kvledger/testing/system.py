@@ -113,7 +113,8 @@ class System:
 
     def used(self) -> int:
         """Bytes reserved."""
-        return sum(shared.size for shared in self.names.values())
+        unnamed = {thing for _, thing in self._descriptors.values() if isinstance(thing, SharedObject)}
+        return sum(shared.size for shared in unnamed | set(self.names.values()))
 
 
 class _Module:
@@ -198,6 +199,23 @@ def _posix_ipc(system: System) -> _Module:
     )
 
 
+def _os_processes(system: System) -> dict[str, Callable[..., Any]]:
+    def pidfd_open(pid: int, flags: int = 0) -> int:
+        process = system.schedule.processes.get(pid)
+        if process is None or not process.alive:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return system.describe(process)
+
+    def kill(pid: int, number: int) -> None:
+        process = system.schedule.processes.get(pid)
+        if process is None or not process.alive:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        if number:
+            system.schedule.kill(process)
+
+    return {"pidfd_open": pidfd_open, "kill": kill, "getpid": lambda: system.schedule.current().pid}
+
+
 def _os(system: System) -> _Module:
     def posix_fallocate(descriptor: int, offset: int, size: int) -> None:
         shared = system.behind(descriptor)
@@ -212,11 +230,30 @@ def _os(system: System) -> _Module:
         system.schedule.current()
         return [*system.names, *("sem." + name for name in system.semaphores)]
 
-    def rename(source: object, target: object) -> None:
+    def opened(path: object, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_TMPFILE != os.O_TMPFILE:
+            return system.reopen(str(path))
+        return system.describe(SharedObject("", 0, os.getuid(), mode))
+
+    def link(source: object, target: object, *, src_dir_fd: int, follow_symlinks: bool) -> None:
         system.schedule.current().buffer.fence()
-        if str(source).rpartition("/")[2] not in system.names:
+        name = str(target).rpartition("/")[2]
+        if name in system.names:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        system.names[name] = system.behind(src_dir_fd)
+        system.names[name].name = name
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        return bytes(system.behind(descriptor).words.tobytes()[offset : offset + size])
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> None:
+        system.behind(descriptor).write(data, offset)
+
+    def lstat(path: object) -> SimpleNamespace:
+        name = str(path).rpartition("/")[2]
+        if name.removeprefix("sem.") not in system.semaphores:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        system.names[str(target).rpartition("/")[2]] = system.names.pop(str(source).rpartition("/")[2])
+        return SimpleNamespace(st_uid=os.geteuid(), st_size=32)
 
     def status(shared: SharedObject) -> SimpleNamespace:
         mode = 0o100000 | shared.mode
@@ -230,34 +267,22 @@ def _os(system: System) -> _Module:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return status(shared)
 
-    def pidfd_open(pid: int, flags: int = 0) -> int:
-        process = system.schedule.processes.get(pid)
-        if process is None or not process.alive:
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        return system.describe(process)
-
-    def kill(pid: int, number: int) -> None:
-        process = system.schedule.processes.get(pid)
-        if process is None or not process.alive:
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        if number:
-            system.schedule.kill(process)
-
     return _Module(
         os,
         posix_fallocate=posix_fallocate,
         statvfs=statvfs,
         listdir=listdir,
-        rename=rename,
+        open=opened,
+        link=link,
+        pread=pread,
+        pwrite=pwrite,
+        lstat=lstat,
         stat=stat,
         fstat=lambda descriptor: status(system.behind(descriptor)),
         chmod=lambda path, mode: None,
         fchmod=lambda descriptor, mode: None,
-        open=lambda path, flags: system.reopen(path),
-        pidfd_open=pidfd_open,
-        kill=kill,
+        **_os_processes(system),
         close=system.forget,
-        getpid=lambda: system.schedule.current().pid,
         urandom=system.schedule.rng.randbytes,
     )
 
@@ -352,7 +377,7 @@ def _replacements(system: System) -> dict[Any, Any]:
 
     def mapped(descriptor: int, length: int, access: int = mmap.ACCESS_WRITE) -> Any:
         write = access != mmap.ACCESS_READ
-        return schedule.current().buffer.map(system.behind(descriptor), write=write)
+        return schedule.current().buffer.map(system.behind(descriptor), length, write=write)
 
     return {
         posix_ipc: _posix_ipc(system),

@@ -65,14 +65,18 @@ class SharedObject:
         self.size = size
         self.words = np.zeros(-(-size // 8), np.uint64)
 
+    def write(self, data: bytes, offset: int) -> None:
+        """What the kernel writes, into an object that nobody has mapped: visible at once."""
+        self.words.view(np.uint8)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
 
 class Copy:
     """What one process sees of an object."""
 
-    def __init__(self, shared: SharedObject) -> None:
+    def __init__(self, shared: SharedObject, length: int) -> None:
         self.shared = shared
         self.writable = False
-        self.map = Mapped(shared.words.tobytes())
+        self.map = Mapped(shared.words.tobytes()[:length])
         self.before = bytearray(self.map)
         self.words: _Words = np.frombuffer(self.map, np.uint64)
         self.words_before: _Words = np.frombuffer(self.before, np.uint64)
@@ -99,11 +103,11 @@ class Buffer:
         self._writable: list[tuple[Mapped, bytearray, Copy]] = []
         self._unmapped: list[Mapped] = []
 
-    def map(self, shared: SharedObject, *, write: bool) -> Mapped:
-        """The process's copy of an object, the same one each time."""
+    def map(self, shared: SharedObject, length: int, *, write: bool) -> Mapped:
+        """The process's copy of an object, the same one each time: everybody maps as much of it."""
         copy = self._copies.get(shared)
         if copy is None:
-            copy = self._copies[shared] = Copy(shared)
+            copy = self._copies[shared] = Copy(shared, length)
             copy.map.unmapped = self._unmapped
         if write and not copy.writable:
             copy.writable = True

@@ -27,7 +27,7 @@ import numpy as np
 
 from ipc import LedgerError, LedgerNotFound, LogReader, snapshots
 from ipc.control import Control
-from ipc.names import objects_of, remove_objects, unlink
+from ipc.ownership import objects_of, remove_objects, unlink
 from kvledger import CacheConfig, CacheManager, CommandRejected, HostPolicy, OutOfBlocks, Tier
 from kvledger.run.pattern import PatternEngine, chain
 from statemachine.content import words_of

@@ -11,7 +11,7 @@ from typing import get_type_hints
 
 from examples.garbled.engine import Engine
 from ipc import KvlogWriter, LogWriter, Record
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from kvledger.debugger import open_source
 from statemachine.apply import apply, genesis
 from statemachine.events import BlocksCached, DigestScope, DigestTaken, Event, HostPolicy

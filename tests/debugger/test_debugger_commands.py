@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from examples.garbled.engine import Chat, Engine, serve
 from ipc import KvlogWriter
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from kvledger.cli import app
 from kvledger.debugger import SourceError, open_source
 from kvledger.debugger.source.hashes import hash_of

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ipc import snapshots
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from kvledger import CacheConfig, CacheManager, HostPolicy
 from kvledger.debugger import SourceError, open_source
 from kvledger.debugger.source import ledger as ledger_source

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from ipc import memory
-from ipc.names import SHM, remove_objects
+from ipc.names import SHM
+from ipc.ownership import remove_objects
 from kvledger.doctor import Finding, Status, limits, optional, processes, shared_memory
 from kvledger.doctor.installation import checksums
 from kvledger.doctor.ledgers import ledgers
@@ -427,10 +428,14 @@ def test_ledgers_left_behind(ledger: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_ledgers_of_other_users(ledger: str, monkeypatch: pytest.MonkeyPatch) -> None:
     only(ledger, monkeypatch)
     subprocess.run([sys.executable, "-c", DEAD, ledger], timeout=PATIENCE_S)
-    for name in os.listdir(SHM):
-        if name.startswith(f"{ledger}."):
-            os.chown(SHM / name, 65534, 65534)
-    expect(processes.left_behind(), Status.NOTE, "of other users (", ledger)
+    files = [SHM / name for name in os.listdir(SHM) if name.startswith(f"{ledger}.")]
+    for file in files:
+        os.chown(file, 65534, 65534)
+    try:
+        expect(processes.left_behind(), Status.NOTE, "of other users (", ledger)
+    finally:
+        for file in files:  # what another user owns is not removed with the rest
+            os.chown(file, os.geteuid(), -1)
 
 
 # Optional parts

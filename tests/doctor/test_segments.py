@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from ipc import LogWriter, snapshots
-from ipc.names import SHM, objects_of, remove_objects
+from ipc.names import SHM
+from ipc.ownership import Own, objects_of, remove_objects, stamped
 from kvledger.doctor import ledgers as module
 from kvledger.doctor.ledgers import Ledger, ledgers
 from tests.manager.test_recovery import THREE_SERVED, Engine
@@ -90,6 +91,8 @@ def test_others_are_never_touched(name: str, tmp_path: Path) -> None:
         assert victim.exists() and link.is_symlink()
     finally:
         link.unlink()
+        for entry in theirs:
+            (SHM / entry).unlink()
 
 
 DEAD = """
@@ -109,23 +112,24 @@ def test_pieces_without_a_control_segment(name: str) -> None:
     stranger.write_bytes(b"something")
     entry = listed(name)
     assert entry is not None and entry.state == "dead" and entry.epoch == 1
-    assert set(entry.objects) == {f"{name}.1.0", f"{name}.snapshot.1"}
-    assert remove_dead(name)
+    prepared = f"{name}.1.1"  # the next segment, if it was killed after that
+    assert {*entry.objects, prepared} == {f"{name}.1.0", f"{name}.snapshot.1", prepared}
+    assert remove_dead(name) and not objects_of(name)
     assert stranger.exists() and not (SHM / f"{name}.1.0").exists() and not snapshots.sequences(name)
+    stranger.unlink()
 
 
 def test_what_somebody_removes_meanwhile_is_not_listed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run([sys.executable, "-c", DEAD, name], timeout=PATIENCE_S)
     os.unlink(SHM / f"{name}.control")
-    pieces = module._pieces
 
-    def vanishing(known: dict[str, Ledger]) -> Iterator[tuple[str, list[str]]]:
-        for ledger, objects in pieces(known):
-            if ledger == name:
-                remove_objects(name)
-                yield ledger, objects
+    def vanishing(pattern: str) -> list[Own]:
+        found = stamped(pattern)
+        assert any(own.name.startswith(name) for own in found)
+        remove_objects(name)
+        return found
 
-    monkeypatch.setattr(module, "_pieces", vanishing)
+    monkeypatch.setattr(module, "stamped", vanishing)
     assert name not in {ledger.name for ledger in ledgers()}
 
 
@@ -165,8 +169,13 @@ def test_the_logs_of_workers_are_part_of_their_ledger(name: str) -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="takes two users")
 def test_another_users_ledger_is_listed_and_left_alone(name: str) -> None:
     subprocess.run([sys.executable, "-c", DEAD, name], timeout=PATIENCE_S)
-    for entry in objects_of(name):
-        os.chown(SHM / entry, 65534, 65534)
-    found = listed(name)
-    assert found is not None and found.uid == 65534
-    assert not remove_dead(name) and listed(name) is not None
+    files = [own.file for own in objects_of(name)]
+    for file in files:
+        os.chown(SHM / file, 65534, 65534)
+    try:
+        found = listed(name)
+        assert found is not None and found.uid == 65534
+        assert not remove_dead(name) and listed(name) is not None
+    finally:
+        for file in files:
+            os.chown(SHM / file, 0, 0)

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from ipc import TooManyFiles, memory
-from ipc.names import objects_of, remove_objects
+from ipc import TooManyFiles
+from ipc.names import SHM
+from ipc.ownership import objects_of, remove_objects
 from ipc.processes import start_time
 from ipc.signals import Signals
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy, InvalidCommand, OutOfBlocks, RequestNotReady
@@ -333,15 +334,15 @@ def test_a_successor_waits_for_who_still_writes_into_its_pool(
         Receiver(successor)
 
 
-def test_a_board_that_was_only_begun_is_in_nobodys_way(names: tuple[str, str]) -> None:
-    """Found by simulation: an engine killed while it made its board left one that no later engine could replace."""
+def test_a_file_in_the_place_of_the_board_is_in_nobodys_way(names: tuple[str, str]) -> None:
+    stray = SHM / board_name(names[1])[1:]
     with CacheManager.create(names[1], CONFIG) as decode:
-        memory.open_new(board_name(names[1])).close_fd()
+        stray.touch(0o600)
         Receiver(decode).close()
-        memory.open_new(board_name(names[1])).close_fd()
         decode.close(keep=True)
     with CacheManager.open(names[1]) as successor:
         Receiver(successor)
+    stray.unlink()
 
 
 def test_a_board_that_cannot_be_looked_at_is_not_taken_for_none(
@@ -528,7 +529,7 @@ def test_a_pusher_that_cannot_start_says_why(names: tuple[str, str], monkeypatch
         with pytest.raises(WorkerFailed, match="no such thing"):
             Sender(prefill)
         monkeypatch.undo()
-        assert not [name for name in objects_of(names[0]) if "pushes" in name]
+        assert not [own for own in objects_of(names[0]) if "pushes" in own.name]
         Sender(prefill)  # nothing is in the way of another try
     assert supervisor._PROGRAM != pusher.PROGRAM
 

@@ -31,7 +31,7 @@ _START = """
 import gc, os, sys, time
 import numpy as np
 from ipc import LogReader, SharedMemoryFull
-from ipc.names import segments_of
+from ipc.ownership import segments_of
 from kvledger import CacheConfig, CacheManager, HostPolicy
 from statemachine.records.snapshot import state_digest
 from statemachine.records.replay import Replay

@@ -16,7 +16,7 @@ import pytest
 
 from ipc import liveness, memory, processes
 from ipc.liveness import Lock, NoLocks, life_of
-from ipc.names import unlink
+from ipc.ownership import unlink
 from ipc.processes import Identity, Life, life_by_number, own_identity, start_time
 from tests.waiting import wait_until
 

@@ -35,7 +35,8 @@ from ipc import (
     segment,
 )
 from ipc.control import READERS, Control
-from ipc.names import SHM, objects_of, remove_objects, segments_of
+from ipc.names import SHM
+from ipc.ownership import objects_of, remove_objects, segments_of
 from ipc.segment import NEXT, TAIL
 from ipc.signals import Signals
 from tests.waiting import PATIENCE_S, wait_until
@@ -185,7 +186,7 @@ def test_objects_are_private_and_gone_after_a_clean_stop(name: str) -> None:
     writer = LogWriter.create(name, schema_hash=1)
     reader = LogReader(name, worker=True)
     for entry in objects_of(name):
-        assert stat.S_IMODE((SHM / entry).stat().st_mode) == 0o600
+        assert stat.S_IMODE((SHM / entry.file).stat().st_mode) == 0o600
     reader.close()
     writer.close(unlink=True)
     assert not objects_of(name)

@@ -13,7 +13,8 @@ import pytest
 
 from ipc import LogCorrupt, LogReader, LogWriter, Overrun, Record, SharedMemoryFull, memory, record_bytes, segment
 from ipc.control import Control
-from ipc.names import remove_objects, segment_name, segments_of
+from ipc.names import segment_name
+from ipc.ownership import remove_objects, segments_of
 from ipc.processes import own_identity
 from ipc.recovery import Decision, End, examine, recover
 from ipc.segment import HEADER_BYTES, TAIL, MappedSegment
@@ -147,7 +148,7 @@ def test_decision_table(name: str, damage: Callable[[LogWriter], None], decision
 
 def test_a_prompt_that_looks_like_records_is_not_taken_for_corruption(name: str) -> None:
     """What a user sends stands in payloads; a writer that dies in the middle must not be confused by it."""
-    other = f"{name}.other"
+    other = f"{name}-other"
     forge = LogWriter.create(other, schema_hash=1, segment_bytes=SMALL)
     write(forge, 1, 2, 3)
     forged = bytes(forge._buffer[HEADER_BYTES : HEADER_BYTES + 3 * RECORD])
@@ -374,10 +375,10 @@ def test_a_writer_that_takes_over_without_room_drops_nothing(name: str, monkeypa
     writer.close()
     real = segment.create
 
-    def full(ledger: str, epoch: int, index: int, size: int) -> object:
+    def full(ledger: str, epoch: int, index: int, size: int, identity: int) -> object:
         if index:
             raise SharedMemoryFull("full")
-        return real(ledger, epoch, index, size)
+        return real(ledger, epoch, index, size, identity)
 
     monkeypatch.setattr(segment, "create", full)
     control = Control.open(name)

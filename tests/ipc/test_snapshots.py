@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from ipc import LedgerNotFound, LogCorrupt, snapshots
-from ipc.names import SHM, objects_of, remove_objects
+from ipc import Control, LedgerNotFound, LogCorrupt, snapshots
+from ipc.names import SHM
+from ipc.ownership import objects_of, remove_objects
 
 
 @pytest.fixture
@@ -43,24 +43,30 @@ def test_a_damaged_snapshot_is_passed_over(ledger: str, offset: int) -> None:
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(LogCorrupt):
+    with pytest.raises(LogCorrupt if offset >= 0 else LedgerNotFound):  # the last byte says whose it is
         snapshots.read(ledger, 2)
     assert snapshots.newest(ledger) == (1, b"older")
+    (SHM / f"{ledger}.snapshot.2").unlink()
 
 
-def test_a_half_written_snapshot_is_not_seen(ledger: str) -> None:
-    (SHM / f"{ledger}.snapshot.5.partial.1").write_bytes(b"half")
-    assert snapshots.sequences(ledger) == []
+def test_a_half_written_snapshot_is_not_seen(ledger: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*arguments: object, **options: object) -> None:
+        assert snapshots.sequences(ledger) == [] and not objects_of(ledger)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", killed)
+    with pytest.raises(KeyboardInterrupt):
+        snapshots.write(ledger, 5, b"state")
+    assert snapshots.sequences(ledger) == [] and not objects_of(ledger)
 
 
 def test_a_ledger_that_is_removed_while_a_snapshot_is_written(ledger: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by simulation: its auditor ended with a traceback."""
-    rename = os.rename
-
-    def too_late(source: Path, target: Path) -> None:
-        remove_objects(ledger)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", too_late)
-    snapshots.write(ledger, 3, b"state")
-    assert snapshots.sequences(ledger) == [] and not objects_of(ledger)
+    """It does not become a snapshot of the ledger that has the name now."""
+    first = Control.create(ledger, 1)
+    remove_objects(ledger, first.identity)
+    second = Control.create(ledger, 1)
+    snapshots.write(ledger, 3, b"state", first.identity)
+    assert snapshots.sequences(ledger) == [] and [own.name for own in objects_of(ledger)] == [f"{ledger}.control"]
+    snapshots.remove(ledger, 3, first.identity)
+    first.close()
+    second.close()

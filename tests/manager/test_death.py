@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ipc import LedgerExists, SharedMemoryFull, memory
-from ipc.names import objects_of, remove_objects
+from ipc.ownership import objects_of, remove_objects
 from ipc.processes import start_time
 from ipc.signals import Signals
 from kvledger import CacheConfig, CacheManager, ConfigError
@@ -153,11 +153,11 @@ def test_a_refused_open_changes_nothing(
     engine = dead(THREE_SERVED)
     said = who_is_there(name)
     assert f"is left of process {engine.process.pid}, which is dead" in said
-    before = objects_of(name)
+    before = {own.file for own in objects_of(name)}
     before.remove(f"{name}.1.1")  # prepared and never used: it may be put away
     if why == "no room":
 
-        def full(name: str, size: int) -> None:
+        def full(name: str, size: int, *, identity: int) -> None:
             raise SharedMemoryFull(f"no room for {name}")
 
         monkeypatch.setattr(memory, "create", full)
@@ -168,7 +168,8 @@ def test_a_refused_open_changes_nothing(
         with pytest.raises(ConfigError, match="block_size"):
             CacheManager.open(name, CacheConfig(block_size=8, device_blocks=16))
     assert who_is_there(name) == said
-    assert set(before) <= set(objects_of(name)) <= {*before, f"{name}.1.1"}
+    left = {own.file for own in objects_of(name)}
+    assert before <= left <= {*before, f"{name}.1.1"}
     with CacheManager.open(name, CONFIG) as manager:
         assert manager.admit("a", prompt(2)).cached_blocks
 
@@ -192,7 +193,7 @@ def test_a_pusher_that_cannot_be_ended_keeps_its_signals(name: str, monkeypatch:
             HandoffError, match=rf"process {pushers[0][0]}, which pushed blocks of '{name}', still runs"
         ):
             CacheManager.open(name, CONFIG)
-        theirs = [entry for entry in objects_of(pushes.log_name(name)) if entry.endswith(".signals")]
+        theirs = [own for own in objects_of(pushes.log_name(name)) if own.name.endswith(".signals")]
         assert len(theirs) == 2 and all(alive(*pusher) for pusher in pushers)
         monkeypatch.undo()
         with CacheManager.open(name, CONFIG) as manager:

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from ipc import LogReader, SharedMemoryFull, TooManyFiles, segment
-from ipc.names import SHM, remove_objects
+from ipc.names import SHM
+from ipc.ownership import remove_objects
 from kvledger import CacheConfig, CacheManager, HostPolicy, InvalidCommand, ManagerClosed, UnknownRequest
 from kvledger.handoff.sender import Sender
 from kvledger.manager import forks

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipc import LedgerExists, LogReader
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from ipc.processes import start_time
 from kvledger import (
     Admission,

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from ipc import LedgerError, LedgerNotFound, LogCorrupt, LogReader, LogWriter, Overrun, WriterAlive, memory, snapshots
-from ipc.names import remove_objects, segments_of, unlink
+from ipc import LedgerError, LedgerNotFound, LogCorrupt, LogReader, LogWriter, Overrun, WriterAlive, snapshots
+from ipc.names import SHM
+from ipc.ownership import remove_objects, segments_of, unlink
 from ipc.processes import start_time
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy, ReleaseReason
 from kvledger.doctor.ledgers import Ledger, ledgers
@@ -332,7 +333,7 @@ def test_a_snapshot_bridges_what_the_log_has_lost(name: str) -> None:
         (HostPolicy.WRITE_THROUGH, "nothing"),
         (HostPolicy.EXCLUSIVE, "another"),
         (HostPolicy.WRITE_THROUGH, "another"),
-        (HostPolicy.EXCLUSIVE, "one that was only begun"),
+        (HostPolicy.EXCLUSIVE, "something else"),
     ],
 )
 def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy: HostPolicy, found: str) -> None:
@@ -348,8 +349,8 @@ def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy
     unlink(pool)
     if found == "another":  # the same name, size and layout, and nothing in it
         pool_memory.create(pool, pools.pool_sizes(config.layout)[tier == "host"], config.layout)
-    elif found != "nothing":  # an engine was killed when it had created, and not yet reserved it
-        memory.open_new(pool).close_fd()
+    elif found != "nothing":  # something that is no pool
+        (SHM / pool[1:]).touch(0o600)
     manager = CacheManager.open(name)
     lost = [event for event in story(name) if isinstance(event, TierLost)]
     assert [event.tier for event in lost] == [int(tier == "host")]
@@ -363,6 +364,7 @@ def test_a_pool_that_is_not_the_same_is_a_lost_tier(name: str, tier: str, policy
     manager._writer.close()
     with CacheManager.open(name):  # the new pools are known by now
         assert len([event for event in story(name) if isinstance(event, TierLost)]) == 1
+    (SHM / pool[1:]).unlink(missing_ok=True)
 
 
 def test_an_engine_that_dies_between_two_losses_hides_neither(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from ipc import Control, segment
-from ipc.names import SHM, objects_of, remove_objects
+from ipc.names import SHM
+from ipc.ownership import objects_of, remove_objects
 from kvledger import (
     CacheConfig,
     CacheManager,

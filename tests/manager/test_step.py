@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ipc import LogReader, SharedMemoryFull
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from ipc.record import CALL_BEGIN, TXN_BEGIN, TXN_END
 from kvledger import (
     CacheConfig,

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from ipc import LogReader, SharedMemoryFull
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from kvledger import (
     Busy,
     CacheConfig,

@@ -496,25 +496,11 @@ MUTANTS: list[Mutant] = [
         "tests/manager/test_recovery.py::test_an_engine_that_dies_between_two_losses_hides_neither",
     ),
     mutant(
-        "what a dead engine had begun to create stays in the way",
+        "a pool that is not what it was stays in the way",
         "workers/pools/backends.py",
-        "            unlink(name)  # it may also be one that a dead engine had only begun to create\n",
-        "",
+        "            remove_object(name, identity_of(ledger))\n            pool_memory.create",
+        "            pool_memory.create",
         "tests/manager/test_recovery.py::test_a_pool_that_is_not_the_same_is_a_lost_tier",
-    ),
-    mutant(
-        "a pool that is only begun is taken for one of another layout",
-        "workers/pools/memory.py",
-        "    if begun:\n",
-        "    if False:\n",
-        "tests/workers/test_pools.py::test_who_waits_for_the_pools_never_sees_half_of_one",
-    ),
-    mutant(
-        "a pool is announced before its header is visible",
-        "workers/pools/memory.py",
-        "    _fence()\n    map[: len(MAGIC)] = MAGIC",
-        "    map[: len(MAGIC)] = MAGIC",
-        WHOLE,
     ),
     mutant(
         "a rank's new tensors are published in the place of those that ended with their process",
@@ -529,13 +515,6 @@ MUTANTS: list[Mutant] = [
         "        if not self._memory.is_current():\n",
         "        if False:\n",
         "tests/workers/test_cuda.py::test_device_tensors_for_pools_that_were_replaced_are_not_published",
-    ),
-    mutant(
-        "an auditor that died while it made its signals stays in the way",
-        "workers/followers/auditor.py",
-        "        with contextlib.suppress(LedgerNotFound):\n            return Signals(name)\n",
-        "        return Signals(name)\n",
-        "tests/workers/test_auditor.py::test_signals_that_were_only_begun_are_in_nobodys_way",
     ),
     mutant(
         "redaction leaves the words",

@@ -87,13 +87,6 @@ MUTANTS: list[Mutant] = [
         f"{TESTS}::test_a_successor_waits_for_who_still_writes_into_its_pool",
     ),
     mutant(
-        "a board that a dead engine had begun stays in the way",
-        "kvledger/manager/handoffs.py",
-        "        unlink(board_name(ledger))  # it may be one that a dead engine had only begun to create\n",
-        "",
-        f"{TESTS}::test_a_board_that_was_only_begun_is_in_nobodys_way",
-    ),
-    mutant(
         "what cannot be looked at is not received",
         "kvledger/manager/handoffs.py",
         "    except LedgerNotFound:\n",

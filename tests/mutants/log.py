@@ -14,6 +14,7 @@ SEEDS = "tests/campaigns/test_simulation.py::test_engines_workers_and_followers_
 LIVENESS = "tests/ipc/test_liveness.py"
 LOG = "tests/ipc/test_log.py"
 RECOVERY = "tests/ipc/test_log_recovery.py"
+SECURITY = "tests/project/test_security.py"
 _FENCE = "        self._release()\n        self._acquire()\n"
 
 MUTANTS = [
@@ -107,16 +108,49 @@ MUTANTS = [
     mutant(
         "a new ledger is announced before it is described",
         "ipc/control.py",
-        "        control._fence()  # who sees the first word sees the others\n",
-        "",
+        "                control.words[0], control.words[1], control.words[_SCHEMA] = MAGIC, VERSION, schema_hash\n"
+        "                control.lock()\n                control.begin_writing()\n                begun.publish()\n",
+        "                begun.publish()\n"
+        "                control.words[0], control.words[1], control.words[_SCHEMA] = MAGIC, VERSION, schema_hash\n"
+        "                control.lock()\n                control.begin_writing()\n",
         BEGUN,
+        f"{SECURITY}::test_an_object_has_its_name_when_it_is_complete",
+    ),
+    # what is a ledger's own
+    mutant(
+        "an object has its name before it is filled",
+        "ipc/memory.py",
+        "        map[: len(content)] = content\n        begun.publish()\n",
+        "        begun.publish()\n        map[: len(content)] = content\n",
+        f"{SECURITY}::test_an_object_has_its_name_when_it_is_complete",
     ),
     mutant(
-        "a ledger is read before it is looked whether it is there",
-        "ipc/control.py",
-        "        control._fence()\n        if control",
-        "        if control",
-        BEGUN,
+        "a taken name stops the writer",
+        "ipc/memory.py",
+        "                if taken or identity is None or name == control_name(ledger_of(name)):\n",
+        "                if True:\n",
+        f"{SECURITY}::test_a_name_that_somebody_took_before",
+    ),
+    mutant(
+        "what stands beside a name is not looked for",
+        "ipc/ownership.py",
+        "    yield from sorted(file for file in listing()",
+        "    yield from sorted(file for file in ()",
+        f"{SECURITY}::test_a_name_that_somebody_took_before",
+    ),
+    mutant(
+        "whatever carries a stamp is attached",
+        "ipc/memory.py",
+        "        if ownership.read_stamp(memory.fd, size, name) == wanted:\n",
+        "        if ownership.read_stamp(memory.fd, size, name) is not None:\n",
+        f"{SECURITY}::test_closing_a_ledger_removes_nothing_of_another",
+    ),
+    mutant(
+        "whatever has a ledger's name is removed with it",
+        "ipc/ownership.py",
+        "own.identity == wanted or not wanted]",
+        "own.identity or not wanted]",
+        f"{SECURITY}::test_closing_a_ledger_removes_nothing_of_another",
     ),
     mutant(
         "half a transaction is delivered",
@@ -207,8 +241,8 @@ MUTANTS = [
     mutant(
         "others may read",
         "ipc/memory.py",
-        "os.fchmod(memory.fd, 0o600)",
-        "os.fchmod(memory.fd, 0o644)",
+        "os.fchmod(self.fd, 0o600)",
+        "os.fchmod(self.fd, 0o644)",
         f"{LOG}::test_objects_are_private_and_gone_after_a_clean_stop",
     ),
     # retention

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ipc import WriterAlive
-from ipc.names import objects_of, remove_objects
+from ipc.ownership import objects_of, remove_objects
 from kvledger import CacheConfig, CacheManager
 from kvledger.doctor.ledgers import Ledger, ledgers, remove_dead
 from tests.waiting import PATIENCE_S, wait_until
@@ -133,7 +133,7 @@ def test_a_living_engine_of_another_container_is_alive(name: str) -> None:
         assert not remove_dead([name])
         with pytest.raises(WriterAlive, match=r"written by process 1 of another container: end that first"):
             CacheManager.open(name)
-        assert objects_of(name) == found.objects
+        assert [own.file for own in objects_of(name)] == found.objects
         engine.tell("")
         assert engine.end() == 0
     finally:

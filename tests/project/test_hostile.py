@@ -32,7 +32,8 @@ from ipc import (
     segment,
     snapshots,
 )
-from ipc.names import SHM, remove_objects, segments_of
+from ipc.names import SHM
+from ipc.ownership import remove_objects, segments_of
 from ipc.record import Position
 from ipc.segment import NEXT, TAIL
 from kvledger import (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import errno
 import os
 import stat
 import subprocess
@@ -15,11 +17,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc import Control, KvlogWriter, LedgerError, LedgerExists, LogReader, LogWriter, NotPrivate, memory, snapshots
-from ipc.names import SHM, objects_of, remove_objects
+from ipc import Control, InvalidName, KvlogWriter, LedgerError, LogReader, LogWriter, NotPrivate, snapshots
+from ipc.names import SHM
+from ipc.ownership import objects_of, remove_objects, segments_of
 from ipc.segment import MappedSegment
 from ipc.signals import Signals
 from kvledger import CacheConfig, CacheManager, HostPolicy, namespace_key
+from kvledger.debugger import open_source
+from kvledger.handoff.receiver import Receiver
+from kvledger.handoff.sender import Sender
 from kvledger.recordings.recording import Recording
 from kvledger.run.run import Run, RunOptions
 from kvledger.run.sample import generate
@@ -55,7 +61,7 @@ def test_everything_is_0600_whatever_the_umask(name: str, umask: None, tmp_path:
         manager.admit("a", np.arange(16, dtype=np.int32))
         one.step()
         snapshots.write(name, 7, b"state")
-        objects = objects_of(name)
+        objects = [own.file for own in objects_of(name)]
         kinds = {"control", "bell", "pool", "rank0", "auditor", "snapshot", "1"}
         assert {entry.removeprefix("sem.").removeprefix(f"{name}.").split(".")[0] for entry in objects} == kinds
         assert {entry: stat.S_IMODE((SHM / entry).stat().st_mode) for entry in objects} == dict.fromkeys(objects, 0o600)
@@ -74,7 +80,7 @@ def objects(name: str) -> dict[str, tuple[str, Callable[[], object]]]:
         "control": (f"{name}.control", lambda: Control.open(name)),
         "segment": (f"{name}.1.0", lambda: MappedSegment(name, 1, 0)),
         "reader": (f"{name}.1.0", lambda: LogReader(name)),
-        "signals": (f"{name}.auditor", lambda: auditor.progress(name)),
+        "signals": (f"{name}.auditor", lambda: Signals(f"/{name}.auditor")),
         "pool": (f"{name}.pool.device.0", lambda: open_pools(name, 0, config.layout)),
         "snapshot": (f"{name}.snapshot.7", lambda: snapshots.read(name, 7)),
     }
@@ -97,6 +103,7 @@ def test_nobody_attaches_what_others_can_touch(name: str, what: str, change: str
         (SHM / file).chmod(0o640 if change == "group" else 0o602)
     with pytest.raises(NotPrivate, match="run this as its owner"):
         attach()
+    os.chown(SHM / file, os.geteuid(), -1)
     writer.close(unlink=True)
 
 
@@ -124,23 +131,181 @@ def test_another_user_can_neither_read_nor_take_over(name: str) -> None:
 
 
 def test_a_name_that_somebody_took_before(name: str) -> None:
-    """Squatting on the next segment's name is an error with its name, not a crash."""
+    """Squatting on the next segment's name stops neither the writer nor a reader, and nobody else touches the file."""
     writer = LogWriter.create(name, schema_hash=1, segment_bytes=64 << 10)
     writer._helper.submit(int).result()
-    (SHM / f"{name}.1.2").write_bytes(b"mine")
-
-    def fill() -> None:
-        for _ in range(20):
-            writer.append([(1, 1, b"", bytes(15_000))])
-
-    with pytest.raises(LedgerExists, match=rf"{name}\.1\.2"):
-        fill()
-    (SHM / f"{name}.1.2").unlink()
-    fill()
+    theirs = SHM / f"{name}.1.2"
+    theirs.write_bytes(b"mine")
+    reader = LogReader(name)
+    for number in range(20):
+        writer.append([(1, number, b"", bytes(15_000))])
+    late = LogReader(name)
+    for one in (reader, late):
+        subjects: list[int] = []
+        while records := one.poll():
+            subjects += [record.subject for record in records]
+        assert subjects == list(range(20)) and len(segments_of(name)) > 4
+        one.close()
     writer.close(unlink=True)
-    (SHM / f"{name}.auditor").write_bytes(b"")
-    with pytest.raises(LedgerExists):
-        memory.create(f"/{name}.auditor", 4096)
+    assert theirs.read_bytes() == b"mine"
+    theirs.unlink()
+    assert not objects_of(name)
+
+
+SQUATTERS = """
+import os, sys
+os.setgid(65534); os.setuid(65534)
+for file in sys.argv[1:]:
+    os.close(os.open(f"/dev/shm/{file}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+"""
+TO_COME = (
+    *("1.1", "1.9", "2.0", "2.1", "2.9", "9.0"),
+    *("snapshot.5", "snapshot.18446744073709551615", "auditor", "tickets"),
+    *("pool.device.0", "pool.host.0", "rank0.1.control", "rank0.1.signals", "rank0.1.1.0"),
+    *("rank0.2.control", "rank0.2.signals", "rank0.99.signals", "pushes.control", "pushes.1.0", "pushes.progress.0"),
+    *("pushes.rank0.1.signals", "pushes.rank0.1.control", "something"),
+)
+"""Names at which a ledger has objects, or will have some."""
+
+
+@pytest.fixture
+def squatted(name: str) -> Iterator[list[str]]:
+    """Files of another user at all names that a ledger has objects at, semaphores included."""
+    bells = [f"sem.{name}.{part}bell.{line}" for part in ("", "rank0.1.", "pushes.") for line in range(3)]
+    files = [*(f"{name}.{each}" for each in TO_COME), *bells]
+    try:
+        subprocess.run([sys.executable, "-c", SQUATTERS, *files], check=True, timeout=60)
+        yield files
+    finally:
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                (SHM / file).unlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_files_of_another_user_at_all_our_names_stop_nobody(name: str, squatted: list[str]) -> None:
+    """Engine, worker, auditor, sender, receiver, readers and a successor: all go on as if the names were free."""
+    config = CacheConfig(
+        block_size=4, device_blocks=8, host_blocks=8, host_policy=HostPolicy.EXCLUSIVE, ranks=1, segment_bytes=64 << 10
+    )
+
+    def serve(manager: CacheManager, count: int) -> None:
+        for number in range(count):
+            key = f"{number}"
+            manager.admit(key, np.arange(number, number + 16, dtype=np.int32))
+            manager.wait(key)
+            manager.cache(key)
+            manager.release(key)
+
+    manager = CacheManager.create(name, config)
+    try:
+        receiver, sender = Receiver(manager), Sender(manager)
+        one = Auditor(name, snapshot_bytes=1)
+        serve(manager, 200)
+        while one.step():
+            pass
+        found = auditor.progress(name)
+        assert one.verdict is None and found is not None and found.alive and found.snapshot > 0
+        with pytest.raises(auditor.AuditorRunning):
+            Auditor(name)
+        one.close()
+        with open_source(name) as source:
+            assert source.last == manager.next_sequence - 1 and source.at(source.last) is not None
+        sender.close()
+        receiver.close()
+        before = manager.next_sequence - 1
+    finally:
+        manager.close(keep=True)
+    with CacheManager.open(name) as successor:
+        assert successor.next_sequence > before > 200 and not successor.state.requests
+        serve(successor, 20)
+    assert not objects_of(name)
+    assert all((SHM / file).stat().st_uid == NOBODY for file in squatted), "and they are still there"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_file_of_another_user_stops_no_recovery_of_a_killed_engine(name: str) -> None:
+    code = (
+        "import os, sys\nfrom kvledger import CacheConfig, CacheManager\n"
+        "manager = CacheManager.create(sys.argv[1], CacheConfig(device_blocks=50, block_size=4))\n"
+        "manager.admit('a', [1, 2, 3, 4, 5])\nmanager.cache('a')\nmanager.release('a')\nos.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, name], timeout=60)
+    theirs = [f"{name}.9.0", f"{name}.snapshot.3", f"{name}.tickets", f"{name}.pushes.control", f"{name}.auditor"]
+    subprocess.run([sys.executable, "-c", SQUATTERS, *theirs], check=True, timeout=60)
+    try:
+        for start in (1, 2):
+            LogReader(name, from_sequence=start).close()
+        assert auditor.progress(name) is None
+        with CacheManager.open(name) as manager:
+            assert manager.peek([1, 2, 3, 4, 5])[0] == 1
+        assert not objects_of(name)
+    finally:
+        for file in theirs:
+            (SHM / file).unlink()
+
+
+@pytest.mark.parametrize("bad", ["a.b", "a.pushes", "a.auditor", "a.rank0.1", "a.", ".a", "sem", "a~1", ""])
+def test_names_that_could_be_anothers_objects_are_refused(bad: str) -> None:
+    for call in (lambda: CacheManager.create(bad, CacheConfig(device_blocks=4)), lambda: CacheManager.open(bad)):
+        with pytest.raises(InvalidName, match=r"use up to 64 letters|choose another"):
+            call()
+
+
+def test_closing_a_ledger_removes_nothing_of_another(name: str) -> None:
+    """Not even where it has the same name: an earlier one, whose control segment somebody removed."""
+    with pytest.raises(InvalidName, match=f"use '{name}-b'"):
+        CacheManager.create(f"{name}.b", CacheConfig(device_blocks=4))
+    first = LogWriter.create(name, schema_hash=1, segment_bytes=64 << 10)
+    first.append([(1, 1, b"", b"")])
+    os.rename(SHM / f"{name}.control", SHM / f"{name}-away")
+    with CacheManager.create(name, CacheConfig(device_blocks=4)) as manager:
+        manager.admit("a", [1, 2, 3])
+        with open_source(name) as source:
+            assert source.last == manager.next_sequence - 1
+    assert (SHM / f"{name}.1.0").exists()
+    os.rename(SHM / f"{name}-away", SHM / f"{name}.control")
+    reader = LogReader(name)
+    assert [record.subject for record in reader.poll()] == [1]
+    reader.close()
+    first.close(unlink=True)
+    assert not objects_of(name)
+
+
+def test_an_object_has_its_name_when_it_is_complete(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed while it makes one leaves nothing, and nobody ever meets half of one."""
+    link = os.link
+
+    def named(*arguments: object, **options: object) -> None:
+        seen.append(objects_of(name))
+        link(*arguments, **options)  # type: ignore[arg-type]
+        assert Control.open(name).schema_hash == 1
+        assert all(snapshots.read(name, sequence) == b"state" for sequence in snapshots.sequences(name))
+
+    seen: list[object] = []
+    monkeypatch.setattr(os, "link", named)
+    control = Control.create(name, 1)
+    assert seen == [[]] and Control.open(name).writer_alive()
+    snapshots.write(name, 5, b"state")
+    assert snapshots.sequences(name) == [5]
+    remove_objects(name, control.identity)
+    control.close()
+
+
+def test_without_files_that_have_no_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel or file system that knows no O_TMPFILE: an object is made under another name."""
+    real = os.open
+
+    def older(path: object, flags: int, *rest: int, **options: object) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(path, flags, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", older)
+    with CacheManager.create(name, CacheConfig(device_blocks=4, ranks=1)) as manager:
+        manager.admit("a", [1, 2, 3])
+        assert not [own for own in objects_of(name) if "begun" in own.file]
+    assert not [file for file in os.listdir(SHM) if file.startswith(name)]
 
 
 def test_a_recording_does_not_follow_a_link(tmp_path: Path) -> None:

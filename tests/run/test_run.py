@@ -337,7 +337,7 @@ def test_copies_of_consecutive_and_scattered_blocks(tmp_path: Path) -> None:
     pools.device[:] = 0
     numpy_pools.copy_blocks(wanted, Direction.SWAP_IN, targets, sources)
     assert np.array_equal(pools.device[:, sources], before)
-    from ipc.names import unlink
+    from ipc.ownership import unlink
 
     for name in pool_names(ledger, 0):
         unlink(name)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from kvledger import CacheConfig, CacheManager, ConfigError, HostPolicy
 from kvledger.cli import app
 from kvledger.debugger.source import open_source

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipc import LedgerNotFound
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from kvledger import CacheConfig, CacheManager, HostPolicy
 from kvledger.run.pattern import PatternEngine, chain
 from statemachine.content import words_of

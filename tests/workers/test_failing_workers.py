@@ -13,7 +13,7 @@ import pytest
 
 from ipc import Control, LogReader
 from ipc.control import PARKED
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from kvledger import CacheConfig, CacheManager, HostPolicy
 from kvledger.run.pattern import PatternEngine
 from statemachine.events import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ipc import LogReader, LogWriter
-from ipc.names import remove_objects
+from ipc.ownership import remove_objects
 from statemachine.events import Direction, EpochStarted, Event, Outcome, TransferFinished, TransferStarted, WorkerJoined
 from statemachine.records import codec
 from tests.waiting import PATIENCE_S

@@ -12,7 +12,6 @@ it reports is as exact as if it had checked after each.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -33,7 +32,7 @@ from ipc import (
     snapshots,
 )
 from ipc.liveness import Lock, life_of
-from ipc.names import SHM, unlink
+from ipc.ownership import remove_object
 from ipc.processes import Identity, Life, own_identity
 from ipc.signals import Signals
 from statemachine.check import check
@@ -51,8 +50,6 @@ _SNAPSHOTS_KEPT = 2
 _SLICE = 64
 """Events between two looks at the clock."""
 _WAIT_S = 0.25
-_LOOKS_AT_BEGUN = 100
-"""So often, every 10 ms, it is looked whether signals without a size get one, before their maker is taken for dead."""
 
 
 class AuditState(IntEnum):
@@ -104,7 +101,7 @@ def progress(ledger: str) -> AuditProgress | None:
     try:
         state = AuditState(words[STATE])
         verdict = Verdict(words[BROKEN], signals.text) if state == AuditState.BROKEN else None
-        lock = Lock.on(signals.name)
+        lock = Lock.on(signals.name, signals.identity)
         try:
             owner = Identity(words[PROCESS], words[STARTED], words[NAMESPACE])
             lives = life_of(lock.is_taken(), owner) is not Life.DEAD
@@ -306,27 +303,18 @@ def _told(error: Exception) -> str:
     return text if isinstance(error, InvariantViolation | CodecError) else f"{type(error).__name__}: {text}"
 
 
-def _made_or_found(name: str) -> Signals:
-    """The auditor's signals, for whoever comes first; those that a dead one had only begun to make are replaced."""
-    for _ in range(_LOOKS_AT_BEGUN):
-        with contextlib.suppress(LedgerExists):
-            return Signals(name, create=True)
-        with contextlib.suppress(LedgerNotFound):
-            return Signals(name)
-        time.sleep(0.01)
-    unlink(name)
-    return Signals(name, create=True)
-
-
 class _Publisher:
     """The signals and snapshots of the one auditor of a ledger; a lock on the signals says who that is."""
 
     def __init__(self, follower: Follower) -> None:
         self._follower = follower
-        name = signals_name(follower.ledger)
-        self._signals = _made_or_found(name)
+        name, identity = signals_name(follower.ledger), follower.reader.identity
+        try:
+            self._signals = Signals(name, create=True, identity=identity)
+        except LedgerExists:
+            self._signals = Signals(name, identity=identity)
         words = self._signals.words
-        self._lock = Lock.on(name)
+        self._lock = Lock.on(name, identity)
         if not self._lock.take():
             pid = words[PROCESS]
             self._lock.close()
@@ -338,7 +326,6 @@ class _Publisher:
         words[SNAPSHOT] = snapshots.newest_sequence(follower.ledger)
         words[AUDITED] = follower.sequence
         words[STATE] = AuditState.FOLLOWING
-        snapshots.remove_partial(follower.ledger)
 
     def heartbeat(self, sequence: int) -> None:
         """Audited up to here, and alive."""
@@ -349,7 +336,7 @@ class _Publisher:
         """Write a snapshot and remove old ones; ``False``: there is no room for it."""
         ledger = self._follower.ledger
         try:
-            snapshots.write(ledger, sequence, data)
+            snapshots.write(ledger, sequence, data, self._signals.identity)
         except SharedMemoryFull as error:
             self._signals.text = str(error)
             numbers = snapshots.sequences(ledger)
@@ -357,7 +344,7 @@ class _Publisher:
                 snapshots.remove(ledger, number)  # the newest is enough to go on from
             return False
         if not self._follower.reader.exists():
-            snapshots.remove(ledger, sequence)  # the ledger was removed meanwhile
+            snapshots.remove(ledger, sequence, self._signals.identity)  # the ledger was removed meanwhile
             return True
         self._signals.words[SNAPSHOT] = sequence
         for number in snapshots.sequences(ledger)[:-_SNAPSHOTS_KEPT]:
@@ -373,9 +360,7 @@ class _Publisher:
     def close(self) -> None:
         """Leave; with the ledger gone, its signals go too."""
         if not self._follower.reader.exists():
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(SHM / self._signals.name[1:]), os.fstat(self._lock.fd)):
-                    unlink(self._signals.name)
+            remove_object(self._signals.name, self._signals.identity)
         self._signals.close()
         self._lock.close()
 

@@ -11,12 +11,11 @@ Once no living process claims a revoked ticket, nobody will ever write those blo
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection
 
 from ipc import LedgerError, memory
 from ipc.fence import make_fence
-from ipc.names import SHM, unlink
+from ipc.ownership import identity_of, remove_object, stamped
 from ipc.signals import Signals
 from workers.processes.presence import may_live, owner_of
 
@@ -25,7 +24,7 @@ SLOTS = 2047
 CLAIM = 24
 """Word of a pusher's signals: the ticket with which it is writing; 0: none."""
 _WORDS = SLOTS + 1
-_PUSHER = re.compile(r".+\.pushes\.rank\d+\.\d+\.signals")
+_PUSHER = r".+\.pushes\.rank\d+\.\d+\.signals"
 
 
 class Tickets:
@@ -46,12 +45,18 @@ class Tickets:
 
     def __init__(self, ledger: str, *, create: bool = False, inherit: bool = False) -> None:
         self.name = board_name(ledger)
-        self._map = memory.create(self.name, 8 * _WORDS) if create else memory.attach(self.name, write=inherit)
+        self._identity = identity_of(ledger)
+        if create:
+            content = _random().to_bytes(8, "little")
+            self._map = memory.create(self.name, 8 * _WORDS, content, identity=self._identity)
+        else:
+            self._map = memory.attach(self.name, write=inherit, identity=self._identity)
+        if len(self._map) != 8 * _WORDS:
+            self._map.close()
+            raise LedgerError(f"{self.name} is no board of this version")
         self._words = memoryview(self._map).cast("Q")
         self._release, self._acquire = make_fence()
         self._free = list(range(SLOTS, 0, -1))
-        if create:
-            self._words[0] = _random()
 
     @property
     def id(self) -> int:
@@ -97,7 +102,7 @@ class Tickets:
         self._words.release()
         self._map.close()
         if remove:
-            unlink(self.name)
+            remove_object(self.name, self._identity)
 
 
 def board_name(ledger: str) -> str:
@@ -108,11 +113,9 @@ def board_name(ledger: str) -> str:
 def claimed(tickets: Collection[int]) -> dict[int, int]:
     """Find the pushers of this machine that still write with one of these revoked tickets: ticket → process id."""
     found: dict[int, int] = {}
-    for name in os.listdir(SHM) if tickets else ():
-        if not _PUSHER.fullmatch(name):
-            continue
+    for own in stamped(_PUSHER) if tickets else ():
         try:
-            signals = Signals(f"/{name}", read_only=True)
+            signals = Signals(f"/{own.name}", read_only=True, identity=own.identity)
         except LedgerError:  # gone with its process, or another user's, who cannot open our pools
             continue
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from ipc import LedgerNotFound
-from ipc.names import unlink
+from ipc.ownership import identity_of, remove_object
 from statemachine.events import Tier
 from workers.pools import memory as pool_memory
 from workers.pools.interface import Bytes, Copies, Pools
@@ -23,7 +23,7 @@ def open_pools(ledger: str, rank: int, layout: PoolLayout) -> Pools:
 
     Raises:
         PoolMismatch: they have another layout.
-        ipc.LedgerNotFound: they are not there, or not yet whole: the manager makes them. Try again soon.
+        ipc.LedgerNotFound: they are not there: the manager makes them. Try again soon.
         ImportError: the backend's framework is not installed.
     """
     if layout.backend == "numpy":
@@ -80,7 +80,7 @@ def create_pools(ledger: str, layout: PoolLayout) -> Sequence[Pools]:
     except BaseException:
         for rank in range(layout.ranks):
             for name in pool_names(ledger, rank):
-                unlink(name)
+                remove_object(name, identity_of(ledger))
         raise
 
 
@@ -124,7 +124,7 @@ def reopen_pools(ledger: str, layout: PoolLayout, ids: str) -> tuple[Sequence[Po
                 if there == id and (tier == "host" or not layout.on_gpu or _is_owned(name, found)):
                     continue
                 lost.setdefault(tier, f"{name} is not the memory that it was")
-            unlink(name)  # it may also be one that a dead engine had only begun to create
+            remove_object(name, identity_of(ledger))
             pool_memory.create(name, size, layout)
     return [open_pools(ledger, rank, layout) for rank in range(layout.ranks)], lost
 

@@ -14,8 +14,7 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
-from ipc import LedgerError, LedgerNotFound, TooManyFiles, memory
-from ipc.fence import make_fence
+from ipc import LedgerError, TooManyFiles, memory
 from workers.pools.interface import Bytes, PoolMismatch
 from workers.pools.layout import PoolLayout
 
@@ -42,34 +41,19 @@ def pool_sizes(layout: PoolLayout) -> list[int]:
 
 def create(name: str, size: int, layout: PoolLayout) -> None:
     """Create one object, with a new id. Raises :class:`ipc.SharedMemoryFull`."""
-    map = memory.create(name, size)
-    header = _HEADER.pack(MAGIC, layout.fingerprint, os.urandom(16))
-    map[len(MAGIC) : len(header)] = header[len(MAGIC) :]
-    _fence()
-    map[: len(MAGIC)] = MAGIC  # last: who waits for the pool sees a whole header, or that it has to go on waiting
-    map.close()
-
-
-def _fence() -> None:
-    release, acquire = make_fence()
-    release()
-    acquire()
+    memory.create(name, size, _HEADER.pack(MAGIC, layout.fingerprint, os.urandom(16))).close()
 
 
 def attach(name: str, size: int, layout: PoolLayout) -> tuple[Bytes, str]:
     """An object and its id; without an id it does not have this layout.
 
     Raises:
-        ipc.LedgerNotFound: it is not there, or not yet whole.
+        ipc.LedgerNotFound: it is not there.
         ipc.NotPrivate, ipc.TooManyFiles
     """
     map = memory.attach(name, write=True)
     if len(map) != size:
         return np.frombuffer(map, np.uint8), ""
-    begun = not any(map[: len(MAGIC)])
-    _fence()
-    if begun:
-        raise LedgerNotFound(f"shared memory {name} is only being created")
     magic, fingerprint, id = _HEADER.unpack(map[: _HEADER.size])
     fits = magic == MAGIC and fingerprint == layout.fingerprint
     return np.frombuffer(map, np.uint8), id.hex() if fits else ""
@@ -80,7 +64,7 @@ class PoolMemory:
 
     Raises:
         PoolMismatch: an object has another layout.
-        ipc.LedgerNotFound: an object is not there, or not yet whole.
+        ipc.LedgerNotFound: an object is not there.
     """
 
     def __init__(self, ledger: str, rank: int, layout: PoolLayout) -> None:

@@ -40,7 +40,7 @@ class AdoptedProcess:
         Raises:
             ipc.LedgerNotFound, ipc.NotPrivate, ipc.TooManyFiles
         """
-        lock = Lock.on(signals.name)
+        lock = Lock.on(signals.name, signals.identity)
         if lock.take():
             signals.words[LEAVE] = 1  # one that is only starting reads it as soon as it has the lock
             lock.close()

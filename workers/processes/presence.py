@@ -17,7 +17,7 @@ class Presence:
 
     def __init__(self, signals: Signals) -> None:
         self._signals = signals
-        self._lock = Lock.on(signals.name)
+        self._lock = Lock.on(signals.name, signals.identity)
 
     @classmethod
     def announce(cls, signals: Signals) -> Presence | None:
@@ -57,7 +57,7 @@ def may_live(signals: Signals) -> bool:
         ipc.NotPrivate, ipc.TooManyFiles: it cannot be told.
     """
     try:
-        lock = Lock.on(signals.name)
+        lock = Lock.on(signals.name, signals.identity)
     except LedgerNotFound:  # they are removed after their owner's end, not before
         return False
     try:

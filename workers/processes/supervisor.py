@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, NamedTuple, Self
 
 from ipc import LedgerError, LedgerNotFound, LogCorrupt, LogReader, Overrun
-from ipc.names import objects_of, remove_objects
+from ipc.ownership import objects_of, remove_objects
 from ipc.signals import Signals
 from workers.pools.layout import PoolLayout
 from workers.processes import loop
@@ -181,7 +181,7 @@ class _Worker:
         self.signals.close(remove=ended)
         if not ended:
             raise WorkerFailed(_still_runs(self.rank, self.process.pid))
-        remove_objects(self.log)
+        remove_objects(self.log, self.signals.identity)
 
 
 def _still_runs(rank: int, pid: int) -> str:
@@ -221,7 +221,8 @@ def _end_stray(signals: Signals, rank: int) -> None:
 def incarnations_left(ledger: str, rank: int) -> list[int]:
     """Numbers of the incarnations of a rank that have objects in shared memory."""
     prefix = log_name(ledger, rank, 0)[:-1]
-    numbers = {name.removeprefix("sem.").removeprefix(prefix).partition(".")[0] for name in objects_of(prefix[:-1])}
+    names = (own.name.removeprefix("sem.") for own in objects_of(prefix[:-1]))
+    numbers = {name.removeprefix(prefix).partition(".")[0] for name in names}
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 

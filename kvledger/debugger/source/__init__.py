@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ipc import InvalidName, LedgerError, LedgerNotFound
-from ipc.names import SHM
+from ipc.ownership import ledger_names
 from kvledger.debugger.source.file import RecordedSource
 from kvledger.debugger.source.ledger import LedgerSource
 from kvledger.debugger.source.source import Source, SourceError
@@ -50,7 +50,7 @@ def open_source(text: str, progress: Callable[[int, int], None] = _ignore) -> So
             return RecordedSource(text, progress)
         return LedgerSource(text, progress)
     except (InvalidName, LedgerNotFound):
-        names = sorted(path.name.removesuffix(".control") for path in SHM.glob("*.control"))
+        names = sorted(ledger_names())
         there = f"ledgers here: {', '.join(names)}" if names else "there is no ledger on this machine"
         raise SourceError(f"{text!r} is neither a .kvlog file nor a ledger; {there}") from None
     except LedgerError as error:

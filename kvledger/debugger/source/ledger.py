@@ -21,7 +21,8 @@ from ipc import (
     Record,
     snapshots,
 )
-from ipc.names import SHM, segments_of
+from ipc.names import SHM
+from ipc.ownership import segments_of
 from ipc.segment import MappedSegment, locate
 from kvledger.debugger.source.source import Source, SourceError, Tail
 from kvledger.recordings.postings import Kind
