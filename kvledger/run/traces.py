@@ -148,7 +148,7 @@ def _image(image: dict[str, Any]) -> Item:
     try:
         digest = bytes.fromhex(image["hash"])
     except (KeyError, TypeError, ValueError):
-        raise TraceError("an image needs a hash of 32 or more hexadecimal digits") from None
+        raise TraceError("an image needs a hash of hexadecimal digits") from None
     return Item(digest, _whole(image, "offset"), _whole(image, "length"))
 
 

@@ -149,7 +149,7 @@ class Simulation:
         common = (
             (writer.LogWriter, "publish", self._publish(writer.LogWriter.publish)),
             (transfer, "_ACK_SEGMENT_BYTES", SEGMENT_BYTES),
-            (writer, "_LEAST_SEGMENT", SEGMENT_BYTES),
+            (writer, "LEAST_SEGMENT_BYTES", SEGMENT_BYTES),
             (reader, "SPINS", 2),
             (control, "READERS", _READERS),
             (control, "_BYTES", control._LINES + 64 * _READERS),

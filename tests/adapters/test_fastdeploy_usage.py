@@ -202,7 +202,7 @@ def test_gauges_that_fail_leave_no_ledger_behind() -> None:
 
 def test_every_signal_is_what_python_s_own_shared_memory_sees() -> None:
     suffix = port()
-    for name in SIGNALS:
+    for name in (name.format(rank_id=0) for name in SIGNALS):
         signal = IPCSignal(name, np.array([7, -2], np.int32), np.int32, suffix)
         other = IPCSignal(name=name, array=np.zeros(2, np.int32), dtype=np.int32, suffix=suffix, create=False)
         theirs = SharedMemory(f"{name}.{suffix}")

@@ -73,7 +73,7 @@ def deliver(seed: int, order: Order, count: int = 15, size: int = 300) -> None:
     schedule.spawn("writer", write)
     schedule.spawn("reader", read)
     with pytest.MonkeyPatch.context() as patch, installed(System(schedule, {})):
-        patch.setattr(writer, "_LEAST_SEGMENT", 8 << 10)
+        patch.setattr(writer, "LEAST_SEGMENT_BYTES", 8 << 10)
         schedule.run()
     assert got == sent
 
@@ -124,7 +124,7 @@ def succeed(seed: int, order: Order) -> None:
     schedule.spawn("operator", operate)
     schedule.spawn("reader", read)
     with pytest.MonkeyPatch.context() as patch, installed(System(schedule, {})):
-        patch.setattr(writer, "_LEAST_SEGMENT", 8 << 10)
+        patch.setattr(writer, "LEAST_SEGMENT_BYTES", 8 << 10)
         schedule.run()
     assert got == sent == list(range(1, len(sent) + 1))
 
@@ -202,7 +202,7 @@ def park(seed: int) -> None:
     schedule.spawn("writer", write)
     schedule.spawn("worker", work)
     with pytest.MonkeyPatch.context() as patch, installed(System(schedule, {})):
-        patch.setattr(writer, "_LEAST_SEGMENT", 8 << 10)
+        patch.setattr(writer, "LEAST_SEGMENT_BYTES", 8 << 10)
         patch.setattr(reader, "SPINS", 2)
         schedule.run()
     assert schedule.now_ns < 1_000 * 10**9, "it slept through a transaction"

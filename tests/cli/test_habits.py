@@ -20,6 +20,7 @@ from kvledger.cli.exits import BUG
 from kvledger.doctor.ledgers import Ledger
 from tests.cli.logs import every_event, living_ledger
 from tests.cli.test_names import commands
+from tests.waiting import PATIENCE_S
 
 
 def run(*arguments: str, columns: int = 100) -> tuple[int, str, str]:
@@ -88,7 +89,9 @@ def test_a_shell_completes_commands_and_ledgers(tmp_path: Path) -> None:
         environment = {**os.environ, "_KVLEDGER_COMPLETE": "complete_bash", "COMP_WORDS": words}
         environment |= {"COMP_CWORD": f"{position}", "PYTHONPATH": str(Path(__file__).parents[2])}
         command = [sys.executable, "-c", "from kvledger.cli import app; app(prog_name='kvledger')"]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S
+        )
         assert done.returncode == 0, done
         return done.stdout.split("\n")[:-1] if done.stdout.endswith("\n") else done.stdout.split("\n")
 

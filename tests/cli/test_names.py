@@ -24,6 +24,7 @@ from kvledger.manager import notices
 from kvledger.text import printable
 from kvledger.view.log import Log
 from tests.cli.logs import HOSTILE, LOUD, broken, every_event, living_ledger, write_recording
+from tests.waiting import PATIENCE_S
 
 NAME = f"hostile-{os.getpid()}"
 OWN = re.compile(r"\x1b\[[\d;]*m|\x1b\[\?25[lh]|\x1b\[(?:1A|2K)|\r(?=\x1b|\n|$)")
@@ -322,7 +323,7 @@ def test_metrics_are_served_on_and_the_contradiction_is_told(logs: dict[str, str
         assert process.stderr is not None
         lines = [process.stderr.readline() for _ in range(3)]
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 1
+        assert process.wait(PATIENCE_S) == 1
     assert any(text.startswith("FAILED ") and f"at {logs['guilty']}," in text for text in lines), lines
 
 

@@ -132,7 +132,7 @@ def take_back(seed: int, order: Order) -> int:
     sender = schedule.spawn("pusher", pusher)
     if rng.random() < 0.3:
         sender.strike_at = rng.randrange(100, 600)
-    with installed(System(schedule, {}), (writer, "_LEAST_SEGMENT", 8 << 10), (shared_memory, "_copy", slowly)):
+    with installed(System(schedule, {}), (writer, "LEAST_SEGMENT_BYTES", 8 << 10), (shared_memory, "_copy", slowly)):
         schedule.run()
     return arrived
 

@@ -15,15 +15,7 @@ from kvledger.testing.weak_memory import Order
 from workers import transfer
 
 SEGMENT = 16 << 10
-CONFIG = CacheConfig(
-    block_size=2,
-    device_blocks=4,
-    host_blocks=4,
-    host_policy=HostPolicy.EXCLUSIVE,
-    ranks=1,
-    block_bytes=16,
-    segment_bytes=SEGMENT,
-)
+SIZES = {"block_size": 2, "device_blocks": 4, "host_blocks": 4, "ranks": 1, "block_bytes": 16, "segment_bytes": SEGMENT}
 
 
 def test_a_worker_that_dies_at_once_is_started_later_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +28,7 @@ def test_a_worker_that_dies_at_once_is_started_later_each_time(monkeypatch: pyte
         return transfer.main(arguments) if arguments[2] == "1" else 1
 
     def engine() -> int:
-        manager = CacheManager.create("ranks", CONFIG)
+        manager = CacheManager.create("ranks", CacheConfig(host_policy=HostPolicy.EXCLUSIVE, **SIZES))
         pid = manager.worker_pid(0)
         assert pid is not None
         schedule.kill(schedule.processes[pid])
@@ -46,7 +38,7 @@ def test_a_worker_that_dies_at_once_is_started_later_each_time(monkeypatch: pyte
         manager.close()
         return 0
 
-    monkeypatch.setattr(writer, "_LEAST_SEGMENT", SEGMENT)
+    monkeypatch.setattr(writer, "LEAST_SEGMENT_BYTES", SEGMENT)
     monkeypatch.setattr(transfer, "_ACK_SEGMENT_BYTES", SEGMENT)
     schedule.spawn("engine", engine)
     system = System(schedule, {"workers.transfer": worker})

@@ -83,6 +83,7 @@ def test_no_function_is_long() -> None:
 # --- private members
 
 READS_PRIVATE = {
+    "kvledger/adapters/vllm/scheduler.py request._block_hasher": "vLLM has no public way to spare a request its hashes",
     "kvledger/testing/runs.py control._LINES": "a simulation has few readers",
     "kvledger/testing/schedule.py sys._getframe": "documented by Python, under this name",
 }
@@ -164,7 +165,12 @@ def test_public_names_are_listed_once_per_package_and_are_what_exists() -> None:
                 asked[node.module].update(alias.name for alias in node.names)
     lacking = {}
     for package, file in packages.items():
-        module = importlib.import_module(package)
+        try:
+            module = importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name != "vllm":
+                raise
+            continue  # an adapter for an engine that is not installed here
         listed: list[str] = list(getattr(module, "__all__", ()))
         assert not [name for name, times in Counter(listed).items() if times > 1], package
         assert not [name for name in listed if not hasattr(module, name)], f"{package} lists what it has not"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -14,8 +13,6 @@ from kvledger.handoff.sender import Sender
 from kvledger.manager.manager import CacheManager
 from kvledger.manager.wait import loop
 from workers.pools.layout import BACKENDS
-
-_ITEM_BYTES = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "block_wise_fp8": 1, "int4_zp": 1, "float32": 4}
 
 
 class Environment:
@@ -124,8 +121,8 @@ class Launched:
             missing = [rank for rank in range(self._ranks) if signal.value[rank] != 1]
             raise TimeoutError(f"the KV tensors of ranks {missing} are not there after {timeout:g} s")
 
-    def layout(self, cache_config: Any, shapes: tuple[list[int], list[int]] | None) -> dict[str, Any]:
-        """Layers and bytes of a block, from what the configuration says, else from the shapes of one block.
+    def layout(self, cache_config: Any, block_bytes: int) -> dict[str, Any]:
+        """Layers and bytes of a block.
 
         ``kv_backend`` says whose memory the pools are, see :func:`expect_memory`; where nothing does, nothing is copied
         and there are no pools (``ranks`` is 0). With ``kv_tensors`` they are made of tensors, and with ``kv_checksums``
@@ -143,11 +140,7 @@ class Launched:
         tensors = getattr(cache_config, "kv_tensors", ())
         if tensors:
             return {**checked, "tensors": tensors}
-        size = int(getattr(cache_config, "bytes_per_layer_per_block", 0) or 0)
-        if not size and shapes is not None:
-            item = _ITEM_BYTES.get(str(getattr(cache_config, "cache_dtype", "")), 2)
-            size = item * sum(math.prod(shape) for shape in shapes if shape)
-        return {**checked, "block_bytes": size + -size % 8}
+        return {**checked, "block_bytes": block_bytes}
 
     def ready(self) -> None:
         """Pools and workers are there: first the tensors are said to be ready, then the swap space."""

@@ -86,6 +86,10 @@ def own(
 class DevicePool:
     """Construction, blocks that belong to nobody, freeing, and the ledger behind it all. See the subclass."""
 
+    prefix_tree_status_signal: Any = None
+    """The launch's, or one that the engine assigns: followed from then on, see :class:`IPCSignal`."""
+    shm_cache_task_flag_broadcast: Any = None
+    """As above: 1 while transfers are in flight."""
     ready_timeout_s = 60.0
     """The KV tensors and the transfer workers have this long to get ready."""
 
@@ -215,6 +219,21 @@ class DevicePool:
         self._raw.recycle(map(int, blocks))
         self._set_gauges()
 
+    def allocate_cpu_blocks(self, num_blocks: int) -> list[int]:
+        """Refuse: host blocks are the ledger's alone, which takes them when it evicts or backs up.
+
+        Raises:
+            InvalidCommand: more than none are asked for.
+        """
+        if _count(num_blocks):
+            raise InvalidCommand("host blocks are taken by evicting (free_block_ids), and are handed out to nobody")
+        return []
+
+    def recycle_cpu_blocks(self, cpu_block_ids: Sequence[int] | int) -> None:
+        """Drop the ids, count and log them: nobody can have been handed a host block."""
+        blocks = [cpu_block_ids] if isinstance(cpu_block_ids, int | np.integer) else cpu_block_ids
+        self._raw.drop(list(map(int, blocks)))
+
     def get_required_block_num(self, input_token_num: int, block_size: int) -> int:
         """Blocks for so many tokens."""
         return -(-input_token_num // block_size)
@@ -312,8 +331,8 @@ class DevicePool:
     def poll(self) -> None:
         """Fold the workers' answers in; what there is to report of requests stays for whoever polls the manager."""
         self._manager.fold()
-        if self.launched is not None:
-            self.launched.shm_cache_task_flag_broadcast.value[0] = bool(self._manager.state.transfers)
+        if self.shm_cache_task_flag_broadcast is not None:
+            self.shm_cache_task_flag_broadcast.value[0] = bool(self._manager.state.transfers)
         self._notice_ends()
 
     def ended(self, transfers: set[int]) -> bool:

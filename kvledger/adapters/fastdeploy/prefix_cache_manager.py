@@ -353,37 +353,18 @@ class PrefixCacheManager(LookedAt):
     def clear_prefix_cache(self) -> None:
         """Follow ``prefix_tree_status``: CLEARING → reset → CLEARED, UPDATING → NORMAL. Started as a thread."""
         while not self._stopped.wait(_LOOK_AT_STATUS_S):
-            if self.launched is not None:
-                self.follow_status()
+            self.follow_status()
 
     def follow_status(self) -> None:
-        """One look at ``prefix_tree_status``."""
-        assert self.launched is not None
-        status = self.launched.prefix_tree_status_signal.value
+        """One look at ``prefix_tree_status``: the launch's signal, or one that the engine has assigned."""
+        if self.prefix_tree_status_signal is None:
+            return
+        status = self.prefix_tree_status_signal.value
         if status[0] == PrefixTreeStatus.CLEARING:
             self.reset()
             status[0] = PrefixTreeStatus.CLEARED
         elif status[0] == PrefixTreeStatus.UPDATING:
             status[0] = PrefixTreeStatus.NORMAL
-
-    def _get_kv_cache_shape(self, max_block_num: int) -> tuple[list[int], list[int]]:
-        """Shapes of one layer's key and value cache: the attention backend's, else those of paged attention."""
-        model, tp = self.config.model_config, self.config.parallel_config.tensor_parallel_size
-        kv_heads = max(1, int(model.num_key_value_heads) // tp)
-        quant = getattr(getattr(self.config, "quant_config", None), "kv_cache_quant_type", None)
-        if self.attention_backend is None:
-            shape = [max_block_num, kv_heads, self._block_size, int(model.head_dim)]
-            return shape, list(shape)
-        backend = self.attention_backend(
-            self.config,
-            kv_num_heads=kv_heads,
-            num_heads=model.num_attention_heads // tp,
-            head_dim=model.head_dim,
-            encoder_block_shape_q=64,
-            decoder_block_shape_q=16,
-        )
-        key, value = backend.get_kv_cache_shape(max_num_blocks=max_block_num, kv_cache_quant_type=quant)
-        return list(key), list(value or [])
 
     # Processes
 
@@ -429,8 +410,7 @@ class PrefixCacheManager(LookedAt):
             launched = self._board(engine_worker_queue_port, tensor_parallel_size)
             try:
                 launched.wait_for_tensors(create_cache_tensor, self.ready_timeout_s)
-                shape = self._get_kv_cache_shape(1) if hasattr(self.config, "model_config") else None
-                self._open_pools(launched.layout(cache_config, shape))
+                self._open_pools(launched.layout(cache_config, self._block_bytes(cache_config)))
                 launched.ready()
                 self.launched = launched
                 self.cache_ready_signal = launched.cache_ready_signal

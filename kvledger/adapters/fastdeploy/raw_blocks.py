@@ -84,9 +84,13 @@ class RawBlocks:
         for key, group in groups.items():
             self._manager.give_back(key, list(group))
             self._forget(key, group)
-        if wrong:
-            self.dropped += len(wrong)
-            _log.warning("blocks %s were recycled, but are not out: dropped", wrong[:8])
+        self.drop(wrong)
+
+    def drop(self, blocks: Sequence[int]) -> None:
+        """Count and report blocks that were recycled, but are not out."""
+        if blocks:
+            self.dropped += len(blocks)
+            _log.warning("blocks %s were recycled, but are not out: dropped", blocks[:8])
 
     def release_all(self) -> None:
         """Free everything."""

@@ -70,49 +70,78 @@ SIGNALS: dict[str, Signal] = {
     "launched_cache_manager_signal": Signal("1", "engine_worker_queue_port", "1 once the cache manager was launched"),
     "loaded_model_signal": Signal("1", "engine_worker_queue_port", "1 once the model is loaded"),
     "get_profile_block_num": Signal("1 or workers", "engine_worker_queue_port", "blocks that profiling found room for"),
-    "splitwise_complete_prefilled_step": Signal("1", "gpu id", "step whose layers are being computed, mod 100003"),
-    "splitwise_complete_prefilled_layer": Signal("1", "gpu id", "last layer that is computed"),
+    "splitwise_complete_prefilled_step_{rank_id}": Signal(
+        "1", "gpu id", "step whose layers are being computed, mod 100003"
+    ),
+    "splitwise_complete_prefilled_layer_{rank_id}": Signal("1", "gpu id", "last layer that is computed"),
     "worker_ready_signal": Signal("workers", "engine_worker_queue_port", "1 where a model worker is ready"),
 }
-"""The named signals by name."""
+"""The named signals by name; in two of them the rank's number stands for ``{rank_id}``."""
+
+
+class SharedWords:
+    """The shared-memory object of a signal, with what FastDeploy's code reads of ``SharedMemory``."""
+
+    def __init__(self, name: str, buf: memoryview) -> None:
+        self.name = name[1:]
+        """Without the slash."""
+        self.buf = buf
+        """All of its bytes."""
+        self.size = len(buf)
+
+    def close(self) -> None:
+        """Leave it: whoever has ``value`` or ``buf`` keeps it until both are dropped."""
+
+    def unlink(self) -> None:
+        """Remove the object; who has it attached keeps it."""
+        unlink(f"/{self.name}")
 
 
 class IPCSignal:
-    """``value`` is the shared array; each word has one writer.
+    """``value`` is the shared array; each word has one writer. ``shm`` is the object that holds it.
 
     Args:
         name, suffix: the object is ``<name>.<suffix>``.
-        array: its shape, and its first content where it is created.
+        array, dtype: its shape, and its first content where it is created. Without either, ``value`` is ``None``, and
+            the object has ``shm_size`` bytes.
         create: make it anew (an object of that name that was left over is replaced), or attach.
 
     Raises:
         ipc.LedgerNotFound: there is nothing to attach to.
         ipc.SharedMemoryFull
-        ValueError: what is there is smaller than ``array``.
+        ValueError: what is there is smaller than is asked for, or nothing says how large it is.
     """
+
+    value: Any
 
     def __init__(
         self,
         name: str,
-        array: npt.NDArray[Any],
-        dtype: npt.DTypeLike,
+        array: npt.NDArray[Any] | None = None,
+        dtype: npt.DTypeLike | None = None,
         suffix: object = None,
         create: bool = True,
+        shm_size: int | None = None,
     ) -> None:
-        array = np.ascontiguousarray(array, dtype)
+        plain = array is None or dtype is None
+        words = np.zeros(0, np.uint8) if plain else np.ascontiguousarray(array, dtype)
+        size = shm_size if plain else words.nbytes
         self.name = f"/{name}" if suffix is None else f"/{name}.{suffix}"
+        if size is None or size < 1:
+            raise ValueError(f"signal {self.name} has no size: give array and dtype, or shm_size")
         if create:
             if (SHM / self.name[1:]).exists():
                 _log.warning("signal %s was left over: it is replaced", self.name)
                 unlink(self.name)
-            map = memory.create_plain(self.name, array.nbytes)
+            map = memory.create_plain(self.name, size)
         else:
             map = memory.attach_plain(self.name, write=True)
-        if len(map) < array.nbytes:
-            raise ValueError(f"signal {self.name} has {len(map)} bytes, {array.nbytes} are expected")
-        self.value: npt.NDArray[Any] = np.frombuffer(map, array.dtype, array.size).reshape(array.shape)
-        if create:
-            self.value[...] = array
+        if len(map) < size:
+            raise ValueError(f"signal {self.name} has {len(map)} bytes, {size} are expected")
+        self.shm = SharedWords(self.name, memoryview(map))
+        self.value = None if plain else np.frombuffer(map, words.dtype, words.size).reshape(words.shape)
+        if create and not plain:
+            self.value[...] = words
 
     def clear(self) -> None:
         """Remove the object; who has it attached keeps it."""

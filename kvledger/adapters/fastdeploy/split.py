@@ -12,7 +12,8 @@ from typing import Any
 
 from ipc import LedgerError
 from kvledger.adapters.fastdeploy.launch import Launched, PusherHandle
-from kvledger.adapters.fastdeploy.pool import DevicePool, own
+from kvledger.adapters.fastdeploy.pool import own
+from kvledger.adapters.fastdeploy.shapes import CacheShapes
 from kvledger.config import ConfigError
 from kvledger.errors import HandoffError
 from kvledger.handoff.peer import Handed, Received
@@ -25,7 +26,7 @@ from workers.processes.supervisor import WorkerFailed
 _log = logging.getLogger(__name__)
 
 
-class SplitInstance(DevicePool):
+class SplitInstance(CacheShapes):
     """What a prefill or a decode instance has beyond a device pool. See the subclass."""
 
     sender: Sender | None = None
@@ -61,8 +62,8 @@ class SplitInstance(DevicePool):
         launched = self._board(engine_worker_queue_port, tensor_parallel_size)
         self.cache_ready_signal = launched.cache_ready_signal
         try:
-            shapes = ([1, *key_cache_shape[1:]], [1, *value_cache_shape[1:]] if value_cache_shape else [])
-            self._open_pools(launched.layout(cache_config, shapes))
+            size = self._block_bytes(cache_config, (key_cache_shape, value_cache_shape))
+            self._open_pools(launched.layout(cache_config, size))
             launched.cache_ready_signal.value[:] = 1
             if self.sender is None and self.receiver is None:  # else they were launched before the cache manager
                 if self.splitwise_role == "decode":

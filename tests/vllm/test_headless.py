@@ -1,0 +1,224 @@
+"""vLLM's own scheduler decides on a ledger exactly as on its own manager, and reads only what it has written."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import kvledger.adapters.vllm.manager as manager_module
+from kvledger import CacheManager, ConfigError
+from kvledger.adapters.vllm import LedgerAsyncScheduler, LedgerScheduler
+from kvledger.adapters.vllm.manager import LedgerKVCacheManager
+from kvledger.adapters.vllm.settings import expect_version, settings
+from statemachine.check import check
+from tests.vllm.headless import Engine, Shape, Told, conversations, scheduler_of
+from tests.waiting import PATIENCE_S
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def name(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("KVLEDGER_NAME", f"headless-{os.getpid()}")
+    return f"headless-{os.getpid()}-0"
+
+
+def ours(shape: Shape) -> Any:
+    return scheduler_of(shape, LedgerAsyncScheduler if shape.asynchronous else LedgerScheduler)
+
+
+def served(scheduler: Any, shape: Shape, seed: int, requests: int, aborts: bool) -> Told:
+    engine = Engine(scheduler, shape)
+    for act in conversations(seed, requests, shape, aborts=aborts):
+        act(engine)
+        engine.step()
+    while engine.step():
+        pass
+    return engine.told
+
+
+@pytest.mark.parametrize("aborts", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(blocks=800),
+        Shape(blocks=400),
+        Shape(blocks=200),
+        Shape(blocks=120),
+        Shape(blocks=150, block_size=32),
+        Shape(blocks=120, watermark=0.05),
+        Shape(blocks=150, policy="priority"),
+        Shape(blocks=120, asynchronous=True),
+        Shape(blocks=120, drafts=3),
+        Shape(blocks=200, tokens=256, sequences=8),
+        Shape(blocks=200, caching=False),
+    ],
+    ids=lambda shape: ",".join(f"{k}={v}" for k, v in vars(shape).items() if v != vars(Shape())[k]) or "default",
+)
+def test_it_decides_alike(shape: Shape, aborts: bool) -> None:
+    """Hits, steps, preemptions and texts; at the end every block is free, and every invariant holds."""
+    theirs = served(scheduler_of(shape), shape, 1, 120, aborts)
+    scheduler = ours(shape)
+    told = served(scheduler, shape, 1, 120, aborts)
+    ledger: CacheManager = scheduler.kv_cache_manager.ledger
+    try:
+        assert told.texts == theirs.texts and told.hits == theirs.hits
+        assert (told.steps, told.preemptions) == (theirs.steps, theirs.preemptions)
+        assert not ledger.state.requests and not check(ledger.state)
+        assert ledger.available_blocks() == shape.blocks - 1 and scheduler.kv_cache_manager.usage == 0
+        assert not scheduler.kv_cache_manager.live
+        assert (sum(told.hits.values()) > 0) == shape.caching
+    finally:
+        scheduler.shutdown()
+
+
+def test_preemption_was_met() -> None:
+    """Otherwise the test above would say little."""
+    shape = Shape(blocks=120)
+    scheduler = ours(shape)
+    assert served(scheduler, shape, 1, 120, False).preemptions > 5
+    scheduler.shutdown()
+
+
+def test_salts_adapters_and_resets() -> None:
+    from vllm.lora.request import LoRARequest
+
+    shape, prompt = Shape(), list(range(100))
+    scheduler = ours(shape)
+    engine = Engine(scheduler, shape)
+
+    def hit(request: str, **options: Any) -> int:
+        engine.add(request, prompt, 2, **options)
+        while engine.step():
+            pass
+        return engine.told.hits[request]
+
+    try:
+        assert [hit("a"), hit("b")] == [0, 96]
+        assert [hit("salted", salt="x"), hit("salted again", salt="x"), hit("other salt", salt="y")] == [0, 96, 0]
+        poet = LoRARequest("poet", 1, "/nowhere")
+        assert [hit("poet", lora=poet), hit("poet again", lora=poet), hit("c")] == [0, 96, 96]
+        engine.add("running", prompt, 50)
+        engine.step()
+        assert not scheduler.reset_prefix_cache()
+        while engine.step():
+            pass
+        assert scheduler.reset_prefix_cache() and hit("after the reset") == 0
+    finally:
+        scheduler.shutdown()
+
+
+def test_blocks_of_a_step_in_flight_are_nobodys(name: str) -> None:
+    """The name is free at once, and may come back; the blocks are when the fence has passed."""
+    shape = Shape(blocks=20)
+    scheduler = ours(shape)
+    manager: LedgerKVCacheManager = scheduler.kv_cache_manager
+    engine = Engine(scheduler, shape)
+    try:
+        engine.add("r", list(range(100)), 50)
+        engine.step()
+        request = scheduler.requests["r"]
+        held = manager.pop_blocks_for_free(request)
+        assert manager.get_block_ids("r") == ([],) and manager.ledger.available_blocks() == 19 - 7
+        request.num_computed_tokens = 0
+        assert manager.allocate_slots(request, 50) is not None  # the same name, while its blocks are held
+        assert len(manager.ledger.state.requests) == 2
+        manager.block_pool.free_blocks(reversed(held))
+        assert len(manager.ledger.state.requests) == 1
+        manager.free(request)
+        assert manager.ledger.available_blocks() == 19
+    finally:
+        scheduler.shutdown()
+
+
+def test_a_killed_engine_is_followed_by_one_of_its_name(name: str) -> None:
+    """What it had computed is gone with it; its requests are released in the log, which goes on."""
+    program = """
+import os, signal
+from tests.vllm.headless import *
+from kvledger.adapters.vllm import LedgerScheduler
+shape = Shape()
+engine = Engine(scheduler_of(shape, LedgerScheduler), shape)
+engine.add("r", list(range(100)), 5)
+engine.step()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=PATIENCE_S)
+    assert done.returncode == -signal.SIGKILL
+    for shape in (Shape(), Shape(blocks=100)):
+        scheduler = ours(shape)
+        engine = Engine(scheduler, shape)
+        try:
+            ledger = scheduler.kv_cache_manager.ledger
+            assert ledger.name == name and ledger.available_blocks() == shape.blocks - 1
+            engine.add("r", list(range(100)), 5)
+            while engine.step():
+                pass
+            assert engine.told.hits == {"r": 0}
+            ledger.close(keep=shape == Shape())
+        finally:
+            scheduler.shutdown()
+
+
+def test_the_log_of_vllm_is_a_log(name: str) -> None:
+    shape = Shape(blocks=150)
+    scheduler = ours(shape)
+    try:
+        served(scheduler, shape, 2, 60, True)
+        done = subprocess.run(
+            [sys.executable, "-m", "kvledger.cli", "check", name],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            timeout=PATIENCE_S,
+        )
+        assert done.returncode == 0, (done.stdout, done.stderr)
+    finally:
+        scheduler.shutdown()
+
+
+def test_what_cannot_be_served_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"vLLM 0\.40\.1 is not one of 0\.32\.x, 0\.33\.x"):
+        expect_version("0.40.1")
+    with pytest.raises(ConfigError, match="knows name, segment_bytes, retain_bytes, not nmae"):
+        settings({"kvledger": {"nmae": "x"}}, 0)
+    monkeypatch.setenv("KVLEDGER_RETAIN_BYTES", "much")
+    with pytest.raises(ConfigError, match="retain_bytes in vLLM is 'much'"):
+        settings(None, 0)
+    monkeypatch.setenv("KVLEDGER_RETAIN_BYTES", "all")
+    monkeypatch.delenv("KVLEDGER_NAME")
+    assert settings({"kvledger": {"name": "chat", "segment_bytes": 1 << 20}}, 3) == ("chat-3", 1 << 20, None)
+
+    class Group:
+        kv_cache_spec = object()
+
+    class Two:
+        kv_cache_groups = (Group(), Group())
+
+    with pytest.raises(ConfigError, match="cached in groups"):
+        manager_module.expect_expressible(Two(), None)  # type: ignore[arg-type]
+
+
+def test_no_method_of_theirs_is_left_unanswered() -> None:
+    """Whatever vLLM's manager can be asked, ours answers itself, with the same parameters: a new version shows here."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    inherited = {"prefix_cache_lookup_enabled", "record_prefix_cache_stats", "make_prefix_cache_stats"}
+    inherited |= {"create_kv_cache_blocks", "get_num_common_prefix_blocks"}  # they touch no block
+    for method, theirs in inspect.getmembers(KVCacheManager, inspect.isfunction):
+        if method.startswith("_") or method in inherited:
+            continue
+        mine = inspect.getattr_static(LedgerKVCacheManager, method)
+        assert mine is not theirs, method
+        asked = list(inspect.signature(theirs).parameters)
+        assert list(inspect.signature(mine).parameters)[: len(asked)] == asked, method  # 0.33 may ask more than 0.32
