@@ -31,6 +31,10 @@ from tests.waiting import wait_until
         ({"num_cpu_blocks": 2.5}, "cache_config.num_cpu_blocks must be a whole number, not 2.5"),
         ({"num_cpu_blocks": 4, "write_policy": "write-back"}, "write_policy must be one of write_back, .*'write-back'"),
         ({"block_size": 0}, "block_size must be a whole number from 1"),
+        (
+            {"kvcache_storage_backend": None},
+            "this FastDeploy is later than 2025-12: .*cal_block_hash",
+        ),
         ({"kv_backend": "torch"}, "cache_config.kv_backend must be one of numpy, .*, not 'torch'"),
     ],
 )

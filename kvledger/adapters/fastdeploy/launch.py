@@ -29,6 +29,20 @@ class Environment:
 envs = Environment()
 
 
+def expect_revision(cache_config: Any) -> None:
+    """Refuse the configuration of a FastDeploy whose scheduler asks for calls that the drop-in does not have.
+
+    Raises:
+        ConfigError: saying which are served.
+    """
+    if hasattr(cache_config, "kvcache_storage_backend"):  # came with external storage, after the revision served here
+        raise ConfigError(
+            "this FastDeploy is later than 2025-12: cache_config has kvcache_storage_backend. Its scheduler calls "
+            "allocate_gpu_blocks(n, req_id) and reads num_cached_blocks, which the drop-in does not have: use the "
+            "release that has PrefixCacheManager.cal_block_hash (docs/fastdeploy.md)"
+        )
+
+
 def expect_memory(cache_config: Any, host: bool, role: str) -> None:
     """Refuse to copy KV where the configuration does not say in whose memory it is.
 

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 import numpy as np
 
 from kvledger.adapters.fastdeploy.cache_data import BlockNode, CacheStatus
-from kvledger.adapters.fastdeploy.launch import Launched, envs, expect_memory
+from kvledger.adapters.fastdeploy.launch import Launched, envs, expect_memory, expect_revision
 from kvledger.adapters.fastdeploy.metrics import CacheMetrics, Gauges, KnownGauges, exported_gauges
 from kvledger.adapters.fastdeploy.raw_blocks import RawBlocks
 from kvledger.adapters.fastdeploy.views import FreeList, run_of
@@ -105,6 +105,7 @@ class DevicePool:
     ) -> None:
         if splitwise_role not in _ROLES:
             raise ConfigError(f"splitwise_role must be one of {', '.join(_ROLES)}, not {splitwise_role!r:.80}")
+        expect_revision(config.cache_config)
         self.config = config
         self.cache_config = config.cache_config
         self._gauges = KnownGauges(exported_gauges() if gauges is None else gauges)
