@@ -115,7 +115,7 @@ class LedgerBlocks:
     def poll(self) -> list[tuple[str, int, np.ndarray]]:
         """Also lets the manager hear its workers: once per step."""
         progress = [entry for entry in self._manager.poll() if entry.shortened]
-        return [(entry.key, entry.cached_blocks * self.block_size, entry.block_table) for entry in progress]
+        return [(entry.request_id, entry.cached_blocks * self.block_size, entry.block_table) for entry in progress]
 
     def moving(self) -> bool:
         """From the manager's state."""

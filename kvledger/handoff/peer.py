@@ -15,7 +15,7 @@ from workers.handoff import pushes
 class Handed(NamedTuple):
     """How handing over a request has ended."""
 
-    key: str
+    request_id: str
     outcome: Outcome
     """Only with ``DONE`` all blocks have arrived, in all layers, on all ranks."""
     reason: str
@@ -25,7 +25,7 @@ class Handed(NamedTuple):
 class Received(NamedTuple):
     """How receiving the blocks of a request has ended; see :class:`Handed`."""
 
-    key: str
+    request_id: str
     outcome: Outcome
     reason: str
     block_table: BlockTable

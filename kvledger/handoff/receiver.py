@@ -34,8 +34,10 @@ _LOOK_AT_CLAIMS_S = 0.005
 class _Room:
     """Blocks that another instance may write."""
 
-    def __init__(self, key: str, own: str, slot: int, ticket: int, first: int, peer: PeerLog, deadline: float) -> None:
-        self.key = key
+    def __init__(
+        self, request_id: str, own: str, slot: int, ticket: int, first: int, peer: PeerLog, deadline: float
+    ) -> None:
+        self.request_id = request_id
         """The request that it is for."""
         self.own = own
         """The request that has the blocks meanwhile."""
@@ -86,7 +88,7 @@ class Receiver:
             manager.detach(self)
             raise
 
-    def reserve(self, key: str, blocks: int, *, peer: str, timeout: float | None = None) -> Address:
+    def reserve(self, request_id: str, blocks: int, *, peer: str, timeout: float | None = None) -> Address:
         """Reserve so many blocks behind those that a request has, for a prefill instance to write.
 
         Waits for copies that still read these blocks, if there are any. Until :meth:`poll` reports the request, give
@@ -111,16 +113,16 @@ class Receiver:
         if not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
             raise InvalidCommand(f"timeout is a number of seconds, not {timeout!r:.80}")
         manager.expect_published("reserve()")  # the address lets others write at once
-        request = request_named(manager.state, key)
-        if self.uses(key):
-            raise HandoffError(f"request {key!r} receives blocks already")
+        request = request_named(manager.state, request_id)
+        if self.uses(request_id):
+            raise HandoffError(f"request {request_id!r} receives blocks already")
         follower = self._follow(peer)
         issued = self._tickets.issue()
         if issued is None:
             raise HandoffError("too many requests are being received: poll(), and try again")
         slot, ticket = issued
         own = f"(receiving {ticket:016x})"
-        room = _Room(key, own, slot, ticket, len(request.table), follower, time.monotonic() + seconds)
+        room = _Room(request_id, own, slot, ticket, len(request.table), follower, time.monotonic() + seconds)
         try:
             admission = manager.admit(own, (), blocks=blocks)
             if not admission.ready:
@@ -194,21 +196,23 @@ class Receiver:
     def _arrived(self, room: _Room) -> None:
         # Every pusher has answered, and the prefill instance has counted that: none of them writes again.
         manager = self._manager
-        request = request_named(manager.state, room.key)
+        request = request_named(manager.state, room.request_id)
         if len(request.table) != room.first:
             self._fail(room, Outcome.FAILED, "its block table was changed while it received")
             return
-        manager.reassign(room.own, room.key, manager.block_table(room.own).tolist())
+        manager.reassign(room.own, room.request_id, manager.block_table(room.own).tolist())
         del self._rooms[room.ticket]
         self._tickets.revoke(room.slot)
         self._tickets.give_up(room.slot)
-        self._told.append(Received(room.key, Outcome.DONE, "", table_of(request)))
+        self._told.append(Received(room.request_id, Outcome.DONE, "", table_of(request)))
         manager.release(room.own)
 
     def _fail(self, room: _Room, outcome: Outcome, reason: str) -> None:
         self._quarantine(room)
-        self._told.append(Received(room.key, outcome, reason, self._manager.block_table(room.key)))
-        _log.warning("receive_%s ledger=%s request=%s", outcome.name.lower(), self._manager.name, logged(room.key))
+        self._told.append(Received(room.request_id, outcome, reason, self._manager.block_table(room.request_id)))
+        _log.warning(
+            "receive_%s ledger=%s request=%s", outcome.name.lower(), self._manager.name, logged(room.request_id)
+        )
 
     def _quarantine(self, room: _Room) -> None:
         del self._rooms[room.ticket]
@@ -235,14 +239,14 @@ class Receiver:
         """Whether somebody may write blocks of the device pool."""
         return bool(self._rooms or self._quarantined)
 
-    def uses(self, key: str) -> bool:
+    def uses(self, request_id: str) -> bool:
         """Whether a request is receiving."""
-        return any(room.key == key for room in self._rooms.values())
+        return any(room.request_id == request_id for room in self._rooms.values())
 
-    def released(self, key: str) -> None:
+    def released(self, request_id: str) -> None:
         """Quarantine the blocks of a request that is released before they have arrived."""
         for room in list(self._rooms.values()):
-            if room.key == key:
+            if room.request_id == request_id:
                 self._quarantine(room)
 
     def disown(self) -> None:

@@ -41,7 +41,7 @@ _RETAIN_BYTES = 16 << 20
 class _Push(NamedTuple):
     """A push under way."""
 
-    key: str
+    request_id: str
     ticket: int
     sequence: int
     """Sequence of its start in the log of pushes."""
@@ -62,7 +62,7 @@ class Sender:
         ...  # admit the request, with all its blocks
         sender.send("request-1", address, step=7)  # before or while step 7 computes the last of them
         for done in sender.poll():  # once per scheduler step
-            manager.release(done.key)
+            manager.release(done.request_id)
 
     Raises:
         ConfigError: the manager has no pools, or pools that are not shared memory.
@@ -121,7 +121,7 @@ class Sender:
             self.close()
             raise
 
-    def send(self, key: str, address: Address, *, step: int = 0) -> None:
+    def send(self, request_id: str, address: Address, *, step: int = 0) -> None:
         """Push blocks of a request to where a decode instance has reserved room for them.
 
         They stay the request's until :meth:`poll` has reported the end, or the request is released, which ends the
@@ -142,14 +142,14 @@ class Sender:
             raise HandoffError("the sender is closed")
         if type(step) is not int or not 0 <= step < 1 << 47:
             raise InvalidCommand(f"a step is a whole number from 0, not {step!r:.80}")
-        request = request_named(self._manager.state, key)
+        request = request_named(self._manager.state, request_id)
         if request.waits:
-            raise RequestNotReady(f"request {key!r} still waits for transfers {[*request.waits]}: poll() first")
+            raise RequestNotReady(f"request {request_id!r} still waits for transfers {[*request.waits]}: poll() first")
         self._expect_fitting(address)
         stop = address.first + len(address.blocks)
         if stop > len(request.table):
             raise InvalidCommand(
-                f"request {key!r} has {len(request.table)} blocks, the address wants {address.first} to {stop}: "
+                f"request {request_id!r} has {len(request.table)} blocks, the address wants {address.first} to {stop}: "
                 "allocate all of them first"
             )
         sources = request.table[address.first : stop]
@@ -160,7 +160,7 @@ class Sender:
             address.ticket,
             address.board,
             address.slot,
-            key,
+            request_id,
             address.ledger,
             address.layout,
             address.pools,
@@ -174,7 +174,7 @@ class Sender:
             raise InvalidCommand(f"{len(sources)} blocks are too many for one push: {error}") from error
         self._next += 1
         deadline = time.monotonic() + self._config.transfer_timeout_s
-        self._pushes[push] = _Push(key, address.ticket, sequence, deadline, {})
+        self._pushes[push] = _Push(request_id, address.ticket, sequence, deadline, {})
 
     def _expect_fitting(self, address: Address) -> None:
         name = self._manager.name
@@ -226,11 +226,15 @@ class Sender:
         self._writer.stage([(*record, b"")], giving_back=True)
         self._writer.publish()
         del self._pushes[number]
-        self._ended.append(Handed(push.key, outcome, reason))
+        self._ended.append(Handed(push.request_id, outcome, reason))
         if outcome != Outcome.DONE:
             ledger = self._manager.name
             _log.warning(
-                "push_%s ledger=%s request=%s reason=%s", outcome.name.lower(), ledger, logged(push.key), logged(reason)
+                "push_%s ledger=%s request=%s reason=%s",
+                outcome.name.lower(),
+                ledger,
+                logged(push.request_id),
+                logged(reason),
             )
 
     def _watch(self) -> None:
@@ -273,14 +277,14 @@ class Sender:
         """Whether some push has not ended."""
         return bool(self._pushes)
 
-    def uses(self, key: str) -> bool:
+    def uses(self, request_id: str) -> bool:
         """Whether a request is being pushed."""
-        return any(push.key == key for push in self._pushes.values())
+        return any(push.request_id == request_id for push in self._pushes.values())
 
-    def released(self, key: str) -> None:
+    def released(self, request_id: str) -> None:
         """End the pushes of a request that is released: what has not arrived never counts."""
         for number, push in list(self._pushes.items()):
-            if push.key == key:
+            if push.request_id == request_id:
                 self._finish(number, Outcome.FAILED, "the prefill instance has released the request")
 
     def disown(self) -> None:

@@ -48,10 +48,10 @@ class BlockCalls(TokenCalls):
         if self._releases:
             self._expect_owner()
         if self._gone:
-            counts = {key: count for key, count in counts.items() if not self._is_gone(key)}
+            counts = {request_id: count for request_id, count in counts.items() if not self._is_gone(request_id)}
         numbers = [
-            count if type(count) is int and count >= 0 else whole(f"blocks for request {key!r}", count)
-            for key, count in counts.items()
+            count if type(count) is int and count >= 0 else whole(f"blocks for request {request_id!r}", count)
+            for request_id, count in counts.items()
         ]
         if self._paused:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
@@ -63,14 +63,14 @@ class BlockCalls(TokenCalls):
             granted = np.array(allocated.blocks, np.int32)
         new = {}
         start = 0
-        for key, count in zip(counts, numbers):
-            new[key] = granted[start : start + count]
+        for request_id, count in zip(counts, numbers):
+            new[request_id] = granted[start : start + count]
             start += count
         return new
 
     def cache(
         self,
-        key: str,
+        request_id: str,
         blocks: SupportsIndex | None = None,
         *,
         generated: Tokens | None = None,
@@ -91,7 +91,7 @@ class BlockCalls(TokenCalls):
             InvalidCommand, UnknownRequest
         """
         self._expect_owner()
-        told = self._told_of(key)
+        told = self._told_of(request_id)
         request = told.request
         size = self._state.block_bytes
         words, tail = b"", self._tail(told)
@@ -110,15 +110,15 @@ class BlockCalls(TokenCalls):
         items, later = self._items_before(told, len(words))
         told.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
         try:
-            self._execute(commands.Cache(key, count, words, ready, items))
+            self._execute(commands.Cache(request_id, count, words, ready, items))
         except (CommandRejected, LedgerError):  # nothing has changed
             told.tail = known
             raise
         told.tail, told.items, told.sampled = tail, later, sampled
         if self._state.policy == HostPolicy.WRITE_THROUGH:
-            self._back_up(key)
+            self._back_up(request_id)
 
-    def extend(self, key: str) -> Progress:
+    def extend(self, request_id: str) -> Progress:
         """Between two chunks of a prefill: match again behind what the request has cached.
 
         What others cached meanwhile is pinned and need not be computed; the request's own copies of it, and the
@@ -130,35 +130,35 @@ class BlockCalls(TokenCalls):
         """
         if self._paused:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
-        told = self._told_of(key)
+        told = self._told_of(request_id)
         request = told.request
-        self._expect_still(key)
+        self._expect_still(request_id)
         known = len(request.words) + len(self._tail(told))
         limit = request.leaf.end + max(known // 4 - 1, 0) // self.config.block_size
-        if self._execute(commands.Extend(key, limit)) and self.config.backup_after > 1:
-            self._back_up(key)
-        return Progress(key, table_of(request), request.leaf.end, False)
+        if self._execute(commands.Extend(request_id, limit)) and self.config.backup_after > 1:
+            self._back_up(request_id)
+        return Progress(request_id, table_of(request), request.leaf.end, False)
 
-    def trim(self, key: str, blocks: SupportsIndex) -> None:
+    def trim(self, request_id: str, blocks: SupportsIndex) -> None:
         """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
         kept = whole("blocks", blocks)
-        self._expect_still(key)
-        self._execute(commands.Trim(key, kept))
-        self._lost(key, kept)
+        self._expect_still(request_id)
+        self._execute(commands.Trim(request_id, kept))
+        self._lost(request_id, kept)
 
-    def reassign(self, key: str, target: str, blocks: Sequence[int]) -> None:
+    def reassign(self, request_id: str, target: str, blocks: Sequence[int]) -> None:
         """Move private blocks of one request to the end of another's block table."""
-        self._expect_still(key)
-        self._execute(commands.Reassign(key, target, block_ids(blocks)))
-        self._lost(key, 0)
+        self._expect_still(request_id)
+        self._execute(commands.Reassign(request_id, target, block_ids(blocks)))
+        self._lost(request_id, 0)
 
-    def give_back(self, key: str, blocks: Sequence[int]) -> None:
+    def give_back(self, request_id: str, blocks: Sequence[int]) -> None:
         """Free private blocks of a request, wherever they stand behind its cached blocks."""
-        request_named(self._state, key)
-        self._expect_still(key)
-        self._execute(commands.GiveBack(key, block_ids(blocks)))
-        self._lost(key, 0)
+        request_named(self._state, request_id)
+        self._expect_still(request_id)
+        self._execute(commands.GiveBack(request_id, block_ids(blocks)))
+        self._lost(request_id, 0)
 
-    def cached_blocks(self, key: str) -> int:
+    def cached_blocks(self, request_id: str) -> int:
         """Leading blocks of a request's block table that are cached: their KV is valid once it is ready."""
-        return request_named(self._state, key).leaf.end
+        return request_named(self._state, request_id).leaf.end

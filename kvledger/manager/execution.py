@@ -180,15 +180,17 @@ class Ledger:
             done = commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets))
             self._transactions.commit(decide(self._state, commands.EndQuarantine(id) if transfer.quarantined else done))
 
-    def _back_up(self, key: str) -> None:
+    def _back_up(self, request_id: str) -> None:
         """The call that leads to a back-up has been logged: without one it is as good as done, never half done."""
         try:
-            self._execute(commands.Backup(request_named(self._state, key).leaf.id))
+            self._execute(commands.Backup(request_named(self._state, request_id).leaf.id))
         except SharedMemoryFull:
             pass  # the log's writer has said so; a later call makes up for it
         except CallTooLarge as error:
             why = printable(str(error))
-            _log.warning("ledger %s: what request %r has cached is not copied to the host: %s", self.name, key, why)
+            _log.warning(
+                "ledger %s: what request %r has cached is not copied to the host: %s", self.name, request_id, why
+            )
 
     # The owner, and what other threads release
 
@@ -235,31 +237,31 @@ class Ledger:
         finally:
             self._applying = False
 
-    def _is_gone(self, key: str) -> bool:
+    def _is_gone(self, request_id: str) -> bool:
         """Whether another thread has released a request that a batch still names: told once, and never to others."""
-        if type(key) is not str or key not in self._gone:
+        if type(request_id) is not str or request_id not in self._gone:
             return False
-        del self._gone[key]
-        return key not in self._state.keys
+        del self._gone[request_id]
+        return request_id not in self._state.keys
 
     def _end(self, command: commands.Release) -> None:
         """End a request, in the owner's thread."""
-        key = command.key
-        request = request_named(self._state, key)
+        request_id = command.key
+        request = request_named(self._state, request_id)
         if self._state.policy == HostPolicy.WRITE_THROUGH:
             self._cover(request)
         for handoff in self._handoffs:
-            handoff.released(key)
+            handoff.released(request_id)
         try:
             self._execute(command)
         except CallTooLarge:  # more private blocks than a transaction holds: give them back in steps
             step = self._writer.max_transaction_bytes // 8
             while len(request.table) > request.leaf.end:
-                self._execute(commands.Trim(key, max(request.leaf.end, len(request.table) - step)))
+                self._execute(commands.Trim(request_id, max(request.leaf.end, len(request.table) - step)))
             self._execute(command)
         if self._ranks is not None:
             self._ranks.told(request)
-        self._told.pop(key, None)  # none, if a signal handler has interrupted its admission
+        self._told.pop(request_id, None)  # none, if a signal handler has interrupted its admission
 
     def _cover(self, request: Request) -> None:
         """What a request cached ahead counts as computed when it ends, and may be backed up."""
@@ -295,10 +297,10 @@ class Ledger:
         if handoff in self._handoffs:
             self._handoffs.remove(handoff)
 
-    def _expect_still(self, key: str) -> None:
+    def _expect_still(self, request_id: str) -> None:
         """Refuse to change the block table of a request that is being handed over."""
-        if any(handoff.uses(key) for handoff in self._handoffs):
-            raise RequestNotReady(f"request {key!r} is being handed over: poll its sender or receiver first")
+        if any(handoff.uses(request_id) for handoff in self._handoffs):
+            raise RequestNotReady(f"request {request_id!r} is being handed over: poll its sender or receiver first")
 
     def _at_rest(self) -> bool:
         """Whether nobody but the engine reads or writes the device pool."""
@@ -308,9 +310,9 @@ class Ledger:
 
     # What it knows
 
-    def block_table(self, key: str) -> BlockTable:
+    def block_table(self, request_id: str) -> BlockTable:
         """The device block ids of a request, in token order."""
-        return table_of(request_named(self._state, key))
+        return table_of(request_named(self._state, request_id))
 
     def stats(self) -> dict[str, int]:
         """Totals since the ledger was created, and present levels (blocks, requests, transfers, the log)."""

@@ -31,10 +31,10 @@ class Handoff(Protocol):
     def fold(self) -> None:
         """Take in what the other side has said; :meth:`poll` of the sender or receiver reports it to its user."""
 
-    def uses(self, key: str) -> bool:
+    def uses(self, request_id: str) -> bool:
         """Whether the block table of a request has to stay as it is."""
 
-    def released(self, key: str) -> None:
+    def released(self, request_id: str) -> None:
         """End whatever is under way for a request that is about to be released."""
 
     def close(self, *, keep: bool = False) -> None:

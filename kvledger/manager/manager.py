@@ -158,7 +158,7 @@ class CacheManager(BlockCalls):
 
     def match(
         self,
-        key: str,
+        request_id: str,
         tokens: Tokens,
         *,
         items: Sequence[Item] = (),
@@ -168,7 +168,7 @@ class CacheManager(BlockCalls):
         """Begin a request: find, pin and if need be swap in the cached prefix of its prompt.
 
         Args:
-            key: the engine's own name of the request.
+            request_id: the engine's own name of the request.
             tokens: the whole prompt; an int32 array or buffer is used without copying, a list costs 6 ns per
                 token.
             items: multimodal items in the prompt.
@@ -180,12 +180,12 @@ class CacheManager(BlockCalls):
             statemachine.content.InvalidTokens, DuplicateRequest, Paused
         """
         words, limit, records = prompt_of(self.config, tokens, items, max_blocks)
-        events = self._execute(commands.Match(key, words, self._namespace(namespace), limit, records))
+        events = self._execute(commands.Match(request_id, words, self._namespace(namespace), limit, records))
         return self._admission(events[0], words)
 
     def admit(
         self,
-        key: str,
+        request_id: str,
         tokens: Tokens | Prospect,
         *,
         items: Sequence[Item] = (),
@@ -201,7 +201,7 @@ class CacheManager(BlockCalls):
         In one transaction, or not at all.
 
         Args:
-            key: the engine's own name of the request.
+            request_id: the engine's own name of the request.
             tokens: the whole prompt; an int32 array or buffer is used without copying, a list costs 6 ns per
                 token. Or the answer of :meth:`can_admit`, which has all of this: then nothing is converted again, nor
                 looked up again if nothing has happened since.
@@ -220,13 +220,15 @@ class CacheManager(BlockCalls):
             statemachine.content.InvalidTokens, DuplicateRequest, Paused
         """
         if isinstance(tokens, Prospect):
-            return self._admit_prospect(key, tokens)
-        command = self._admit_command(key, tokens, items, namespace, max_blocks, blocks, new_tokens, must_fit, reserve)
+            return self._admit_prospect(request_id, tokens)
+        command = self._admit_command(
+            request_id, tokens, items, namespace, max_blocks, blocks, new_tokens, must_fit, reserve
+        )
         return self._admission(self._execute(command)[0], command.words)
 
     def can_admit(
         self,
-        key: str,
+        request_id: str,
         tokens: Tokens,
         *,
         items: Sequence[Item] = (),
@@ -246,7 +248,9 @@ class CacheManager(BlockCalls):
             statemachine.content.InvalidTokens, DuplicateRequest, Paused
         """
         self._expect_owner()
-        command = self._admit_command(key, tokens, items, namespace, max_blocks, blocks, new_tokens, must_fit, reserve)
+        command = self._admit_command(
+            request_id, tokens, items, namespace, max_blocks, blocks, new_tokens, must_fit, reserve
+        )
         sequence, state = self._transactions.next_sequence, self._state
         try:
             events = decide(state, command)
@@ -263,7 +267,7 @@ class CacheManager(BlockCalls):
 
     def _admit_command(
         self,
-        key: str,
+        request_id: str,
         tokens: Tokens,
         items: Sequence[Item],
         namespace: bytes,
@@ -285,16 +289,16 @@ class CacheManager(BlockCalls):
         if reserve is not None:
             kept = -(-whole("reserve", reserve) // self.config.block_size)
         fit = all_blocks if must_fit else 0
-        return commands.Admit(key, words, self._namespace(namespace), limit, count, records, kept, chunk, fit)
+        return commands.Admit(request_id, words, self._namespace(namespace), limit, count, records, kept, chunk, fit)
 
-    def _admit_prospect(self, key: str, prospect: Prospect) -> Admission:
+    def _admit_prospect(self, request_id: str, prospect: Prospect) -> Admission:
         self._expect_owner()
         command, events = prospect.command, prospect.events
-        if events and key == command.key and prospect.sequence == self._transactions.next_sequence:
+        if events and request_id == command.key and prospect.sequence == self._transactions.next_sequence:
             self._namespace(prospect.namespace)  # it may have been paused since
             self._commit(events)
             return self._admission(events[0], None, prospect.rest)
-        command = command._replace(key=key, namespace=self._namespace(prospect.namespace))
+        command = command._replace(key=request_id, namespace=self._namespace(prospect.namespace))
         return self._admission(self._execute(command)[0], command.words)
 
     def preempt(self, blocks: SupportsIndex, candidates: Sequence[str]) -> list[str]:
@@ -313,16 +317,21 @@ class CacheManager(BlockCalls):
         if isinstance(candidates, str | bytes) or not isinstance(candidates, Sequence):
             raise InvalidCommand(f"candidates are a sequence of requests, not {type(candidates).__name__}")
         if self._gone:
-            candidates = [key for key in candidates if not self._is_gone(key)]
-        for key in candidates:
-            request_named(self._state, key)
+            candidates = [request_id for request_id in candidates if not self._is_gone(request_id)]
+        for request_id in candidates:
+            request_named(self._state, request_id)
         chosen = victims_for(self._state, wanted, candidates)
-        for key in chosen:
-            self.release(key, ReleaseReason.PREEMPTED)
+        for request_id in chosen:
+            self.release(request_id, ReleaseReason.PREEMPTED)
         return chosen
 
     def release(
-        self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED, *, final: bool = False, hold: bool = False
+        self,
+        request_id: str,
+        reason: ReleaseReason = ReleaseReason.FINISHED,
+        *,
+        final: bool = False,
+        hold: bool = False,
     ) -> str:
         """End a request. What it cached stays until it is evicted.
 
@@ -344,16 +353,16 @@ class CacheManager(BlockCalls):
             raise InvalidCommand(
                 f"reason is a ReleaseReason, final and hold are bools, not {reason!r:.80}, {final!r:.80}, {hold!r:.80}"
             )
-        command = commands.Release(key, reason, final)
+        command = commands.Release(request_id, reason, final)
         if get_ident() != self._owner:
-            request_named(self._state, key)
+            request_named(self._state, request_id)
             if hold:
                 raise InvalidCommand("a release with hold answers, so it has to come from the owner of the manager")
             self._releases.append(command)
             return ""
         if self._releases or self._transactions.closed:
             self._expect_owner()
-        if self._gone and self._is_gone(key):
+        if self._gone and self._is_gone(request_id):
             return ""  # it was released from another thread before its owner knew
         if hold:
             return self._release_in_two_steps(command)
@@ -362,32 +371,34 @@ class CacheManager(BlockCalls):
 
     def _release_in_two_steps(self, command: commands.Release) -> str:
         """Move what may still be written to a request of its own, and end the one that had it."""
-        key = command.key
-        request = request_named(self._state, key)
+        request_id = command.key
+        request = request_named(self._state, request_id)
         if request.computed < request.leaf.end:
-            raise InvalidCommand(f"request {key!r} was cached ahead of its step: release it when the step has ended")
+            raise InvalidCommand(
+                f"request {request_id!r} was cached ahead of its step: release it when the step has ended"
+            )
         for handoff in self._handoffs:
-            handoff.released(key)
+            handoff.released(request_id)
         holder = f"(held {request.id})"
         with self._together():
             first = min(request.waits.values(), default=len(request.table))
             if request.leaf.end <= first < len(request.table):
-                self._execute(commands.Trim(key, first))  # nobody could write these yet
+                self._execute(commands.Trim(request_id, first))  # nobody could write these yet
             self._execute(commands.Match(holder, memoryview(b""), b"", 0))
             try:
                 if not request.waits:
-                    self._execute(commands.Reassign(key, holder, request.table[request.leaf.end :]))
+                    self._execute(commands.Reassign(request_id, holder, request.table[request.leaf.end :]))
                 self._end(command)
             except (LedgerError, CallTooLarge):
                 self._end(commands.Release(holder, ReleaseReason.FAILED, False))
                 raise
         return holder
 
-    def ready(self, key: str) -> bool:
+    def ready(self, request_id: str) -> bool:
         """Whether every block of a request may be used."""
-        return not request_named(self._state, key).waits
+        return not request_named(self._state, request_id).waits
 
-    def wait(self, key: str, timeout: float | None = None) -> Progress:
+    def wait(self, request_id: str, timeout: float | None = None) -> Progress:
         """Fold answers in until a request is ready; what happened to others stays for :meth:`poll`.
 
         For tests and simple programs: a scheduler polls once per step.
@@ -396,12 +407,12 @@ class CacheManager(BlockCalls):
             TimeoutError: it was not ready in time (default: twice the deadline of a transfer).
             UnknownRequest: it was released meanwhile.
         """
-        request, promised = self._awaited(key, timeout)
+        request, promised = self._awaited(request_id, timeout)
         if not loop(lambda: self._settled(request), self._limit(timeout)):
             raise self._late(request)
         return self._outcome(request, promised)
 
-    async def wait_async(self, key: str, timeout: float | None = None) -> Progress:
+    async def wait_async(self, request_id: str, timeout: float | None = None) -> Progress:
         """Wait until a request is ready without blocking the event loop, whose thread must own the manager.
 
         Any number of tasks may wait at once; each is told about its own request.
@@ -410,16 +421,16 @@ class CacheManager(BlockCalls):
             TimeoutError: it was not ready in time.
             UnknownRequest: somebody released it.
         """
-        request, promised = self._awaited(key, timeout)
+        request, promised = self._awaited(request_id, timeout)
         if not await loop_async(lambda: self._settled(request), self._limit(timeout)):
             raise self._late(request)
         return self._outcome(request, promised)
 
-    def _awaited(self, key: str, timeout: float | None) -> tuple[Request, int]:
+    def _awaited(self, request_id: str, timeout: float | None) -> tuple[Request, int]:
         """The request that is waited for, and how many blocks of it are said to be cached."""
         expect_seconds("timeout", timeout)
         self.expect_published("waiting")
-        request = request_named(self._state, key)
+        request = request_named(self._state, request_id)
         return request, request.leaf.end
 
     def _settled(self, request: Request) -> bool:

@@ -50,7 +50,7 @@ def table_of(request: Request) -> BlockTable:
 class Progress(NamedTuple):
     """A request that waited can go on."""
 
-    key: str
+    request_id: str
     block_table: BlockTable
     cached_blocks: int
     """Leading blocks whose KV is valid; fewer than promised if ``shortened``."""

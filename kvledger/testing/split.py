@@ -191,8 +191,8 @@ class SplitSimulation(Simulation):
 
         def fold() -> None:
             for done in sender.poll():
-                self._verify(manager, engine, done.key, seeds.pop(done.key))
-                manager.release(done.key)
+                self._verify(manager, engine, done.request_id, seeds.pop(done.request_id))
+                manager.release(done.request_id)
 
         while not self._decoded:
             if self._wire and self._admit(manager, self._wire[0]):
@@ -243,13 +243,13 @@ class SplitSimulation(Simulation):
 
         def hear() -> None:
             for received in receiver.poll():
-                waits.discard(received.key)
+                waits.discard(received.request_id)
                 if received.outcome == events.Outcome.DONE:
                     self.outcome.received += 1
-                    self._verify(manager, engine, received.key, live[received.key])
-                    manager.cache(received.key, len(live[received.key]))
+                    self._verify(manager, engine, received.request_id, live[received.request_id])
+                    manager.cache(received.request_id, len(live[received.request_id]))
                 else:
-                    self._serve(manager, engine, live, received.key)
+                    self._serve(manager, engine, live, received.request_id)
 
         self.wait(receiver.fold, lambda: self._sends)
         while self._next < len(self.plan.operations):

@@ -67,7 +67,7 @@ class Prefill:
     def _finish(self, key: str, table: np.ndarray, seeds: Seeds) -> str:
         self._compute(range(LAYERS // 2, LAYERS), table, seeds)
         (done,) = wait_until("the push ends", self.sender.poll)
-        assert done.key == key
+        assert done.request_id == key
         self.manager.release(key)
         assert not check(self.manager.state)
         return done.outcome.name
@@ -92,7 +92,7 @@ class Decode:
             self.manager.match(key, prompt(number))
             return self.receiver.reserve(key, 6, peer=self.peer).text()
         (received,) = wait_until("something arrives", self.receiver.poll)
-        assert received.key == key
+        assert received.request_id == key
         if received.outcome.name == "DONE":
             seeds = chain(words_of(prompt(number)), 4 * CONFIG.block_size, b"")
             PatternEngine(self.manager.pools).verify(key, received.block_table, seeds, self.manager.next_sequence)

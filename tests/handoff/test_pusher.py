@@ -129,7 +129,7 @@ def test_a_request_is_handed_over_and_every_byte_is_there(split: Split) -> None:
     assert len(split.decode.block_table("r")) == 0, "nobody can use what has not arrived"
     split.sender.send("r", address)
     (received,) = split.settle()
-    assert (received.key, received.outcome, received.reason) == ("r", Outcome.DONE, "")
+    assert (received.request_id, received.outcome, received.reason) == ("r", Outcome.DONE, "")
     assert received.block_table.tolist() == list(address.blocks) == split.decode.block_table("r").tolist()
     split.reads.verify("r", received.block_table, seeds(), split.decode.next_sequence)
     split.writes.verify("r", split.prefill.block_table("r"), seeds(), split.prefill.next_sequence)
@@ -197,7 +197,7 @@ def test_many_at_once_in_any_order(split: Split) -> None:
     )
     for one in received:
         assert one.outcome == Outcome.DONE
-        split.reads.verify(one.key, one.block_table, seeds(int(one.key[1:])), 0)
+        split.reads.verify(one.request_id, one.block_table, seeds(int(one.request_id[1:])), 0)
     assert not split.receiver.busy()
 
 
@@ -509,7 +509,9 @@ def test_reserving_leaves_the_news_of_others() -> None:
         assert not decode.admit("other", np.arange(24) + 50_000).ready
         receiver.reserve("target", 4, peer=prefill.name)
         told: list[str] = []
-        wait_until("a request is reported", lambda: told.extend(progress.key for progress in decode.poll()) or told)
+        wait_until(
+            "a request is reported", lambda: told.extend(progress.request_id for progress in decode.poll()) or told
+        )
         assert told == ["other"]
 
 

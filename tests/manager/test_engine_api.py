@@ -484,7 +484,7 @@ def test_tasks_wait_beside_each_other() -> None:
             manager.match("d", tokens(9))  # shares the swap-in
             assert not manager.ready("c") and not manager.ready("d")
             done = await asyncio.gather(manager.wait_async("c"), manager.wait_async("d"))
-            assert [progress.key for progress in done] == ["c", "d"]
+            assert [progress.request_id for progress in done] == ["c", "d"]
             assert done[0].block_table.tolist() == done[1].block_table.tolist() and not done[0].shortened
             ticking.cancel()
             with pytest.raises(UnknownRequest):

@@ -105,7 +105,7 @@ def test_what_a_pause_has_seen_the_next_poll_reports(name: str) -> None:
         manager.pause()
         assert manager.ready("b")
         manager.resume()
-        assert [progress.key for progress in manager.poll()] == ["b"]
+        assert [progress.request_id for progress in manager.poll()] == ["b"]
         assert not manager.poll()
 
 
@@ -132,7 +132,7 @@ def test_what_was_seen_before_an_error_is_reported_after_it(name: str, monkeypat
 
         def all_reported() -> bool:
             try:
-                reported.update((progress.key, progress.shortened) for progress in manager.poll())
+                reported.update((progress.request_id, progress.shortened) for progress in manager.poll())
             except SharedMemoryFull:
                 assert not left
             return len(reported) == 2
@@ -147,9 +147,9 @@ def test_who_waits_takes_only_its_own_news(name: str) -> None:
         swapped(manager, "a")
         for key in "bcd":
             assert not manager.match(key, TOKENS, max_blocks=4).ready
-        assert manager.wait("b").key == "b"
-        assert asyncio.run(manager.wait_async("c")).key == "c"
-        assert [progress.key for progress in manager.poll()] == ["d"]
+        assert manager.wait("b").request_id == "b"
+        assert asyncio.run(manager.wait_async("c")).request_id == "c"
+        assert [progress.request_id for progress in manager.poll()] == ["d"]
 
 
 def test_who_waits_hears_of_a_release(name: str) -> None:

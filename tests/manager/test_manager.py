@@ -122,7 +122,7 @@ def test_a_hung_worker_times_out_and_its_blocks_stay_quarantined() -> None:
         os.kill(pid, signal.SIGSTOP)
         manager.admit("b", np.arange(64, dtype=np.int32) + 500)  # swaps "a" out
         progress = manager.wait("b", timeout=PATIENCE_S)
-        assert progress.key == "b" and not progress.shortened
+        assert progress.request_id == "b" and not progress.shortened
         (transfer,) = manager.state.transfers.values()
         assert transfer.quarantined
         for _ in range(50):

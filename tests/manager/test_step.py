@@ -182,7 +182,7 @@ def test_what_needs_others_to_see_it_is_refused_inside_a_step(name: str) -> None
                 with pytest.raises(InvalidCommand, match="inside a step"):
                     call()
             assert manager.digest() == before and manager.allocate({"a": 1})
-        assert manager.wait("a").key == "a" and replays(manager)
+        assert manager.wait("a").request_id == "a" and replays(manager)
 
 
 def test_room_that_ends_inside_a_step_refuses_the_call_that_needs_it(

@@ -258,7 +258,7 @@ def test_a_copy_that_fails_is_a_failed_transfer_and_nothing_is_stuck(standin: St
         standin.fail("cuMemcpyBatchAsync 1")
         assert manager.admit("c", prompt(0, 15)).host_blocks
         progress = manager.wait("c")
-        assert progress.key == "c" and progress.shortened and progress.cached_blocks == 0
+        assert progress.request_id == "c" and progress.shortened and progress.cached_blocks == 0
         manager.release("c")
         standin.fail()
         for i in range(6):

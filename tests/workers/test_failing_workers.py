@@ -259,7 +259,7 @@ def test_who_waits_for_a_failed_copy_is_told(name: str, monkeypatch: pytest.Monk
             manager.fold()
         progress = manager.wait("waits")
         (other,) = manager.poll()
-        assert other.key == "shares it" and other.shortened and other.cached_blocks == admission.device_blocks
+        assert other.request_id == "shares it" and other.shortened and other.cached_blocks == admission.device_blocks
         assert manager.ready("shares it")
         manager.release("shares it")
         assert progress.shortened and progress.cached_blocks == admission.device_blocks
