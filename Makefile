@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test test-vllm check docs chaos soak mutants bench bench-run bench-compare clean native
+.PHONY: run test test-vllm vllm-environment check docs chaos soak mutants bench bench-run bench-compare clean native
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
@@ -18,6 +18,7 @@ test-vllm: $(VLLM_ENV)/installed
 	$(VLLM_PIP) install --quiet --editable .
 	$(VLLM_ENV)/bin/python -m pytest --numprocesses 2 tests/vllm
 	PYTHONPATH=$(VLLM_ENV)/vllm-0.33.0:. $(VLLM_ENV)/bin/python -m pytest --numprocesses 2 tests/vllm/test_headless.py
+vllm-environment: $(VLLM_ENV)/installed
 $(VLLM_ENV)/installed:
 	$(PYTHON) -m venv $(VLLM_ENV)
 	$(VLLM_PIP) install --quiet --upgrade pip
