@@ -26,11 +26,31 @@ from statemachine.events import BlocksAllocated, HostPolicy
 class BlockCalls(TokenCalls):
     """What changes a request block by block."""
 
-    def peek(self, tokens: Tokens, *, items: Sequence[Item] = (), namespace: bytes = b"") -> tuple[int, int]:
-        """How many leading blocks would match now, on the device and after those on the host. Changes nothing."""
+    def peek(
+        self,
+        tokens: Tokens,
+        *,
+        items: Sequence[Item] = (),
+        namespace: bytes = b"",
+        max_blocks: SupportsIndex | None = None,
+    ) -> tuple[int, int]:
+        """Count the leading blocks that an admission of this prompt would hit: on the device, after those on the host.
+
+        Changes nothing. Those on the host need as much room on the device as those that do not match.
+
+        Args:
+            tokens: the whole prompt, as for :meth:`admit`.
+            items: multimodal items in the prompt.
+            namespace: see :func:`statemachine.content.namespace_key`.
+            max_blocks: count at most so many blocks; default as for :meth:`admit`, ``(tokens - 1) // block_size``. The
+                number of full blocks (or more) counts all that is cached, also the block that is computed once more.
+
+        Raises:
+            statemachine.content.InvalidTokens, InvalidCommand
+        """
         expect_namespace(namespace)
-        words, _, records = prompt_of(self.config, tokens, items, 0)
-        return peek(self._state, words, versioned(self._state.weights, namespace), len(words), records)
+        words, limit, records = prompt_of(self.config, tokens, items, max_blocks)
+        return peek(self._state, words, versioned(self._state.weights, namespace), limit, records)
 
     def allocate(self, counts: Mapping[str, SupportsIndex]) -> dict[str, BlockTable]:
         """Give each named request so many more blocks: one call per scheduler step, all or nothing.

@@ -250,15 +250,17 @@ class Run:
         count = len(words) // (4 * self._block_size)
         total = -(-(len(request.tokens) + len(request.output)) // self._block_size)
         summary = self.summary
+        # Mooncake paths are matched completely; of a real prompt one token is left to compute
+        limit = None if self.trace.capped else count
         if total > self.options.device_blocks:
             while self._in_flight:
                 self._release(manager)
-            device, host = manager.peek(request.tokens, items=request.items, namespace=request.namespace)
+            device, host = manager.peek(
+                request.tokens, items=request.items, namespace=request.namespace, max_blocks=limit
+            )
             summary.bypassed += 1
             self._count(request, count, device, host, bypassed=True)
             return
-        # Mooncake paths are matched completely; of a real prompt one token is left to compute
-        limit = None if self.trace.capped else count
         key = str(request.number)
         while True:
             begun = time.perf_counter_ns()

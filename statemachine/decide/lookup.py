@@ -53,6 +53,6 @@ def find_path(state: State, words: memoryview, namespace: bytes, limit: int, rec
 
 
 def peek(state: State, words: memoryview, namespace: bytes, limit: int, items: bytes = b"") -> tuple[int, int]:
-    """How many leading blocks a match would find now: (with a place on the device, after those on the host)."""
+    """Count the leading blocks that a match of at most ``limit`` finds: (on the device, after those on the host)."""
     path = find_path(state, words, namespace, limit, items)
     return path.device, path.host

@@ -30,7 +30,7 @@ def sound(it: Any) -> bool:
 
 def cached(it: Any, prompt: Any) -> int:
     """Tokens that would be found."""
-    return 2 * sum(it.manager.peek(np.array(prompt, np.int32)))
+    return 2 * sum(it.manager.peek(np.array(prompt, np.int32), max_blocks=len(prompt)))
 
 
 def test_b1_host_hits_that_do_not_fit_are_refused_at_once() -> None:

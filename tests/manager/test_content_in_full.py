@@ -65,7 +65,7 @@ def test_another_image_matches_up_to_where_it_begins(pair: str, namespace: bytes
         manager.release("again")
         manager.release("other")
         for item in (first, second):  # both are cached now, side by side
-            assert sum(manager.peek(PROMPT, items=[*before, item], namespace=namespace)) == 4
+            assert sum(manager.peek(PROMPT, items=[*before, item], namespace=namespace, max_blocks=99)) == 4
 
 
 def test_an_image_that_comes_later_counts_in_full() -> None:
@@ -82,8 +82,8 @@ def test_an_image_that_comes_later_counts_in_full() -> None:
             manager.release(key)
         for digest in COLLIDING:
             text = [1, 2, 3, 4, 5, 6, 0, 0, 0, 7, 8, 9]
-            assert sum(manager.peek(text, items=[Item(digest, 6, 3)])) == 3
-        assert sum(manager.peek([1, 2, 3, 4, 5, 6, 0, 0, 0, 7, 8, 9], items=[Item(b"third", 6, 3)])) == 1
+            assert sum(manager.peek(text, items=[Item(digest, 6, 3)], max_blocks=99)) == 3
+        assert sum(manager.peek([1, 2, 3, 4, 5, 6, 0, 0, 0, 7, 8, 9], items=[Item(b"third", 6, 3)], max_blocks=99)) == 1
 
 
 def test_what_goes_on_between_chunks_ends_before_an_image_that_must_not_be_cut() -> None:
@@ -134,22 +134,22 @@ def test_the_weights_in_force_outlive_their_engine() -> None:
     die_after_loading(name, "v2")
     config = CacheConfig(device_blocks=100, block_size=4)
     with CacheManager.open(name, config) as manager:
-        assert manager.state.weights == "v2" and manager.peek(range(20)) == (0, 0)
+        assert manager.state.weights == "v2" and manager.peek(range(20), max_blocks=99) == (0, 0)
         manager.admit("b", range(20))
         manager.cache("b")
         manager.release("b")
         manager.close(keep=True)
     with CacheManager.open(name, CacheConfig(device_blocks=100, block_size=4, weights="v3")) as manager:
-        assert manager.state.weights == "v3" and manager.peek(range(20)) == (0, 0)
+        assert manager.state.weights == "v3" and manager.peek(range(20), max_blocks=99) == (0, 0)
         manager.close(keep=True)
     with CacheManager.open(name, CacheConfig(device_blocks=100, block_size=4, weights="v3")) as manager:
         assert manager.state.weights == "v3"
         manager.close(keep=True)
     with CacheManager.open(name, CacheConfig(device_blocks=100, block_size=4, weights="v2")) as manager:
-        assert manager.peek(range(20)) == (5, 0), "the engine says that it has loaded these again"
+        assert manager.peek(range(20), max_blocks=99) == (5, 0), "the engine says that it has loaded these again"
         manager.close(keep=True)
     with CacheManager.open(name, CacheConfig(device_blocks=100, block_size=4, weights="")) as manager:
-        assert manager.peek(range(20)) == (5, 0), "those that the ledger began with"
+        assert manager.peek(range(20), max_blocks=99) == (5, 0), "those that the ledger began with"
 
 
 def test_no_namespace_passes_for_other_weights() -> None:
@@ -160,13 +160,19 @@ def test_no_namespace_passes_for_other_weights() -> None:
             manager.release(key)
         manager.pause()
         manager.resume(weights="v2")
-        assert manager.peek(range(8)) == manager.peek(range(8), namespace=namespace_key(lora="x")) == (0, 0)
+        assert (
+            manager.peek(range(8), max_blocks=99)
+            == manager.peek(range(8), namespace=namespace_key(lora="x"), max_blocks=99)
+            == (0, 0)
+        )
         manager.admit("own", range(8))
         manager.cache("own")
         manager.release("own")
         manager.pause()
         manager.resume(weights="")
-        assert manager.peek(range(8), namespace=versioned("v2", b"")) == (2, 0), "its own, from the beginning"
+        assert manager.peek(range(8), namespace=versioned("v2", b""), max_blocks=99) == (2, 0), (
+            "its own, from the beginning"
+        )
         manager.clear()
         manager.pause()
         manager.resume(weights="v2")
@@ -175,7 +181,7 @@ def test_no_namespace_passes_for_other_weights() -> None:
         manager.release("own")
         manager.pause()
         manager.resume(weights="")
-        assert manager.peek(range(8), namespace=versioned("v2", b"")) == (0, 0)
+        assert manager.peek(range(8), namespace=versioned("v2", b""), max_blocks=99) == (0, 0)
 
 
 @pytest.mark.parametrize("weights", [7, b"v2", "\ud800"])

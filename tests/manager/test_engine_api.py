@@ -106,7 +106,7 @@ def test_what_is_cached_ahead_matches_but_is_not_copied_out_before_it_is_compute
     with ledger(**settings) as manager:
         manager.admit("a", tokens(8))
         manager.cache("a", 4, computed=0)
-        assert manager.peek(tokens(8)) == (4, 0) and manager.stats()["backed_up_blocks"] == 0
+        assert manager.peek(tokens(8), max_blocks=99) == (4, 0) and manager.stats()["backed_up_blocks"] == 0
         manager.admit("b", tokens(8))
         manager.cache("b", 4)  # nothing of its own: still not computed
         assert manager.stats()["backed_up_blocks"] == 0
@@ -133,7 +133,7 @@ def test_selective_write_through_copies_at_the_second_use() -> None:
         assert all(transfer.direction == Direction.BACKUP for transfer in manager.state.transfers.values())
         for i in range(12):
             serve(manager, engine, f"c{i}", tokens(8, 2 + i))  # drops them from the device
-        assert manager.peek(tokens(4)) == (0, 4)  # used once more: the others were dropped for good
+        assert manager.peek(tokens(4), max_blocks=99) == (0, 4)  # used once more: the others were dropped for good
         assert serve(manager, engine, "d", np.concatenate([tokens(4), tokens(4, 1)])) == 4
 
 
@@ -212,7 +212,7 @@ def test_a_short_host_takes_the_front_of_what_should_be_backed_up() -> None:
         assert manager.stats()["backed_up_blocks"] == 3
         manager.release("a")
         manager.admit("b", tokens(16, 1))
-        assert manager.peek(tokens(8)) == (0, 3)
+        assert manager.peek(tokens(8), max_blocks=99) == (0, 3)
 
 
 def test_can_allocate_counts_what_can_be_evicted_and_evicts_nothing() -> None:
@@ -243,7 +243,7 @@ def test_blocks_are_reserved_for_decoding() -> None:
         admission = manager.admit("a", tokens(4), blocks=7)
         assert len(admission.block_table) == 7 and manager.available_blocks() == 9
         manager.cache("a", 6, generated=tokens(2, 3))
-        assert manager.peek(np.concatenate([tokens(4), tokens(2, 3)])) == (6, 0)
+        assert manager.peek(np.concatenate([tokens(4), tokens(2, 3)]), max_blocks=99) == (6, 0)
 
 
 def test_preemption_takes_as_few_as_it_needs_in_the_order_given() -> None:
@@ -257,7 +257,10 @@ def test_preemption_takes_as_few_as_it_needs_in_the_order_given() -> None:
         assert manager.preempt(6, ["r3", "r3", "r2", "r1"]) == ["r3", "r2"]
         assert manager.preempt(6, ["r1"]) == []
         manager.allocate({"r0": 2, "r1": 4})
-        assert manager.peek(tokens(4, 3)) == (2, 0) or manager.peek(tokens(4, 2)) == (2, 0)  # the rest is recomputed
+        assert manager.peek(tokens(4, 3), max_blocks=99) == (2, 0) or manager.peek(tokens(4, 2), max_blocks=99) == (
+            2,
+            0,
+        )  # the rest is recomputed
 
 
 def test_a_preempted_request_comes_back_from_the_host() -> None:
@@ -309,14 +312,14 @@ def test_blocks_of_other_weights_never_match() -> None:
         manager.resume(weights="2", force=True)
         manager.cache("a", 4, generated=tokens(1))
         manager.release("a")
-        assert manager.peek(tokens(4)) == (0, 0)
+        assert manager.peek(tokens(4), max_blocks=99) == (0, 0)
         manager.admit("b", tokens(4))
         manager.cache("b")
         manager.release("b")
         manager.resume(weights="3")
-        assert manager.peek(tokens(4)) == (0, 0)
+        assert manager.peek(tokens(4), max_blocks=99) == (0, 0)
         manager.resume(weights="2")
-        assert manager.peek(tokens(4)) == (4, 0)
+        assert manager.peek(tokens(4), max_blocks=99) == (4, 0)
 
 
 def test_pausing_waits_for_the_copies_in_flight() -> None:
@@ -343,7 +346,7 @@ def test_clear_refuses_waits_or_forces() -> None:
         manager.admit("b", tokens(4))
         manager.cache("b")
         manager.clear(force=True)
-        assert manager.peek(tokens(4)) == (0, 0)
+        assert manager.peek(tokens(4), max_blocks=99) == (0, 0)
         manager.release("b")
         manager.clear()
 
@@ -353,7 +356,7 @@ def test_room_is_made_ahead_of_need() -> None:
         serve(manager, PatternEngine(manager.pools), "a", tokens(16))
         manager.make_room(6)
         wait_until("six blocks are free", lambda: manager.stats()["device_free_blocks"] >= 6, meanwhile=manager.poll)
-        assert manager.stats()["device_free_blocks"] == 6 and manager.peek(tokens(16)) == (10, 6)
+        assert manager.stats()["device_free_blocks"] == 6 and manager.peek(tokens(16), max_blocks=99) == (10, 6)
 
 
 def test_single_blocks_are_given_back() -> None:
@@ -385,7 +388,7 @@ def test_data_parallel_ledgers_do_not_know_each_other() -> None:
     with ledger() as one, CacheManager.create(f"e{os.getpid()}-dp1", config) as other:
         one.admit("a", tokens(4))
         one.cache("a")
-        assert other.peek(tokens(4)) == (0, 0)
+        assert other.peek(tokens(4), max_blocks=99) == (0, 0)
         other.admit("a", tokens(4))
         one.release("a")
         assert not one.state.requests and other.state.requests
@@ -508,7 +511,7 @@ def test_a_successor_keeps_what_others_vouch_for() -> None:
         dead.cache("b", 6, computed=4)
         dead.close(keep=True)
     with CacheManager.open(f"e{os.getpid()}") as successor:
-        assert successor.peek(tokens(8)) == (4, 0) and successor.available_blocks() == 16
+        assert successor.peek(tokens(8), max_blocks=99) == (4, 0) and successor.available_blocks() == 16
         assert not any(node.ahead for node in successor.state.nodes.values()) and replays(successor)
 
 

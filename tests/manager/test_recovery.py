@@ -205,7 +205,7 @@ def test_a_killed_engine_is_succeeded_with_a_warm_cache(name: str, engines: Call
         assert not any(isinstance(event, WorkerJoined | WorkerLost) for event in since)
         attention = PatternEngine(manager.pools)
         assert [serve(manager, attention, f"again {i}", prompt(i)) for i in (1, 2)] == hits
-        assert manager.peek(prompt(7)) == (0, 0), "nobody vouches for what the dead request had cached"
+        assert manager.peek(prompt(7), max_blocks=99) == (0, 0), "nobody vouches for what the dead request had cached"
         serve(manager, attention, "live", prompt(7))  # its name is free again
         settled(manager)
         assert state_digest(state_before(name)) == manager.digest()
@@ -222,7 +222,7 @@ def test_transfers_in_flight_end_after_the_engine(name: str, engines: Callable[.
     with CacheManager.open(name) as manager:
         settled(manager)
         attention = PatternEngine(manager.pools)
-        host = [i for i in range(3) if manager.peek(prompt(i))[1]]
+        host = [i for i in range(3) if manager.peek(prompt(i), max_blocks=99)[1]]
         assert host, "what was being copied out is on the host"
         for i in range(3):
             assert serve(manager, attention, str(i), prompt(i)) == 6
@@ -321,7 +321,7 @@ def test_a_snapshot_bridges_what_the_log_has_lost(name: str) -> None:
         CacheManager.open(name)
     snapshots.write(name, last, data)
     with CacheManager.open(name) as manager:
-        assert manager.peek(prompt(2)) == (6, 0)
+        assert manager.peek(prompt(2), max_blocks=99) == (6, 0)
         assert manager.state.epoch == 2
 
 
@@ -407,7 +407,7 @@ def test_without_workers_nothing_stays_in_flight(name: str, monkeypatch: pytest.
     assert manager.state.transfers
     manager._writer.close()
     with CacheManager.open(name) as manager:
-        assert not manager.state.transfers and manager.peek(prompt(1)) == (1, 5)
+        assert not manager.state.transfers and manager.peek(prompt(1), max_blocks=99) == (1, 5)
         story(name)
 
 

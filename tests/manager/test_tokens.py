@@ -66,7 +66,7 @@ def test_a_token_that_was_sampled_and_not_computed_never_matches() -> None:
             manager.commit({"a": manager.known("a") - 1})  # the last one is computed by the next step
         assert (manager.known("a"), manager.computed("a"), manager.room("a")) == (16, 15, 16)
         manager.release("a")
-        assert manager.peek([*range(12), 100, 101, 102, 103]) == (3, 0)
+        assert manager.peek([*range(12), 100, 101, 102, 103], max_blocks=99) == (3, 0)
 
 
 def test_what_is_taken_back_never_matches() -> None:
@@ -79,8 +79,8 @@ def test_what_is_taken_back_never_matches() -> None:
         manager.grow({"s": 12})
         manager.commit({"s": 12})
         manager.release("s")
-        assert manager.peek([*range(8), 1, 7, 8, 9, 0]) == (3, 0)
-        assert manager.peek([*range(8), 1, 2, 7, 8, 9, 0]) == (2, 0)
+        assert manager.peek([*range(8), 1, 7, 8, 9, 0], max_blocks=99) == (3, 0)
+        assert manager.peek([*range(8), 1, 2, 7, 8, 9, 0], max_blocks=99) == (2, 0)
 
 
 def test_only_what_is_not_computed_can_be_taken_back() -> None:
@@ -203,7 +203,7 @@ def test_a_commit_that_finds_no_room_in_the_log_is_made_again() -> None:
                 manager.commit({"a": 8, "b": 8})
         assert (manager.computed("a"), manager.computed("b")) == (8, 0) and replays(manager)
         assert manager.commit({"a": 8, "b": 8}) == []
-        assert manager.peek(range(100, 109)) == (2, 0)
+        assert manager.peek(range(100, 109), max_blocks=99) == (2, 0)
 
 
 def test_an_admission_is_asked_first() -> None:
@@ -259,9 +259,9 @@ def test_the_next_turn_of_a_session_brings_images() -> None:
         manager.release("s")
         prompt = [*range(8), 50, 0, 0, 0, 0, 51, 52, 53, 54]
         there = Item(b"sha-256 of the pixels", 9, 4)
-        assert manager.peek(prompt, items=[there]) == (4, 0)
-        assert manager.peek(prompt, items=[there._replace(hash=b"of another picture")]) == (2, 0)
-        assert manager.peek(prompt) == (2, 0)
+        assert manager.peek(prompt, items=[there], max_blocks=99) == (4, 0)
+        assert manager.peek(prompt, items=[there._replace(hash=b"of another picture")], max_blocks=99) == (2, 0)
+        assert manager.peek(prompt, max_blocks=99) == (2, 0)
 
 
 def test_a_release_in_two_steps_frees_the_name_at_once_and_the_blocks_later() -> None:
@@ -389,10 +389,13 @@ def test_an_adapter_is_cleared_and_nothing_else() -> None:
             manager.clear(namespace="a")  # type: ignore[arg-type]
         assert manager.digest() == before
         manager.release("third")
-        plain = manager.peek(range(25))
-        assert sum(manager.peek(range(25), namespace=adapter)) == 6
+        plain = manager.peek(range(25), max_blocks=99)
+        assert sum(manager.peek(range(25), namespace=adapter, max_blocks=99)) == 6
         manager.clear(namespace=adapter)
-        assert manager.peek(range(25), namespace=adapter) == (0, 0) and manager.peek(range(25)) == plain
+        assert (
+            manager.peek(range(25), namespace=adapter, max_blocks=99) == (0, 0)
+            and manager.peek(range(25), max_blocks=99) == plain
+        )
         assert sum(plain) == 6
         manager.clear(namespace=adapter)
         manager.clear(namespace=b"nobody's")

@@ -115,7 +115,7 @@ def test_planted_stale_read(monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(manager._ranks.supervisor.pid(rank), number)
 
     def hasty(self: CacheManager, key: str, tokens: object, **options: object) -> object:
-        prompt = {name: options[name] for name in ("items", "namespace")}
+        prompt = {name: options[name] for name in ("items", "namespace", "max_blocks")}
         if not self.peek(tokens, **prompt)[1]:  # type: ignore[arg-type]
             return real_admit(self, key, tokens, **options)  # type: ignore[arg-type]
         send(self, signal.SIGSTOP)

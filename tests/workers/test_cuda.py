@@ -458,7 +458,7 @@ def test_the_device_tier_outlives_an_engine_that_does_not_own_it(standin: Standi
         assert manager.config.layout == CONFIG.layout
         map_published(manager)
         engine = PatternEngine(manager.pools)
-        assert manager.peek(prompt(1, 15)) == (15, 0)
+        assert manager.peek(prompt(1, 15), max_blocks=99) == (15, 0)
         assert serve(manager, engine, "warm", prompt(1, 15)) == 15
 
 
@@ -467,7 +467,7 @@ def test_the_device_tier_is_lost_with_the_process_that_owns_it(standin: Standin)
     run_engine_until_it_dies(name, "engine")
     with CacheManager.open(name, publish=allocate) as manager:
         engine = PatternEngine(manager.pools)
-        device, host = manager.peek(prompt(0, 15))
+        device, host = manager.peek(prompt(0, 15), max_blocks=99)
         assert device == 0 and host > 10, "what was on the host is still there"
         for i in range(4):
             serve(manager, engine, str(i), prompt(i % 2, 15))
@@ -483,7 +483,7 @@ def test_device_tensors_for_an_engine_that_is_gone_are_not_published(standin: St
     ):
         allocate([open_pools(name, 1, CONFIG.layout)])
     with CacheManager.open(name, publish=allocate) as manager:
-        assert manager.peek(prompt(0, 15))[0] == 0
+        assert manager.peek(prompt(0, 15), max_blocks=99)[0] == 0
 
 
 def test_device_tensors_for_pools_that_were_replaced_are_not_published(standin: Standin) -> None:

@@ -227,7 +227,7 @@ def test_a_rank_that_keeps_failing_costs_the_host_tier(
         before = manager.next_sequence
         for i in range(6):  # the service goes on, with what the device holds
             serve(manager, engine, f"after {i}", prompt(i % 2))
-        assert manager.peek(prompt(1)) == (6, 0)
+        assert manager.peek(prompt(1), max_blocks=99) == (6, 0)
         assert manager._ranks.supervisor.idle() and manager.next_sequence > before
         events = story(name)
         (lost,) = [event for event in events if isinstance(event, TierLost)]
@@ -246,7 +246,7 @@ def test_who_waits_for_a_failed_copy_is_told(name: str, monkeypatch: pytest.Monk
         for i in range(3):
             serve(manager, engine, str(i), prompt(i))
         settled(manager)
-        assert manager.peek(prompt(0))[1]
+        assert manager.peek(prompt(0), max_blocks=99)[1]
         fail(monkeypatch, "every copy raises")
         assert manager._ranks is not None
         os.kill(manager._ranks.supervisor.pid(1), signal.SIGKILL)

@@ -81,7 +81,8 @@ class PrefixCacheManager(LookedAt):
             return live.match
         manager, full = self._manager, len(tokens)
         if blocks is None and self._manager.config.host_blocks:
-            blocks = sum(manager.peek(tokens, items=items))  # exactly what matches: all of it, or nothing
+            # exactly what matches: all of it, or nothing
+            blocks = sum(manager.peek(tokens, items=items, max_blocks=full))
         if blocks is None:
             admission = manager.match(req_id, tokens, items=items, max_blocks=full)
         else:

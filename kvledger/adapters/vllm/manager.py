@@ -156,8 +156,12 @@ class LedgerKVCacheManager(KVCacheManager):
         if not self.prefix_cache_lookup_enabled(request):
             return self.empty_kv_cache_blocks, 0, 0
         limit = request.num_tokens - 1 if max_cache_hit_length is None else max_cache_hit_length
-        found = self.ledger.peek(self._tokens(request), items=_items(request), namespace=_namespace(request))[0]
-        found = min(found, limit // self.block_size)
+        found, _ = self.ledger.peek(
+            self._tokens(request),
+            items=_items(request),
+            namespace=_namespace(request),
+            max_blocks=limit // self.block_size,
+        )
         if self.use_eagle and found:
             found -= 1  # the last slot of a block depends on the token after it
         return (Found(found), found * self.block_size, 0) if found else (self.empty_kv_cache_blocks, 0, 0)
