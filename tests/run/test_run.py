@@ -174,7 +174,7 @@ MALFORMED = {
     '{"timestamp": 0, "tokens": [1, -1]}': "position 1",
     '{"timestamp": 0, "tokens": [1, 2.5]}': "token ids",
     '{"timestamp": 0, "tokens": []}': "at least one",
-    '{"timestamp": 0, "tokens": [1], "images": [{"hash": "00", "offset": 0, "length": 1}]}': "16",
+    '{"timestamp": 0, "tokens": [1], "images": [{"hash": "0", "offset": 0, "length": 1}]}': "hexadecimal",
     '{"timestamp": 0, "tokens": [1], "final": 1}': "final",
     '{"timestamp": 0, "tokens": [1], "extra": 1}': "unknown fields",
 }

@@ -56,8 +56,9 @@ def take_over(scheduler: Scheduler) -> CacheManager:
         raise ConfigError("KV events come from the log (kvledger events NAME): leave kv_events_config out")
     config = scheduler.vllm_config
     wanted = settings(config.additional_config, config.parallel_config.data_parallel_rank)
+    name = wanted.name
     ledger = _opened(
-        wanted.name,
+        name,
         CacheConfig(
             block_size=own.coordinator.single_type_managers[0].block_size,
             device_blocks=scheduler.kv_cache_config.num_blocks - NULL_BLOCKS,
@@ -68,7 +69,7 @@ def take_over(scheduler: Scheduler) -> CacheManager:
     scheduler.kv_cache_manager = LedgerKVCacheManager(ledger, own)
     _without_hashes(scheduler)
     _in_steps(scheduler, ledger)
-    _log.info("ledger %s: %d blocks of %d tokens", ledger.name, ledger.config.device_blocks, ledger.config.block_size)
+    _log.info("ledger %s: %d blocks of %d tokens", name, ledger.config.device_blocks, ledger.config.block_size)
     return ledger
 
 
