@@ -593,19 +593,26 @@ def test_a_segment_that_says_that_it_follows_itself(name: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 100, 4095, 4099, 8192])
 def test_objects_of_the_wrong_size(name: str, size: int) -> None:
-    for object_name in (f"{name}.control", f"{name}.1.0", f"{name}.snapshot.5"):
-        path = SHM / object_name
-        path.write_bytes(b"\xff" * size)
-        path.chmod(0o600)
-    for call in (
-        lambda: Control.open(name),
-        lambda: segment.MappedSegment(name, 1, 0),
-        lambda: snapshots.read(name, 5),
-        lambda: LogReader(name),
-    ):
-        with pytest.raises(LedgerError):
-            call()
-    assert snapshots.newest(name) is None and segments_of(name) == [(1, 0)]
+    """They carry no stamp of a ledger either, so none takes them for its own."""
+    paths = [SHM / object_name for object_name in (f"{name}.control", f"{name}.1.0", f"{name}.snapshot.5")]
+    try:
+        for path in paths:
+            path.write_bytes(b"\xff" * size)
+            path.chmod(0o600)
+        for call in (
+            lambda: Control.open(name),
+            lambda: segment.MappedSegment(name, 1, 0),
+            lambda: snapshots.read(name, 5),
+            lambda: LogReader(name),
+        ):
+            with pytest.raises(LedgerError):
+                call()
+        assert snapshots.newest(name) is None and segments_of(name) == []
+        remove_objects(name)
+        assert all(path.exists() for path in paths)
+    finally:
+        for path in paths:
+            path.unlink()
 
 
 @given(st.data())
