@@ -35,6 +35,7 @@ room           holds                                                            
 ``events``     the one table of events; what a field means stands in its type           nothing
 ``commands``   what a caller may wish                                                   events
 ``content``    what makes two blocks equal: prompts as words                            errors
+``items``      what tells images and sounds apart: records beside the words             nothing
 ``fields``     what the annotations of events say; ``mentions`` follows from it         events
 ``state``      runs, orders, places, state; questions only                              events
 ``apply``      one handler per event; ``apply.tree`` has the writers                    state
@@ -54,6 +55,6 @@ The number of an event is the only time; sets, hashes and floats decide nothing.
 """
 
 __all__ = [
-    *("apply", "check", "commands", "content", "decide", "errors", "events", "fields", "hashing", "mentions"),
+    *("apply", "check", "commands", "content", "decide", "errors", "events", "fields", "hashing", "items", "mentions"),
     *("records", "state"),
 ]

@@ -141,6 +141,8 @@ class LoadWeights(NamedTuple):
     """The model has other weights from here on."""
 
     weights: str
+    clear: bool = False
+    """Forget everything cached in the same transaction: requests go on whose KV is partly of the old weights."""
 
 
 class Resize(NamedTuple):

@@ -57,7 +57,11 @@ class WholeCache(Ledger):
         if wait:
             self._until("clear(wait=...)", lambda: not (self._state.requests or self._state.transfers), wait)
         self._execute(commands.Clear(force))
-        with contextlib.suppress(SharedMemoryFull):  # what stays matches nothing, and goes when its blocks are wanted
+        self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        """Give back the blocks of a cache that was cleared; what stays matches nothing, and goes when it is wanted."""
+        with contextlib.suppress(SharedMemoryFull):
             for tier in (Tier.HOST, Tier.DEVICE):
                 while self._execute(commands.Evict(tier, self._evict_step)):
                     pass
@@ -115,11 +119,12 @@ class WholeCache(Ledger):
         namespace_key(weights="" if weights is None else weights)  # refuses what is no text
         self._expect_owner()
         if weights is not None and weights != self._state.weights:
-            if self._state.requests:
-                if not force:
-                    raise Busy(f"{len(self._state.requests)} requests run with the old weights: release them, or force")
-                self.clear(force=True)
-            self._execute(commands.LoadWeights(weights))
+            running = len(self._state.requests)
+            if running and not force:
+                raise Busy(f"{running} requests run with the old weights: release them, or force")
+            self._execute(commands.LoadWeights(weights, clear=running > 0))
+            if running:
+                self._drop_unused()
         self._paused = False
 
     def make_room(self, blocks: SupportsIndex) -> int:

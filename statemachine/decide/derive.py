@@ -281,7 +281,7 @@ DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     TransferFinished: lambda _, event, __: FinishTransfer(event.transfer, Outcome(event.outcome), event.valid),
     QuarantineEnded: lambda _, event, __: EndQuarantine(event.transfer),
     CacheCleared: lambda _, event, __: Clear(True),
-    WeightsLoaded: lambda _, event, __: LoadWeights(event.weights),
+    WeightsLoaded: lambda _, event, events: LoadWeights(event.weights, len(events) > 1),
     PoolResized: lambda _, event, __: Resize(Tier(event.tier), event.blocks),
     TierLost: lambda _, event, __: LoseTier(Tier(event.tier), event.reason, event.pools),
     WorkerJoined: lambda _, event, __: JoinWorker(event.rank, event.incarnation, event.pid),

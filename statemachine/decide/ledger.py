@@ -20,6 +20,7 @@ from statemachine.commands import JoinWorker, LoadWeights, LoseWorker, StartEpoc
 from statemachine.decide.eviction import evicted_everywhere
 from statemachine.errors import InvalidCommand
 from statemachine.events import (
+    CacheCleared,
     DigestScope,
     DigestTaken,
     EpochStarted,
@@ -100,7 +101,10 @@ def _lose_worker(state: State, command: LoseWorker) -> list[Event]:
 
 
 def _load_weights(state: State, command: LoadWeights) -> list[Event]:
-    return [WeightsLoaded(command.weights)] if command.weights != state.weights else []
+    if command.weights == state.weights:
+        return []
+    loaded = WeightsLoaded(command.weights)
+    return [loaded, CacheCleared(state.generation + 1)] if command.clear else [loaded]
 
 
 def _take_digest(state: State, command: TakeDigest) -> list[Event]:

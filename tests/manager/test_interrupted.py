@@ -155,6 +155,9 @@ def test_who_waits_takes_only_its_own_news(name: str) -> None:
 def test_who_waits_hears_of_a_release(name: str) -> None:
     with CacheManager.create(name, config()) as manager:
         swapped(manager, "a")
+        worker = manager.worker_pid(0)
+        assert worker is not None
+        os.kill(worker, signal.SIGSTOP)  # it must not be ready before it is released
         manager.match("b", TOKENS, max_blocks=4)
 
         async def released_meanwhile() -> None:
@@ -165,7 +168,10 @@ def test_who_waits_hears_of_a_release(name: str) -> None:
             with pytest.raises(UnknownRequest, match="released while somebody waited"):
                 await waiting
 
-        asyncio.run(released_meanwhile())
+        try:
+            asyncio.run(released_meanwhile())
+        finally:
+            os.kill(worker, signal.SIGCONT)
 
 
 def test_nobody_waits_for_a_request_that_was_released(name: str) -> None:

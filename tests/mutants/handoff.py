@@ -103,7 +103,7 @@ MUTANTS: list[Mutant] = [
     mutant(
         "a release does not end its pushes",
         "kvledger/manager/execution.py",
-        "            handoff.released(key)\n",
+        "            handoff.released(request_id)\n",
         "            pass\n",
         f"{TESTS}::test_releasing_a_request_ends_its_push",
     ),

@@ -174,7 +174,7 @@ def squatted(name: str) -> Iterator[list[str]]:
     bells = [f"sem.{name}.{part}bell.{line}" for part in ("", "rank0.1.", "pushes.") for line in range(3)]
     files = [*(f"{name}.{each}" for each in TO_COME), *bells]
     try:
-        subprocess.run([sys.executable, "-c", SQUATTERS, *files], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", SQUATTERS, *files], check=True, timeout=PATIENCE_S)
         yield files
     finally:
         for file in files:
@@ -230,9 +230,9 @@ def test_a_file_of_another_user_stops_no_recovery_of_a_killed_engine(name: str) 
         "manager = CacheManager.create(sys.argv[1], CacheConfig(device_blocks=50, block_size=4))\n"
         "manager.admit('a', [1, 2, 3, 4, 5])\nmanager.cache('a')\nmanager.release('a')\nos.kill(os.getpid(), 9)\n"
     )
-    subprocess.run([sys.executable, "-c", code, name], timeout=60)
+    subprocess.run([sys.executable, "-c", code, name], timeout=PATIENCE_S)
     theirs = [f"{name}.9.0", f"{name}.snapshot.3", f"{name}.tickets", f"{name}.pushes.control", f"{name}.auditor"]
-    subprocess.run([sys.executable, "-c", SQUATTERS, *theirs], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", SQUATTERS, *theirs], check=True, timeout=PATIENCE_S)
     try:
         for start in (1, 2):
             LogReader(name, from_sequence=start).close()

@@ -74,7 +74,7 @@ def test_a_picture_that_follows_equals_one_that_is_painted_anew(policy: HostPoli
             anew = Picture(restore(snapshot(state)))
             assert not page.differs(Page(anew.keyframe())), event
     wanted = {kind.__name__ for kind in KINDS.values()}
-    wanted -= {"LedgerOpened", "AllocationRefused", "WorkerJoined", "WorkerLost", "DigestTaken"}
+    wanted -= {"LedgerOpened", "AllocationRefused", "WorkerJoined", "WorkerLost", "DigestTaken", "WeightsLoaded"}
     if policy == HostPolicy.OFF:
         wanted -= {"TransferStarted", "TransferFinished", "QuarantineEnded"}
     assert wanted <= seen
