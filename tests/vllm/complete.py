@@ -31,7 +31,7 @@ MODES: dict[str, dict[str, Any]] = {
         "num_gpu_blocks_override": 100,
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
     },
-    "priority": {"num_gpu_blocks_override": 40, "scheduling_policy": "priority"},
+    "priority": {"num_gpu_blocks_override": 30, "max_num_seqs": 6, "scheduling_policy": "priority"},
 }
 
 
