@@ -135,8 +135,12 @@ def namespace_key(*, lora: str = "", salt: str = "", weights: str = "") -> bytes
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
 
-def adapter_of(namespace: bytes) -> str | None:
-    """The LoRA adapter of a :func:`namespace_key` that names nothing else, empty for none; ``None``: it does."""
+def adapter_of(namespace: bytes, weights: str) -> str | None:
+    """The LoRA adapter of a namespace under these weights, empty for none; ``None``: it names anything else."""
+    version = versioned(weights, b"")
+    if not namespace.startswith(version):
+        return None
+    namespace = namespace[len(version) :]
     length = int.from_bytes(namespace[:4], "little")
     try:
         adapter = namespace[4 : 4 + length].decode()

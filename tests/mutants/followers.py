@@ -37,7 +37,7 @@ MUTANTS = [
     mutant(
         "what a clearing has retired is announced",
         RESIDENCY,
-        "            self._names.clear()  # the trees of today are retired: nothing in them has a name any more\n",
+        "            self._names.clear()  # other trees have names from here on\n",
         "            pass\n",
         BELIEVED,
     ),

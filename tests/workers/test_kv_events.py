@@ -49,7 +49,10 @@ class Router:
             assert parent is None or self.known(parent), "an orphan"
             assert block not in self.media[event["medium"]], "stored twice"
             self.media[event["medium"]][block] = parent
-            assert self.names.setdefault((parent, tuple(row), event["lora_name"]), block) == block
+            place = (parent, tuple(row), event["lora_name"])
+            before = self.names.get(place, block)
+            assert before == block or not self.known(before), "two names at once"  # other weights give another name
+            self.names[place] = block
             parent = block
 
     def BlockRemoved(self, event: dict[str, Any]) -> None:  # noqa: N802

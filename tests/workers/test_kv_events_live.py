@@ -209,6 +209,33 @@ def test_what_has_no_name_outside_is_not_announced(name: str) -> None:
         batches.close()
 
 
+def test_only_the_weights_in_force_are_announced(name: str) -> None:
+    prompt = list(range(24))
+    with CacheManager.create(name, CacheConfig(block_size=BLOCK, device_blocks=60, weights="v1")) as manager:
+        router, batches = Router(), Batches(name, since=0)
+
+        def serve(request: str, **options: Any) -> None:
+            manager.admit(request, prompt, **options)
+            manager.cache(request)
+            manager.release(request)
+
+        def told() -> tuple[tuple[int, int], tuple[int, int]]:
+            for number, payload in batches.poll():
+                router.take(number, payload)
+            return router.score(prompt), router.score(prompt, "poet")
+
+        serve("plain")
+        serve("poet", namespace=namespace_key(lora="poet"))
+        assert told() == ((6, 0), (6, 0))
+        manager.resume(weights="v2")
+        assert told() == ((0, 0), (0, 0)) and not router.media["GPU"]
+        serve("again")
+        assert told() == ((6, 0), (0, 0))
+        manager.resume(weights="v1")  # what was computed with them is there still, and matches again
+        assert told() == ((6, 0), (6, 0)) and manager.peek(prompt, max_blocks=6) == (6, 0)
+        batches.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -42,6 +42,7 @@ from statemachine.events import (
     Tier,
     TransferFinished,
     TransferStarted,
+    WeightsLoaded,
     WorkerJoined,
     WorkerLost,
 )
@@ -133,8 +134,8 @@ class Residency:
 
     def after(self, state: State, event: Event) -> list[Change]:
         """What the event has changed: first what is stored, parents first, then what is removed, children first."""
-        if type(event) is CacheCleared:
-            self._names.clear()  # the trees of today are retired: nothing in them has a name any more
+        if type(event) is CacheCleared or type(event) is WeightsLoaded:
+            self._names.clear()  # other trees have names from here on
         if self._touched is None:
             runs: Iterable[Node] = state.nodes.values()
         else:
@@ -143,8 +144,9 @@ class Residency:
         is_now = self._announced(runs, state)
         if len(self._names) > 2 * len(state.nodes) + 1000:
             self._names = {id: name for id, name in self._names.items() if id in state.nodes}
-        if type(event) is CacheCleared and not is_now:
-            return [Cleared()] if self._was else []
+        if type(event) is CacheCleared or type(event) is WeightsLoaded:
+            # Tokens that were announced under the old weights get other names: both at once would confuse a router.
+            return [Cleared(), *_changes({}, is_now)] if self._was or is_now else []
         return _changes(self._was, is_now)
 
     def _announced(self, runs: Iterable[Node], state: State) -> _Announced:
@@ -177,7 +179,7 @@ def _name_below(above: _Name, run: Node, state: State) -> _Name:
     while root.parent is not None:
         root = root.parent
     namespace = root.words
-    adapter = adapter_of(namespace)
+    adapter = adapter_of(namespace, state.weights)
     nothing = _Name(run.start, run.size, [], b"")
     if state.roots.get(namespace) is not root or adapter is None or (run.start and not above.last):
         return nothing
