@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import resource
 import signal
 from collections.abc import Generator, Iterator
 
@@ -41,6 +43,25 @@ def nothing_left_behind() -> Iterator[None]:
     before = ours()
     yield
     assert not ours() - before
+
+
+@pytest.fixture(autouse=True)
+def nothing_changed_for_others() -> Iterator[None]:
+    """A command that a test runs in this process leaves everything as it was for the tests after it."""
+    before = what_is_shared()
+    yield
+    assert what_is_shared() == before
+
+
+def what_is_shared() -> dict[str, object]:
+    return {
+        "logging": (logging.root.manager.disable, logging.root.level, list(logging.root.handlers)),
+        "folder": os.getcwd(),
+        "cores": os.sched_getaffinity(0),
+        "environment": {name: text for name, text in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)],
+        "limits": [resource.getrlimit(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS)],
+    }
 
 
 def ours() -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -34,14 +34,13 @@ def simulate(
     from kvledger.testing.simulator import Plan
     from kvledger.testing.split import SplitPlan
 
-    logging.disable(logging.CRITICAL)  # what a simulated operator would be told
     if is_compiled():
         raise CommandFailed(INTERPRETED_ONLY)
     draw: Callable[[int], AnyPlan] = SplitPlan.draw if split else Plan.draw
     begun = time.monotonic()
     number = points = kills = engines = verified = 0
     interrupted = False
-    with one_core(), working("simulating") as say_now:
+    with one_core(), _unheard(), working("simulating") as say_now:
         while not interrupted and (time.monotonic() - begun < seconds if seconds is not None else number < runs):
             try:
                 outcome = simulate_or_shrink(draw(seed + number))
@@ -72,3 +71,14 @@ def simulate(
     )
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Silence for what a simulated operator would be told, and only meanwhile: a test runs commands in its process."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -321,7 +321,7 @@ def test_nothing_goes_that_no_snapshot_covers() -> None:
         stats = manager.stats()
         newest = stats["snapshot_events"]
         follower = Follower(manager.name)
-        assert follower.sequence == newest
+        assert follower.sequence >= newest  # a snapshot may be there that its auditor had no time to tell of
         follow_to_the_end(follower)
         assert follower.state is not None and state_digest(follower.state) == manager.digest()
         follower.close()
