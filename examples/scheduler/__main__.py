@@ -1,16 +1,25 @@
-"""``python -m examples.scheduler``: serves random requests with real workers, and compares every text."""
+"""``python -m examples.scheduler [COUNT] [SEED] [LEDGER]``: serves random requests, and compares every text.
+
+An engine as a process, with real workers: it starts warm where a ledger of that name was left, and stops in order when
+it gets SIGTERM. A ledger that is named stays for the next start; without a name nothing stays.
+"""
 
 from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
+import threading
 import time
 
 from examples.scheduler.model import SLOT_BYTES, CountingModel, reference
 from examples.scheduler.scheduler import Request, Scheduler
+from examples.scheduler.serve import drain
 from kvledger import CacheConfig, CacheManager, HostPolicy, Item
 
+GRACE_S = 20.0
+"""What runs when the engine is told to stop has so long to end. Kubernetes kills 30 seconds after SIGTERM."""
 SIZES = {"block_size": 4, "ranks": 2, "layers": 2, "block_bytes": 4 * SLOT_BYTES}
 
 
@@ -41,25 +50,35 @@ def expected(request: Request) -> list[int]:
     return text
 
 
-def main(count: int = 500, seed: int = 1) -> int:
+def main(count: int = 500, seed: int = 1, ledger: str = "") -> int:
     """Serve, compare, and say what happened."""
     config = CacheConfig(device_blocks=200, host_blocks=200, host_policy=HostPolicy.EXCLUSIVE, **SIZES)  # type: ignore[arg-type]
+    stopping = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())  # a flag: what is being done ends as a whole
     requests = traffic(count, seed)
     texts = [expected(request) for request in requests]
-    begun = time.perf_counter()
-    with CacheManager.create(f"scheduler-{os.getpid()}", config) as manager:
-        scheduler = Scheduler(manager, CountingModel(config, manager.pools))
+    started = CacheManager.open_or_create(ledger or f"scheduler-{os.getpid()}", config, replace_dead=True)
+    print(f"{'warm' if started.warm else 'new'}: ledger {started.manager.name}", flush=True)
+    begun, before_it = time.perf_counter(), started.manager.stats()["requests"]
+    try:
+        scheduler = Scheduler(started.manager, CountingModel(config, started.manager.pools))
         for request in requests:
             scheduler.submit(request)
-        while scheduler.waiting or scheduler.running:
+        while (scheduler.waiting or scheduler.running) and not stopping.is_set():
             scheduler.step()
-        stats = manager.stats()
-    wrong = [request.id for request, text in zip(requests, texts) if request.tokens != text]
-    print(f"{count} requests in {scheduler.number} steps and {time.perf_counter() - begun:.1f} s:")
+        drain(scheduler, GRACE_S)
+        stats = started.manager.stats()
+        admissions = stats["requests"] - before_it
+    finally:
+        started.manager.close(keep=bool(ledger))
+        signal.signal(signal.SIGTERM, before)
+    served = [(request, text) for request, text in zip(requests, texts) if not request.failed]
+    wrong = [request.id for request, text in served if request.tokens != text]
+    print(f"{len(served)} of {count} requests in {scheduler.number} steps and {time.perf_counter() - begun:.1f} s:")
     print(f"{stats['device_hit_blocks']} blocks found on the device, {stats['host_hit_blocks']} on the host,")
-    print(f"{stats['requests'] - count} preemptions, {len(wrong)} wrong texts {wrong[:5]}")
+    print(f"{admissions} admissions (who is preempted comes again), {len(wrong)} wrong texts {wrong[:5]}")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(*map(int, sys.argv[1:3]), *sys.argv[3:]))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +19,16 @@ from examples.scheduler import scheduler as file
 from examples.scheduler.__main__ import SIZES, expected, traffic
 from examples.scheduler.model import CountingModel
 from examples.scheduler.scheduler import Request, Scheduler
-from examples.scheduler.serve import generate, serve
-from kvledger import CacheConfig, CacheManager, HostPolicy
+from examples.scheduler.serve import drain, generate, serve
+from ipc.ownership import objects_of, remove_objects
+from kvledger import CacheConfig, CacheManager, HostPolicy, LogReader
 from statemachine.check import check
+from statemachine.events import BlocksEvicted, EpochStarted, EvictReason, RequestMatched, RequestReleased, WorkerJoined
+from statemachine.records import codec
 from tests.manager.test_manager import replays
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
+
+ROOT = Path(__file__).parents[2]
 
 HOST = {"host_blocks": 120, "host_policy": HostPolicy.EXCLUSIVE}
 
@@ -109,6 +117,74 @@ def test_any_number_of_tasks_ask() -> None:
         found = asyncio.run(main(scheduler))
     assert isinstance(found.pop(7), asyncio.CancelledError)
     assert found == texts[:7] + texts[8:]
+
+
+@contextmanager
+def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """The engine as a process of its own, when it has begun to serve."""
+    command = [sys.executable, "-m", "examples.scheduler", *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as engine:
+        try:
+            yield engine
+        finally:
+            engine.kill()
+
+
+def events_of(name: str) -> list[Any]:
+    reader = LogReader(name)
+    try:
+        return [
+            codec.decode(each.kind, each.subject, each.args, each.payload)
+            for records in iter(reader.poll, [])
+            for each in records
+        ]
+    finally:
+        reader.close()
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    name = f"stopping-{os.getpid()}"
+    yield name
+    remove_objects(name)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["a successor comes", "it ends here"])
+def test_sigterm_ends_an_engine_in_order(kept: bool, name: str) -> None:
+    """What runs is served, what waits is given back, and a successor finds all that was cached, or nobody anything."""
+    with process(5000, 1, *([name] if kept else [])) as engine:
+        assert engine.stdout is not None
+        ledger = engine.stdout.readline().removeprefix("new: ledger ").strip()
+        wait_until("requests have ended", lambda: RequestReleased in map(type, events_of(ledger)))
+        engine.send_signal(signal.SIGTERM)
+        engine.send_signal(signal.SIGTERM)  # who asks twice hurries nobody
+        said, errors = engine.communicate(timeout=PATIENCE_S)
+    assert engine.returncode == 0 and not errors and "0 wrong texts" in said
+    served = int(said.split(" of ")[0])
+    assert 0 < served < 5000
+    assert bool(objects_of(ledger)) == kept
+    if kept:
+        with process(20, 1, name) as engine:  # the same prompts, so that the first of them are cached
+            said, _ = engine.communicate(timeout=PATIENCE_S)
+        assert engine.returncode == 0 and said.startswith("warm: ledger")
+        told = events_of(name)
+        begun = next(at for at, event in enumerate(told) if type(event) is EpochStarted)
+        assert any(type(event) is RequestMatched and event.device_blocks + event.host_blocks for event in told[begun:])
+        assert not any(type(event) is BlocksEvicted and event.reason == EvictReason.UNTRUSTED for event in told)
+        assert sum(type(event) is WorkerJoined for event in told) == 4, "two workers of each of the two engines"
+
+
+def test_what_does_not_end_in_time_is_aborted() -> None:
+    with engine() as scheduler:
+        requests = traffic(100, seed=6)
+        for request in requests:
+            scheduler.submit(request)
+        while len(scheduler.running) < 5:
+            scheduler.step()
+        running = list(scheduler.running.values())
+        drain(scheduler, seconds=0)
+        assert all(request.failed == "aborted" for request in running if request.answered < request.length)
+        assert all(request.failed for request in requests[-50:]) and all(request.done.is_set() for request in requests)
 
 
 def test_it_stays_short_enough_to_copy() -> None:
