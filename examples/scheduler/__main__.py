@@ -50,7 +50,7 @@ def expected(request: Request) -> list[int]:
     return text
 
 
-def main(count: int = 500, seed: int = 1, ledger: str = "") -> int:
+def main(count: int = 500, seed: int = 1, *, ledger: str = "") -> int:
     """Serve, compare, and say what happened."""
     config = CacheConfig(device_blocks=200, host_blocks=200, host_policy=HostPolicy.EXCLUSIVE, **SIZES)  # type: ignore[arg-type]
     stopping = threading.Event()
@@ -81,4 +81,4 @@ def main(count: int = 500, seed: int = 1, ledger: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:3]), *sys.argv[3:]))
+    sys.exit(main(*map(int, sys.argv[1:3]), ledger="".join(sys.argv[3:4])))

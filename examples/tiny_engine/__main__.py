@@ -11,9 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ipc import LedgerError
-from kvledger import ConfigError, HostPolicy
-from workers import WorkerFailed
+from kvledger import ConfigError, HostPolicy, LedgerError, WorkerFailed
 
 _ERRORS = Console(stderr=True)
 app = typer.Typer(add_completion=False)
@@ -32,7 +30,7 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="Requests; half of them come back for a second turn")] = 24,
     generate: Annotated[int, typer.Option(min=1, help="New tokens per request")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and prompts")] = 0,
-    caching: Annotated[bool, typer.Option(help="Publish and match blocks")] = True,
+    caching: Annotated[bool, typer.Option(help="Use what other requests have cached")] = True,
     drop_in: Annotated[bool, typer.Option(help="FastDeploy's PrefixCacheManager API instead of CacheManager")] = False,
     ranks: Annotated[int, typer.Option(help="Tensor-parallel ranks (1, 2, 4), one transfer worker each")] = 2,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block")] = 8,
@@ -84,7 +82,7 @@ def main(
     tokens = sum(len(completion.tokens) for completion in found)
     table.add_row("requests", f"{len(found)} in {seconds:.2f} s, {tokens / seconds:,.0f} new tokens/s")
     table.add_row("tokens computed", f"{run.engine.computed_tokens:,}")
-    table.add_row("blocks hit", f"{run.blocks.hit_blocks:,}")
+    table.add_row("tokens found in the cache", f"{run.engine.cached_tokens:,}")
     table.add_row("preempted", f"{run.engine.preemptions}")
     for name in ("device_evicted_blocks", "swapped_out_blocks", "swapped_in_blocks", "backed_up_blocks"):
         table.add_row(name.replace("_", " "), f"{stats[name]:,}")

@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import paddle
 
-from workers import KVTensor
-from workers.pools.interface import Pools
+from kvledger import KVTensor, Pools
 
 
 class Rows(NamedTuple):

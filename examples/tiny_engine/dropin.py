@@ -1,4 +1,4 @@
-"""The same engine on FastDeploy's block manager API: ``kvledger.adapters.fastdeploy.PrefixCacheManager``.
+"""The same engine on FastDeploy's block manager: ``kvledger.adapters.fastdeploy.PrefixCacheManager``.
 
 Calls and their order are those of FastDeploy's scheduler: a guard, match (which waits for the swap-in), allocate,
 cache, release, recycle.
@@ -6,94 +6,92 @@ cache, release, recycle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from examples.tiny_engine.blocks import Request
-from kvledger import OutOfBlocks
+from kvledger import Admission, BlockTable, Growth, OutOfBlocks, ReleaseReason
 from kvledger.adapters.fastdeploy import PrefixCacheManager
 
 
-class DropInBlocks:
-    """:class:`examples.tiny_engine.blocks.BlockManager` over the drop-in."""
+class DropIn:
+    """Those of the calls in tokens that the engine makes, made of FastDeploy's."""
 
-    def __init__(self, manager: PrefixCacheManager, *, caching: bool = True) -> None:
+    def __init__(self, manager: PrefixCacheManager) -> None:
         self._manager = manager
-        self._caching = caching
-        self.block_size: int = manager.cache_config.block_size
-        self.device_blocks: int = manager.num_gpu_blocks
-        self.hit_blocks = 0
+        self.config = manager.manager.config
         self._tasks: dict[str, Any] = {}
         """By request: what FastDeploy's scheduler would hold."""
 
-    def admit(self, request: Request) -> bool:
+    def step(self, number: int) -> AbstractContextManager[None]:
+        """Nothing: FastDeploy's calls wait for copies, so each is a transaction of its own."""
+        return nullcontext()
+
+    def poll(self) -> None:
+        """Hear the workers."""
+        self._manager.poll()
+
+    def admit(self, request_id: str, tokens: list[int], *, max_blocks: int | None = None) -> Admission:
         """Match all tokens but the last, which is always computed; then allocate the rest."""
-        size, manager = self.block_size, self._manager
-        needed = manager.get_required_block_num(len(request.tokens), size)
-        if not manager.can_allocate_gpu_blocks(needed):
-            return False
+        size = self.config.block_size
+        caching = max_blocks is None
         task = SimpleNamespace(
-            request_id=request.name, prompt_token_ids=request.tokens[:-1], block_tables=[], cached_block_num=0
+            request_id=request_id, prompt_token_ids=tokens[:-1], block_tables=[], cached_block_num=0, caching=caching
         )
-        matched = 0
-        if self._caching:
+        task.computed = 0
+        if caching:
+            task.block_tables, task.computed, _ = self._manager.request_match_blocks(task, size)
+        task.tokens = list(tokens)
+        self._tasks[request_id] = task
+        try:
+            self._allocate(task, len(tokens))
+        except OutOfBlocks:
+            self.release(request_id)
+            raise
+        return Admission(self.block_table(request_id), task.computed // size, 0, True, task.computed)
+
+    def _allocate(self, task: Any, tokens: int) -> None:
+        missing = self._manager.get_required_block_num(tokens, self.config.block_size) - len(task.block_tables)
+        if missing > 0:
+            task.block_tables += self._manager.allocate_gpu_blocks(missing)
+
+    def grow(self, tokens: Mapping[str, int]) -> Growth:
+        """Whoever gets blocks can use them: allocating has waited."""
+        for place, (request_id, count) in enumerate(tokens.items()):
             try:
-                task.block_tables, matched, _ = manager.request_match_blocks(task, size)
-            except OutOfBlocks:
-                return False
-        self._tasks[request.name] = task
-        if not self._allocate(task, needed - len(task.block_tables)):
-            self.release(request)
-            return False
-        self.hit_blocks += matched // size
-        request.computed = matched
-        request.table = np.array(task.block_tables, np.int32)
-        return True
+                self._allocate(self._tasks[request_id], count)
+            except OutOfBlocks as refusal:
+                return Growth({}, [], list(tokens)[place:], refusal, [])
+        return Growth({}, [], [], None, [])
 
-    def _allocate(self, task: Any, blocks: int) -> bool:
-        if not self._manager.can_allocate_gpu_blocks(blocks):
-            return False
-        task.block_tables += self._manager.allocate_gpu_blocks(blocks)
-        return True
+    def computed(self, request_id: str) -> int:
+        """As FastDeploy's scheduler counts them."""
+        return int(self._tasks[request_id].computed)
 
-    def grow(self, requests: Sequence[Request]) -> bool:
-        """One block for each, or for none."""
-        size = self.block_size
-        counts = [self._manager.get_required_block_num(len(r.tokens), size) - len(r.table) for r in requests]
-        if not self._manager.can_allocate_gpu_blocks(sum(counts)):
-            return False
-        for request, count in zip(requests, counts, strict=True):
-            self._allocate(self._tasks[request.name], count)
-            request.table = np.array(self._tasks[request.name].block_tables, np.int32)
-        return True
+    def block_table(self, request_id: str) -> BlockTable:
+        """As an array."""
+        return np.array(self._tasks[request_id].block_tables, np.int32)
 
-    def ready(self, request: Request) -> bool:
-        """Always: matching and allocating have waited."""
-        return True
+    def append(self, request_id: str, token: int) -> None:
+        """Remember it for the time when it is computed."""
+        self._tasks[request_id].tokens.append(token)
 
-    def publish(self, request: Request) -> None:
-        """After the step; FastDeploy calls it before."""
-        if self._caching:
-            task = self._tasks[request.name]
-            if request.computed > len(task.prompt_token_ids):
-                task.prompt_token_ids = request.tokens[: request.computed]
-            self._manager.update_cache_blocks(task, self.block_size, request.computed)
+    def commit(self, computed: Mapping[str, int]) -> None:
+        """Cache blocks after the step; FastDeploy does it before."""
+        for request_id, count in computed.items():
+            task = self._tasks[request_id]
+            task.computed = count
+            if count > len(task.prompt_token_ids):
+                task.prompt_token_ids = task.tokens[:count]
+            if task.caching:
+                self._manager.update_cache_blocks(task, self.config.block_size, count)
 
-    def release(self, request: Request, *, preempted: bool = False) -> None:
-        """What is cached belongs to the tree; the rest is given back by its ids."""
-        task = self._tasks.pop(request.name)
-        if self._caching:
+    def release(self, request_id: str, reason: ReleaseReason = ReleaseReason.FINISHED) -> None:
+        """Leave to the tree what is cached, and give the rest back by its ids."""
+        task = self._tasks.pop(request_id)
+        if task.caching:
             self._manager.release_block_ids(task)
         self._manager.recycle_gpu_blocks(task.block_tables[task.cached_block_num :])
-
-    def poll(self) -> list[tuple[str, int, np.ndarray]]:
-        """Nobody waits, so nobody is told anything."""
-        self._manager.poll()
-        return []
-
-    def moving(self) -> bool:
-        """From the ledger behind it."""
-        return bool(self._manager.manager.state.transfers)

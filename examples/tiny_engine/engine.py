@@ -5,16 +5,31 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from examples.tiny_engine.attention import PagedAttention, Rows
-from examples.tiny_engine.blocks import BlockManager, Request
+from examples.tiny_engine.dropin import DropIn
 from examples.tiny_engine.model import Model
-from workers.pools.interface import Pools
+from kvledger import CacheManager, OutOfBlocks, Pools, ReleaseReason
 
 _NAP_S = 0.0002
+
+
+@dataclass(eq=False)
+class Request:
+    """A request in the engine. What of it is computed, and where, the manager knows."""
+
+    name: str
+    tokens: list[int]
+    """The prompt, then what was generated."""
+    length: int
+    """Tokens when it is done."""
+    prompt_length: int
+    scores: list[float] = field(default_factory=list)
+    """The logit of each generated token."""
 
 
 class Completion(NamedTuple):
@@ -24,10 +39,20 @@ class Completion(NamedTuple):
     scores: list[float]
 
 
+class Chunk(NamedTuple):
+    """What a step computes of one request: its tokens from ``start`` to ``stop``."""
+
+    request: Request
+    start: int
+    stop: int
+
+
 class Engine:
     """Serves requests; :meth:`step` is one turn of the loop.
 
     Args:
+        manager: kvledger's, or FastDeploy's behind the same calls.
+        caching: use what other requests have cached.
         running: requests that are in the batch at most.
         budget: tokens computed per step at most.
         chunk: of these, tokens of one prompt at most.
@@ -36,24 +61,31 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        blocks: BlockManager,
+        manager: CacheManager | DropIn,
         pools: Sequence[Pools],
         *,
+        caching: bool = True,
         running: int = 8,
         budget: int = 64,
         chunk: int = 24,
     ) -> None:
         self._model = model
-        self._blocks = blocks
+        self._manager = manager
         self._attention = PagedAttention(pools)
+        self._most_matched = None if caching else 0
         self._most_running = running
         self._budget = budget
         self._chunk = chunk
+        self._number = 0
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         """Oldest first."""
+        self._computed: dict[str, int] = {}
+        """By the last step."""
         self.done: dict[str, Completion] = {}
         self.computed_tokens = 0
+        self.cached_tokens = 0
+        """That were found in the cache."""
         self.preemptions = 0
         self.smallest_gap = float("inf")
         """Between the best and the second best logit of any step: what greedy decoding decided on."""
@@ -68,9 +100,10 @@ class Engine:
         if not tokens or generate < 1:
             raise ValueError(f"request {name!r}: a prompt has at least one token, and asks for at least one more")
         length = len(tokens) + generate
-        needed = -(-length // self._blocks.block_size)
-        if needed > self._blocks.device_blocks:
-            raise ValueError(f"request {name!r} needs {needed} blocks, the device has {self._blocks.device_blocks}")
+        config = self._manager.config
+        needed = -(-length // config.block_size)
+        if needed > config.device_blocks:
+            raise ValueError(f"request {name!r} needs {needed} blocks, the device has {config.device_blocks}")
         self._waiting.append(Request(name, tokens, length, len(tokens)))
 
     def run(self) -> dict[str, Completion]:
@@ -81,82 +114,91 @@ class Engine:
         return self.done
 
     def step(self) -> int:
-        """One turn; returns the tokens it computed. 0: everybody waits for copies."""
-        self._hear()
-        self._admit()
-        self._grow()
-        batch = self._batch()
-        if batch:
-            self._compute(batch)
-        return sum(count for _, count in batch)
+        """One turn; returns the tokens it computed. 0: everybody waits for copies, or has ended."""
+        self._number += 1
+        with self._manager.step(self._number):
+            self._manager.poll()
+            self._manager.commit(self._computed)
+            self._end()
+            able = self._grow()
+            self._admit(able)
+            chunks = self._chunks(able)
+        self._computed = {}
+        if chunks:
+            self._compute(chunks)
+        return sum(chunk.stop - chunk.start for chunk in chunks)
 
-    def _hear(self) -> None:
-        """A swap-in that failed: compute again what did not come."""
-        by_name = {request.name: request for request in self._running}
-        for name, computed, table in self._blocks.poll():
-            if name in by_name:
-                by_name[name].computed, by_name[name].table = computed, table
+    def _end(self) -> None:
+        for request in [each for each in self._running if len(each.tokens) == each.length]:
+            self._running.remove(request)
+            self._manager.release(request.name)
+            self.done[request.name] = Completion(request.tokens[request.prompt_length :], request.scores)
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._most_running and self._blocks.admit(self._waiting[0]):
-            self._running.append(self._waiting.popleft())
-        if self._waiting and not self._running and not self._blocks.moving():
-            raise RuntimeError(f"request {self._waiting[0].name!r} cannot be admitted although nothing else runs")
+    def _grow(self) -> list[Request]:
+        """Give room for the tokens of the next step; the youngest request gives its own up if there is none.
 
-    def _grow(self) -> None:
-        """Blocks for the tokens of the next step; the youngest requests give theirs up if there are none."""
-        size = self._blocks.block_size
-        while short := [r for r in self._running if len(r.tokens) > len(r.table) * size]:
-            if self._blocks.grow(short):
-                return
+        Returns those that can be computed.
+        """
+        while True:
+            grown = self._manager.grow({request.name: len(request.tokens) for request in self._running})
+            if grown.refusal is None or grown.refusal.in_transfer:
+                out = {*grown.not_ready, *grown.refused}
+                return [request for request in self._running if request.name not in out]
             victim = self._running.pop()
-            self._blocks.release(victim, preempted=True)
-            victim.computed = 0
-            victim.table = victim.table[:0]
+            self._manager.release(victim.name, ReleaseReason.PREEMPTED)
             self._waiting.appendleft(victim)
             self.preemptions += 1
 
-    def _batch(self) -> list[tuple[Request, int]]:
-        """Who computes how many tokens: one to decode, a chunk of the prompt to prefill."""
-        batch = []
-        left = self._budget
-        # decoding first: a long prompt must not hold up the others' next token
-        for request in sorted(self._running, key=lambda r: len(r.tokens) - r.computed > 1):
-            count = min(len(request.tokens) - request.computed, self._chunk, left)
-            if count and self._blocks.ready(request):
-                batch.append((request, count))
-                left -= count
-        return batch
+    def _admit(self, able: list[Request]) -> None:
+        """Begin requests while there is room for all their tokens."""
+        while self._waiting and len(self._running) < self._most_running:
+            request = self._waiting[0]
+            try:
+                admission = self._manager.admit(request.name, request.tokens, max_blocks=self._most_matched)
+            except OutOfBlocks:
+                return
+            self._running.append(self._waiting.popleft())
+            self.cached_tokens += admission.cached_tokens
+            if admission.ready:  # else grow() says when its cached part has arrived
+                able.append(request)
 
-    def _compute(self, batch: list[tuple[Request, int]]) -> None:
-        tokens, rows = self._rows(batch)
+    def _chunks(self, able: list[Request]) -> list[Chunk]:
+        """Who computes how many tokens: one to decode, a chunk of the prompt to prefill."""
+        chunks = [Chunk(each, self._manager.computed(each.name), len(each.tokens)) for each in able]
+        # decoding first: a long prompt must not hold up the others' next token
+        chunks.sort(key=lambda chunk: chunk.stop - chunk.start > 1)
+        left = self._budget
+        for place, (request, start, stop) in enumerate(chunks):
+            count = min(stop - start, self._chunk, left)
+            chunks[place] = Chunk(request, start, start + count)
+            left -= count
+        return [chunk for chunk in chunks if chunk.stop > chunk.start]
+
+    def _compute(self, chunks: list[Chunk]) -> None:
+        tokens, rows = self._rows(chunks)
         logits = self._model.forward(tokens, rows, self._attention).numpy()
-        for (request, count), row in zip(batch, logits, strict=True):
-            request.computed += count
-            self._blocks.publish(request)
-            if request.computed < len(request.tokens):
+        for (request, _, stop), row in zip(chunks, logits, strict=True):
+            self._computed[request.name] = stop
+            if stop < len(request.tokens):
                 continue  # the prompt goes on
             second, best = np.partition(row, -2)[-2:]
             self.smallest_gap = min(self.smallest_gap, float(best - second))
             request.tokens.append(int(row.argmax()))
+            self._manager.append(request.name, request.tokens[-1])
             request.scores.append(float(best))
-            if len(request.tokens) == request.length:
-                self._running.remove(request)
-                self._blocks.release(request)
-                self.done[request.name] = Completion(request.tokens[request.prompt_length :], request.scores)
         self.computed_tokens += len(tokens)
 
-    def _rows(self, batch: list[tuple[Request, int]]) -> tuple[np.ndarray, Rows]:
-        size = self._blocks.block_size
+    def _rows(self, chunks: list[Chunk]) -> tuple[np.ndarray, Rows]:
+        size = self._manager.config.block_size
         spans, positions, slots, tables, tokens = [], [], [], [], []
-        start = 0
-        for request, count in batch:
-            spans.append(slice(start, start + count))
-            start += count
-            stop = request.computed + count
-            places = np.arange(request.computed, stop)
+        begin = 0
+        for request, start, stop in chunks:
+            spans.append(slice(begin, begin + stop - start))
+            begin += stop - start
+            places = np.arange(start, stop)
+            table = self._manager.block_table(request.name)
             positions.append(places)
-            slots.append(request.table[places // size].astype(np.int64) * size + places % size)
-            tables.append(request.table[: -(-stop // size)])
-            tokens += request.tokens[request.computed : stop]
+            slots.append(table[places // size].astype(np.int64) * size + places % size)
+            tables.append(table[: -(-stop // size)])
+            tokens += request.tokens[start:stop]
         return np.array(tokens), Rows(spans, np.concatenate(positions), np.concatenate(slots), tables)

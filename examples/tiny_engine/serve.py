@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from examples.tiny_engine.attention import kv_tensors
-from examples.tiny_engine.blocks import LedgerBlocks
-from examples.tiny_engine.dropin import DropInBlocks
+from examples.tiny_engine.dropin import DropIn
 from examples.tiny_engine.engine import Completion, Engine
 from examples.tiny_engine.model import Model, ModelConfig
 from kvledger import CacheConfig, CacheManager, HostPolicy
@@ -44,7 +43,6 @@ class Session:
     """A running engine and what it runs on."""
 
     manager: CacheManager
-    blocks: LedgerBlocks | DropInBlocks
     engine: Engine
 
 
@@ -56,13 +54,21 @@ def session(model: Model, mode: Mode, name: str | None = None) -> Iterator[Sessi
         kvledger.ConfigError, ipc.LedgerError, workers.WorkerFailed
     """
     opened = _drop_in if mode.drop_in else _ledger
-    with opened(model.config, mode, name or f"tiny-{os.getpid()}") as (manager, blocks):
-        engine = Engine(model, blocks, manager.pools, running=mode.running, budget=mode.budget, chunk=mode.chunk)
-        yield Session(manager, blocks, engine)
+    with opened(model.config, mode, name or f"tiny-{os.getpid()}") as (manager, calls):
+        engine = Engine(
+            model,
+            calls,
+            manager.pools,
+            caching=mode.caching,
+            running=mode.running,
+            budget=mode.budget,
+            chunk=mode.chunk,
+        )
+        yield Session(manager, engine)
 
 
 @contextmanager
-def _ledger(config: ModelConfig, mode: Mode, name: str) -> Iterator[tuple[CacheManager, LedgerBlocks]]:
+def _ledger(config: ModelConfig, mode: Mode, name: str) -> Iterator[tuple[CacheManager, CacheManager]]:
     cache = CacheConfig(
         block_size=mode.block_size,
         device_blocks=mode.device_blocks,
@@ -74,11 +80,11 @@ def _ledger(config: ModelConfig, mode: Mode, name: str) -> Iterator[tuple[CacheM
         backend="paddle",
     )
     with CacheManager.create(name, cache) as manager:
-        yield manager, LedgerBlocks(manager, caching=mode.caching)
+        yield manager, manager
 
 
 @contextmanager
-def _drop_in(config: ModelConfig, mode: Mode, name: str) -> Iterator[tuple[CacheManager, DropInBlocks]]:
+def _drop_in(config: ModelConfig, mode: Mode, name: str) -> Iterator[tuple[CacheManager, DropIn]]:
     """As FastDeploy's engine starts it."""
     cache = SimpleNamespace(
         total_block_num=mode.device_blocks,
@@ -92,7 +98,7 @@ def _drop_in(config: ModelConfig, mode: Mode, name: str) -> Iterator[tuple[Cache
     )
     with PrefixCacheManager(SimpleNamespace(cache_config=cache), mode.ranks) as manager:
         manager.launch_cache_manager(cache, mode.ranks, list(range(mode.ranks)), "127.0.0.1", name, "", True)
-        yield manager.manager, DropInBlocks(manager, caching=mode.caching)
+        yield manager.manager, DropIn(manager)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def prompts(vocabulary: int, requests: int, seed: int) -> Prompts:
     rng = np.random.default_rng(seed)
 
     def text(least: int, most: int) -> list[int]:
-        return rng.integers(0, vocabulary, rng.integers(least, most)).tolist()
+        return [*map(int, rng.integers(0, vocabulary, rng.integers(least, most)))]
 
     shared = [text(20, 60) for _ in range(max(requests // 6, 1))]
     first = [shared[i % len(shared)] + text(1, 40) for i in range(requests)]

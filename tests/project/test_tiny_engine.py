@@ -18,7 +18,7 @@ from examples.tiny_engine.__main__ import app
 from examples.tiny_engine.engine import Completion, Engine
 from examples.tiny_engine.model import Model, ModelConfig
 from examples.tiny_engine.serve import Mode, Session, prompts, serve, session
-from kvledger import CacheManager, HostPolicy
+from kvledger import BlockTable, CacheManager, HostPolicy
 from statemachine.events import Direction
 from workers.processes.acknowledgements import Acknowledgement, Status
 from workers.processes.supervisor import Supervisor
@@ -39,7 +39,7 @@ def expected(model: Model) -> list[Completion]:
     with session(model, Mode(caching=False, device_blocks=64, running=1, budget=512, chunk=512), NAME) as run:
         completions = serve(run, WORK)
         assert run.engine.smallest_gap > 1e-6, "greedy decoding would hang on rounding"
-        assert run.engine.preemptions == run.blocks.hit_blocks == 0
+        assert run.engine.preemptions == run.engine.cached_tokens == 0
     assert len({tuple(completion.tokens) for completion in completions}) == len(completions)
     return completions
 
@@ -53,11 +53,11 @@ def difference(found: list[Completion], expected: list[Completion]) -> float:
 
 
 def many_small_chunks(run: Session) -> bool:
-    return run.blocks.hit_blocks == 0
+    return run.engine.cached_tokens == 0
 
 
 def hits_without_eviction(run: Session) -> bool:
-    return run.blocks.hit_blocks > 50 and not run.manager.stats()["device_evicted_blocks"]
+    return run.engine.cached_tokens > 400 and not run.manager.stats()["device_evicted_blocks"]
 
 
 def evictions_and_preemptions(run: Session) -> bool:
@@ -157,17 +157,16 @@ def test_swap_ins_that_fail_are_computed_again(
 def test_planted_permuted_block_table(
     model: Model, expected: list[Completion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = CacheManager.admit
+    real = CacheManager.block_table
 
-    def admit(self: CacheManager, key: str, tokens: object, **options: object) -> object:
-        admission = real(self, key, tokens, **options)  # type: ignore[arg-type]
-        if key == "7 again":
-            assert admission.device_blocks > 2
-            table = admission.block_table
+    def block_table(self: CacheManager, request_id: str) -> BlockTable:
+        table = real(self, request_id)
+        if request_id == "7 again":
+            assert self.cached_blocks(request_id) > 2
             table[[0, 1]] = table[[1, 0]]
-        return admission
+        return table
 
-    monkeypatch.setattr(CacheManager, "admit", admit)
+    monkeypatch.setattr(CacheManager, "block_table", block_table)
     with session(model, Mode(), NAME) as run:
         found = serve(run, WORK)
     place = len(WORK.first) + 7
