@@ -1,7 +1,9 @@
 """``python -m tests.campaigns``: for so long, look for what no fixed example finds. Behind ``make soak``.
 
-A campaign draws a seed, says it, and hands it to three searches: simulated crashes of one instance, of a split pair,
-and other examples of every property test. Whatever fails says how to repeat it, and is written as a program.
+A campaign draws a seed, says it, and hands it to four searches: simulated crashes of one instance, of a split pair,
+real processes that are killed where there is no room (:mod:`tests.campaigns.starved`), and other examples of every
+property test. Whatever fails says how to repeat it, and is written as a program, but for the real processes: those do
+not die twice in the same way, and what they said and recorded is kept.
 
 The exit status tells what ended it: 0, nothing was found; 3, something was; 1, the search itself does not work, which
 is a broken build and no finding.
@@ -19,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FOUND, BROKEN = 3, 1
-_SHARES = {"simulate": 0.5, "simulate --split": 0.2, "properties": 0.3}
+_SHARES = {"simulate": 0.35, "simulate --split": 0.2, "starved": 0.2, "properties": 0.25}
 """Of the time."""
 _PYTEST = ["-m", "pytest", "-m", "hypothesis", "-x", "-q", "-p", "no:cacheprovider"]
 
@@ -37,6 +39,13 @@ def simulate(seed: int, seconds: float, *more: str) -> int:
         "--seconds",
         f"{seconds:.0f}",
     ]
+    status = subprocess.run(command, cwd=ROOT).returncode
+    return {0: 0, 1: FOUND}.get(status, BROKEN)
+
+
+def starved(seed: int, seconds: float) -> int:
+    """Kill real processes where there is no room. Returns the exit status."""
+    command = [sys.executable, "-m", "tests.campaigns.starved", "--seed", f"{seed}", "--seconds", f"{seconds:.0f}"]
     status = subprocess.run(command, cwd=ROOT).returncode
     return {0: 0, 1: FOUND}.get(status, BROKEN)
 
@@ -68,7 +77,8 @@ def main() -> int:
     for what, share in _SHARES.items():
         seconds = arguments.seconds * share
         print(f"{what}, {seconds:.0f} s", flush=True)
-        status = properties(seed, seconds) if what == "properties" else simulate(seed, seconds, *what.split()[1:])
+        search = {"properties": properties, "starved": starved}.get(what)
+        status = search(seed, seconds) if search else simulate(seed, seconds, *what.split()[1:])
         if status:
             return status
     return 0
