@@ -149,6 +149,31 @@ def adapter_of(namespace: bytes, weights: str) -> str | None:
     return adapter if namespace_key(lora=adapter) == namespace else None
 
 
+def parts_of(namespace: bytes) -> tuple[str, str, str] | None:
+    """Adapter, salt and weight version of a namespace; ``None``: it is one that the engine made up itself."""
+    version = ""
+    try:
+        if namespace.startswith(_VERSIONED):
+            version, namespace = _part(namespace, len(_VERSIONED))
+        if not namespace:
+            return "", "", version
+        lora, rest = _part(namespace, 0)
+        salt, rest = _part(rest, 0)
+        weights, rest = _part(rest, 0)
+    except (UnicodeDecodeError, IndexError):
+        return None
+    return None if rest or (weights and version) else (lora, salt, weights or version)
+
+
+def _part(data: bytes, start: int) -> tuple[str, bytes]:
+    """The text that begins there with its length, and what follows it."""
+    begin = start + 4
+    end = begin + int.from_bytes(data[start:begin], "little")
+    if len(data) < max(begin, end):
+        raise IndexError(end)
+    return data[begin:end].decode(), data[end:]
+
+
 def versioned(weights: str, namespace: bytes) -> bytes:
     """A namespace under one version of the model's weights; no two pairs of them come to the same.
 

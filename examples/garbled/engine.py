@@ -51,6 +51,11 @@ class Engine:
         """Its number, once it is written."""
         self._write([opened])
 
+    def next_step(self) -> None:
+        """Begin the next step of the scheduler."""
+        self.step += 1
+        self.now = _BEGUN_NS + self.step * _STEP_NS
+
     def do(self, command: Command) -> list[Event]:
         """Run one command. Raises :class:`OutOfBlocks` after recording the refusal."""
         try:
@@ -112,8 +117,7 @@ def serve(engine: Engine, turns: Iterator[list[int]], in_flight: int = 4) -> Non
     running: list[str] = []
     begun: dict[int, int] = {}
     for number, prompt in enumerate(turns, 1):
-        engine.step += 1
-        engine.now = _BEGUN_NS + engine.step * _STEP_NS
+        engine.next_step()
         _finish(engine, begun, engine.step - 2)
         while len(running) >= in_flight:
             engine.do(Release(running.pop(0), ReleaseReason.FINISHED, False))

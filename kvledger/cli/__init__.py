@@ -49,6 +49,7 @@ try:
     from kvledger.cli.export import export
     from kvledger.cli.log import log
     from kvledger.cli.metrics import metrics
+    from kvledger.cli.misses import misses
     from kvledger.cli.pushes import pushes
     from kvledger.cli.record import record
     from kvledger.cli.redact import redact
@@ -91,6 +92,7 @@ else:
         "view": view,
         "explain": explain_command,
         "leaks": leaks_command,
+        "misses": misses,
         "shrink": shrink_command,
     }
     for _name, _command in _commands.items():

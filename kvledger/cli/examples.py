@@ -28,6 +28,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "kvledger log night.kvlog --block 17 --tier host --from step:100",
     ),
     "metrics": ("kvledger metrics NAME --port 9477",),
+    "misses": ("kvledger misses night.kvlog", "kvledger misses NAME --from 11:00:00 --json"),
     "pushes": ("kvledger pushes NAME --most 10",),
     "record": ("kvledger record NAME night.kvlog", "kvledger record NAME night.kvlog --rotate-mb 512"),
     "redact": ("kvledger redact night.kvlog to-send.kvlog --key-file our.key",),

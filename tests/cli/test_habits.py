@@ -103,7 +103,21 @@ def test_a_shell_completes_commands_and_ledgers(tmp_path: Path) -> None:
         writer.close(unlink=True)
 
 
-OPTIONAL = ["audit", "check", "events", "leaks", "log", "metrics", "pushes", "replay", "show", "spans", "top", "view"]
+OPTIONAL = [
+    "audit",
+    "check",
+    "events",
+    "leaks",
+    "log",
+    "metrics",
+    "misses",
+    "pushes",
+    "replay",
+    "show",
+    "spans",
+    "top",
+    "view",
+]
 
 
 @pytest.mark.parametrize("command", [*OPTIONAL, "what-if", "bisect"])

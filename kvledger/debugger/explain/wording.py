@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from statemachine.content import parts_of
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
@@ -298,6 +299,16 @@ WORDS: dict[type[Any], Callable[[Wording, Any], str]] = {
 def block_name(tier: Tier, block: int) -> str:
     """``device block 7``."""
     return f"{tier.name.lower()} block {block}"
+
+
+def namespace_name(namespace: bytes) -> str:
+    """``salt 'A'``, ``LoRA 'sql' and salt 'A'``; one that an engine made up itself, or redaction, as hex digits."""
+    if not namespace:
+        return "the default namespace"
+    parts = parts_of(namespace)
+    if parts is None:
+        return f"namespace {namespace.hex()}"
+    return listed(f"{word} {part!r}" for word, part in zip(("LoRA", "salt", "weights"), parts) if part)
 
 
 def listed(items: Iterable[str]) -> str:
