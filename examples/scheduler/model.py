@@ -60,7 +60,6 @@ class CountingModel:
             for rank in range(config.ranks)
         ]
         self.forwards = 0
-        self.accepted = 0
 
     def draft(self, request: Request) -> list[int]:
         """Two guesses: the first is right, the second only for every other length of the text."""

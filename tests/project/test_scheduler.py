@@ -23,7 +23,14 @@ from examples.scheduler.serve import drain, generate, serve
 from ipc.ownership import objects_of, remove_objects
 from kvledger import CacheConfig, CacheManager, HostPolicy, LogReader
 from statemachine.check import check
-from statemachine.events import BlocksEvicted, EpochStarted, EvictReason, RequestMatched, RequestReleased, WorkerJoined
+from statemachine.events import (
+    BlocksEvicted,
+    EpochStarted,
+    EvictReason,
+    RequestMatched,
+    RequestReleased,
+    WorkerJoined,
+)
 from statemachine.records import codec
 from tests.manager.test_manager import replays
 from tests.waiting import PATIENCE_S, wait_until
@@ -62,6 +69,54 @@ def test_thousands_of_requests(settings: dict[str, Any], count: int) -> None:
     assert stats["requests"] > count, "somebody was preempted"
     assert stats["device_hit_blocks"] > 1000
     assert bool(stats["swapped_in_blocks"]) == bool(settings)
+
+
+class Watching(CountingModel):
+    """Counts what a scheduler has its model do."""
+
+    def __init__(self, manager: CacheManager) -> None:
+        super().__init__(manager.config, manager.pools)
+        self.tokens = self.chunks = self.right = self.wrong = 0
+
+    def forward(self, request: Request, start: int, stop: int, table: Any) -> list[int]:
+        known, drafts = len(request.tokens), request.drafts
+        self.tokens += stop - start
+        self.chunks += stop < known
+        following = super().forward(request, start, stop, table)
+        if stop > known:
+            right = [draft == token for draft, token in zip(drafts, following[known - 1 - start :])]
+            self.right += sum(right)
+            self.wrong += len(right) - sum(right)
+        return following
+
+
+def test_all_that_it_is_for_really_happens() -> None:
+    """A budget that no step exceeds, chunks, drafts right and wrong, turns, adapters, images, two ranks, both tiers."""
+    requests = traffic(300, seed=7)
+    texts = [expected(request) for request in requests]
+    assert sum(len(request.turns) for request in requests) > 20
+    assert sum(bool(request.items) for request in requests) > 10
+    with engine(device_blocks=60, host_blocks=120, host_policy=HostPolicy.EXCLUSIVE) as scheduler:
+        manager = scheduler.manager
+        model = scheduler.model = Watching(manager)
+        threads = [threading.Thread(target=scheduler.submit, args=(request,)) for request in requests]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        most, spaces = 0, set()
+        while scheduler.waiting or scheduler.running:
+            model.tokens = 0
+            scheduler.step()
+            most = max(most, model.tokens)
+            spaces |= {request.namespace for request in manager.state.requests.values()}
+        stats = manager.stats()
+    assert [request.tokens for request in requests] == texts
+    assert 32 < most <= scheduler.budget
+    assert model.chunks > 20 and model.right > 100 and model.wrong > 100
+    assert len(spaces) == 2, "one adapter, and none"
+    assert stats["requests"] > len(requests), "somebody was preempted"
+    assert stats["swapped_out_blocks"] > 100 and stats["swapped_in_blocks"] > 100 and manager.config.ranks == 2
 
 
 def test_one_wrong_byte_is_wrong_text() -> None:
