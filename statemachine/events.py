@@ -228,10 +228,10 @@ class BlocksCached(NamedTuple):
     """Full, computed blocks of a request are published in the prefix tree.
 
     Follows the request's words from the end of its path: ``duplicates`` blocks have a valid device copy already (they
-    are pinned, the request's own copies stay private), ``taken`` blocks are known but not valid on the device (the
-    runs take the request's blocks), and what is left becomes the new run ``node``. ``leaf`` is the deepest run that
-    existed. ``words`` is the content of generated blocks, appended to what the request brought along; ``items`` begin
-    in what is appended, or in the incomplete block before it.
+    are pinned, the request's own copies stay private, or the runs take them: :class:`CopiesReplaced`), ``taken`` blocks
+    are known but not valid on the device (the runs take the request's blocks), and what is left becomes the new run
+    ``node``. ``leaf`` is the deepest run that existed. ``words`` is the content of generated blocks, appended to what
+    the request brought along; ``items`` begin in what is appended, or in the incomplete block before it.
     """
 
     request: RequestId
@@ -259,6 +259,18 @@ class RequestExtended(NamedTuple):
     upper: RunId
     device_blocks: U32
     blocks: DeviceBlocks
+
+
+class CopiesReplaced(NamedTuple):
+    """Runs of a request's path take the request's own copies (``blocks``), which it has computed once more.
+
+    Nobody else used the blocks that these runs had before (``freed``). Ends the transaction in which that came about.
+    """
+
+    request: RequestId
+    nodes: RunIds
+    blocks: DeviceBlocks
+    freed: DeviceBlocks
 
 
 class BlocksComputed(NamedTuple):
@@ -432,6 +444,7 @@ Event = (
     | RequestExtended
     | BlocksComputed
     | WeightsLoaded
+    | CopiesReplaced
 )
 
 KINDS: dict[int, type[Event]] = {
@@ -457,6 +470,7 @@ KINDS: dict[int, type[Event]] = {
     20: RequestExtended,
     21: BlocksComputed,
     22: WeightsLoaded,
+    23: CopiesReplaced,
 }
 """Kind number on the log → event. Numbers are never used twice."""
 

@@ -45,7 +45,9 @@ def _blocks(fields: list[Field]) -> Callable[[Any, list[Sequence[int]]], None] |
     named = [field.at for field in fields if field.meaning == Meaning.BLOCKS_OF_TIER]
     ends = [(field.at, _END[field.meaning]) for field in fields if field.meaning in _END]
     if device:
-        (index,) = device
+        index, *more = device
+        if more:
+            return lambda event, found: found.__setitem__(0, [id for each in device for id in event[each]])
         return lambda event, found: found.__setitem__(0, event[index])
     if named:
         (index,), tier = named, kinds["Tier"]

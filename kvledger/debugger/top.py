@@ -22,6 +22,7 @@ from statemachine.events import (
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    CopiesReplaced,
     DigestTaken,
     Direction,
     EpochStarted,
@@ -243,7 +244,7 @@ class Top:
                 self._refused.add(time_ns, 1)
             case BlocksAllocated() | BlocksCached() | BlocksComputed() | BlocksReassigned() | BlocksTrimmed():
                 pass
-            case LedgerOpened() | QuarantineEnded() | CacheCleared() | PoolResized() | TierLost():
+            case LedgerOpened() | QuarantineEnded() | CacheCleared() | PoolResized() | TierLost() | CopiesReplaced():
                 pass
             case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded():
                 pass

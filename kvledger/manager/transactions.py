@@ -14,6 +14,7 @@ from statemachine.errors import InvalidCommand
 from statemachine.events import (
     BlocksComputed,
     BlocksTrimmed,
+    CopiesReplaced,
     Event,
     QuarantineEnded,
     RequestReleased,
@@ -28,6 +29,7 @@ from statemachine.state.state import State
 _GIVING_BACK = {
     BlocksComputed,  # a release begins with it
     RequestReleased,
+    CopiesReplaced,
     BlocksTrimmed,
     TransferFinished,
     QuarantineEnded,

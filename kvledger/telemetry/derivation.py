@@ -18,6 +18,7 @@ from statemachine.events import (
     BlocksCached,
     BlocksEvicted,
     CacheCleared,
+    CopiesReplaced,
     Direction,
     Event,
     EvictReason,
@@ -176,6 +177,16 @@ class Derivation:
         self._count("kvledger_cached_blocks_total", by=len(event.blocks))
         self._count("kvledger_duplicate_blocks_total", by=event.duplicates)
         self._arrive(Tier.DEVICE, event.blocks, now)
+
+    def _copies_replaced(self, state: State, event: CopiesReplaced, now: int) -> Iterator[None]:
+        yield
+        arrived = self._arrived[Tier.DEVICE]
+        since = [arrived[block] if block < len(arrived) else 0 for block in reversed(event.freed)]
+        self._arrive(Tier.DEVICE, event.blocks, now)
+        for block, old, at in zip(event.blocks, reversed(event.freed), since, strict=True):
+            arrived[block] = at  # the content has been there that long
+            if at:
+                arrived[old] = 0
 
     def _request_released(self, state: State, event: RequestReleased, now: int) -> Iterator[None]:
         request = state.requests.get(event.request)
@@ -343,6 +354,7 @@ OBSERVERS: dict[type[Event], _Observer] = {
     BlocksAllocated: Derivation._blocks_allocated,
     AllocationRefused: Derivation._allocation_refused,
     BlocksCached: Derivation._blocks_cached,
+    CopiesReplaced: Derivation._copies_replaced,
     RequestReleased: Derivation._request_released,
     BlocksEvicted: Derivation._blocks_evicted,
     TierLost: Derivation._tier_lost,

@@ -43,6 +43,8 @@ class OneTier:
         self.generation = 0
         self.cached_by: dict[Path, str] = {}
         """Blocks that a live request has cached itself."""
+        self.replaced: dict[Path, str] = {}
+        """Those of them that had been cached before: the tree took the request's block in the place of its own."""
 
     def path(self, request: Live, position: int) -> Path:
         """The block at a position of a request's content."""
@@ -115,15 +117,29 @@ class OneTier:
         """Publish the first ``blocks`` blocks."""
         request = self.live[key]
         request.content = request.content + generated
+        freed = []
         for i in range(request.cached, blocks):
             path = self.path(request, i)
-            if path in self.block:
+            if path in self.block and self.used(path):
                 request.own.add(i)
+            elif path in self.block:
+                freed.append(self.replace(path, key, i))
             else:
                 self.block[path] = request.table[i]
                 self.cached_by[path] = key
             self.pin(path)
         request.cached = max(request.cached, blocks)
+        self.free += reversed(freed)
+
+    def used(self, path: Path) -> bool:
+        """Whether a cached block stands in the block table of a live request."""
+        return any(self.block[path] in request.table for request in self.live.values())
+
+    def replace(self, path: Path, key: str, position: int) -> int:
+        """The tree takes a request's copy of a block; returns the block that it had."""
+        old, self.block[path] = self.block[path], self.live[key].table[position]
+        self.cached_by[path] = self.replaced[path] = key
+        return old
 
     def extend(self, key: str, limit: int) -> None:
         """Everything that is cached of the request's content, in the tree's blocks."""
@@ -160,10 +176,11 @@ class OneTier:
         source[start:] = [block for block in source[start:] if block not in blocks]
         self.live[target].table += blocks
 
-    def release(self, key: str, final: bool) -> None:
-        """End a request."""
+    def release(self, key: str, final: bool, heirs: bool = True) -> None:
+        """End a request; those that have copies of what nobody uses then are its ``heirs``."""
         request = self.live.pop(key)
         self.cached_by = {path: other for path, other in self.cached_by.items() if other != key}
+        self.replaced = {path: other for path, other in self.replaced.items() if other != key}
         retired = request.root[1] < self.generation
         alone = final or retired
         below: Path | None = None
@@ -177,12 +194,24 @@ class OneTier:
             below = path
         private = [block for i, block in enumerate(request.table) if i >= request.cached or i in request.own]
         self.free += reversed(private)
+        for other in sorted(self.live) if heirs else ():
+            self.inherit(request, other)
+
+    def inherit(self, ended: Live, key: str) -> None:
+        """What nobody uses any more that a request has copies of becomes these, the deepest first."""
+        heir = self.live[key]
+        for i in reversed(range(ended.cached)):
+            path = self.path(ended, i)
+            if i in heir.own and self.path(heir, i) == path and path in self.block and not self.used(path):
+                self.free.append(self.replace(path, key, i))
+                heir.own.remove(i)
 
     def restart(self) -> list[int]:
         """The engine died: its requests end; what only they had cached is evicted, leaves first. Returns those."""
-        suspects = set(self.cached_by)
+        below = [path for path in self.block if any(path[: len(above)] == above for above in self.replaced)]
+        suspects = set(self.cached_by) | set(below)
         for key in sorted(self.live):
-            self.release(key, False)
+            self.release(key, False, heirs=False)
         evicted = []
         for path in [*self.final, *self.lru]:
             below = [other for other in self.block if len(other) > len(path) and other[: len(path)] == path]

@@ -27,6 +27,7 @@ from statemachine.events import (
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    CopiesReplaced,
     DigestTaken,
     EpochStarted,
     Event,
@@ -78,6 +79,7 @@ HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
     RequestExtended: requests.request_extended,
     BlocksComputed: requests.blocks_computed,
     WeightsLoaded: ledger.weights_loaded,
+    CopiesReplaced: cache.copies_replaced,
 }
 """Event → how it changes the state; what :func:`apply` looks up, for loops where a call counts."""
 

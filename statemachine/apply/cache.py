@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from statemachine.apply.expect import (
     expect_blocks,
     expect_cut,
@@ -12,8 +14,18 @@ from statemachine.apply.expect import (
     violated,
 )
 from statemachine.apply.tree import attach, count_use, detach, drop_copy, pin_below, put_copy, split, truncate
-from statemachine.events import BACKUP, EXCLUSIVE, SWAP_IN, BlocksCached, BlocksEvicted, CacheCleared, IntArray
+from statemachine.events import (
+    BACKUP,
+    EXCLUSIVE,
+    SWAP_IN,
+    BlocksCached,
+    BlocksEvicted,
+    CacheCleared,
+    CopiesReplaced,
+    IntArray,
+)
 from statemachine.items import BlockItems, within
+from statemachine.state.duplicates import holds, users
 from statemachine.state.nodes import Node, Request, from_end
 from statemachine.state.places import Place
 from statemachine.state.state import State
@@ -72,6 +84,7 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
         count_use(state, chain if leaf is bottom else [*chain, leaf])
     if duplicates:
         request.duplicates.append((path_end, path_end + duplicates))
+        state.duplicating[number] = request
         state.counters.duplicate_blocks += duplicates
     request.leaf = leaf
     request.words = words[total * block_bytes :]
@@ -150,6 +163,54 @@ def _replace(request: Request, node: Node, blocks: IntArray) -> None:
         path = path.parent
     if path is node:
         request.table[node.start : node.end] = blocks
+
+
+def copies_replaced(state: State, event: CopiesReplaced) -> None:
+    """Runs whose blocks nobody uses take the copies of a request that holds them."""
+    request = request_of(state, event, event.request)
+    nodes = [node_of(state, event, id) for id in event.nodes]
+    own, old = array("i"), array("i")
+    end = 0
+    for node in nodes:
+        copy = node.device
+        if copy is None or not copy.ready or node.start < end or not holds(request.leaf, node):
+            violated(event, f"run {node.id} is not valid on the device on the path of {request.key!r}, or out of order")
+        if not request.keeps(node) or users(state, node):
+            violated(event, f"run {node.id} is used by others, or {request.key!r} has no copy of its own of it")
+        own.extend(request.table[node.start : node.end])
+        old.extend(copy.ids)
+        end = node.end
+    if not nodes:
+        violated(event, "no run takes anything")
+    expect_blocks(state, event, state.device, event.blocks, own, f"a copy of request {request.key!r}")
+    expect_blocks(state, event, state.device, event.freed, old[::-1], "the device copy of these runs")
+
+    for node in reversed(nodes):
+        copy = node.device
+        assert copy is not None
+        _out_of_use(state, node).extend(copy.ids[::-1])
+        copy.ids = request.table[node.start : node.end]
+        node.ahead = node.end > request.computed
+    for node in nodes:
+        request.duplicates = _without(request.duplicates, node)
+        request.replaced.append((node.start, node.end))
+    if not request.duplicates:
+        del state.duplicating[request.id]
+
+
+def _out_of_use(state: State, node: Node) -> IntArray:
+    """Where device blocks go that a run has no more: to the free list, unless a back-up still reads them."""
+    transfer = node.transfer
+    if transfer is not None and transfer.source == state.device.number:
+        return transfer.held_sources
+    return state.device.pool.free
+
+
+def _without(ranges: list[tuple[int, int]], node: Node) -> list[tuple[int, int]]:
+    """Ranges less the positions of a run."""
+    left = [(start, min(stop, node.start)) for start, stop in ranges]
+    right = [(max(start, node.end), stop) for start, stop in ranges]
+    return sorted((start, stop) for start, stop in left + right if start < stop)
 
 
 def blocks_evicted(state: State, event: BlocksEvicted) -> None:

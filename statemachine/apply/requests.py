@@ -123,6 +123,7 @@ def request_extended(state: State, event: RequestExtended) -> None:
     if chain:
         request.joined.append((path.end, end))
     request.duplicates = []
+    state.duplicating.pop(request.id, None)
     request.leaf = leaf
     request.words = request.words[length:]
     state.device.pool.free.extend(event.blocks)
@@ -163,6 +164,7 @@ def request_released(state: State, event: RequestReleased) -> None:
     else:
         state.device.pool.free.extend(blocks)
     del state.requests[number]
+    state.duplicating.pop(number, None)
     del state.keys[request.key]
     for lower, ancestors in merges:
         absorb(state, lower, ancestors)

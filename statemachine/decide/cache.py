@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from statemachine.commands import Cache, Clear, Evict, Forget, MakeRoom
+from statemachine.decide.duplicates import replaced_by
 from statemachine.decide.eviction import Victim, device_supply, droppable, evicted
 from statemachine.decide.hits import follow
 from statemachine.decide.lookup import request_named
@@ -48,7 +49,8 @@ def _cache(state: State, command: Cache) -> list[Event]:
     leaf = node.id if known else 0
     taken = known - duplicates
     records, words = command.items, command.words
-    return [*marked, BlocksCached(request.id, leaf, cut, upper, new, duplicates, taken, own, records, words)]
+    cached = BlocksCached(request.id, leaf, cut, upper, new, duplicates, taken, own, records, words)
+    return [*marked, cached, *replaced_by(state, request, node, cached)] if duplicates else [*marked, cached]
 
 
 def _mark_computed(request: Request, command: Cache) -> list[Event]:

@@ -50,6 +50,7 @@ from statemachine.events import (
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    CopiesReplaced,
     DigestScope,
     DigestTaken,
     Direction,
@@ -101,6 +102,9 @@ def commands_of(events: Sequence[Event], state: State, resized: PoolResized | No
     first, last = events[0], events[-1]
     if resized is not None and isinstance(last, BlocksEvicted):
         return Resize(Tier(resized.tier), resized.blocks, len(last.blocks))
+    while len(events) > 1 and isinstance(last, CopiesReplaced):  # what follows from the rest
+        events = events[:-1]
+        last = events[-1]
     # What makes room comes first, what it is for comes last; a few commands begin with what they are.
     named = first if type(first) in (RequestMatched, BlocksCached, EpochStarted) else last
     derive = DERIVERS.get(type(named))
@@ -247,6 +251,10 @@ def _evicted(state: State, event: BlocksEvicted, events: Sequence[Event]) -> Com
     return Forget(max(nodes, key=lambda node: node.start).id)
 
 
+def _replaced(state: State, event: CopiesReplaced, events: Sequence[Event]) -> Command:
+    raise NoCommand("copies are replaced, and nobody has cached or released anything before")
+
+
 def _made_room(events: Sequence[Event]) -> Command:
     """What an allocation would have begun with, alone."""
     blocks = 0
@@ -284,6 +292,7 @@ DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     WeightsLoaded: lambda _, event, events: LoadWeights(event.weights, len(events) > 1),
     PoolResized: lambda _, event, __: Resize(Tier(event.tier), event.blocks),
     TierLost: lambda _, event, __: LoseTier(Tier(event.tier), event.reason, event.pools),
+    CopiesReplaced: _replaced,
     WorkerJoined: lambda _, event, __: JoinWorker(event.rank, event.incarnation, event.pid),
     WorkerLost: lambda _, event, __: LoseWorker(event.rank, event.reason),
     EpochStarted: lambda _, event, __: StartEpoch(event.epoch, event.last_sequence),

@@ -3,7 +3,8 @@
 Its requests end, and what only they vouched for goes.
 
 A block is *untrusted* if a request that was still running had cached it: the engine may have died before its keys and
-values were written. It is evicted from every tier, unless something hangs below it that a released request cached.
+values were written. It is evicted from every tier, unless something hangs below it that a released request cached:
+that one has read it. Where a run took such a request's copy in the place of its own, it goes with all that is below.
 
 Everything is one transaction. Who cached what is known only as long as the requests are there, and two requests may
 each have cached runs that the other holds, so they could not be released one after the other.
@@ -51,7 +52,7 @@ def start_epoch(state: State, command: StartEpoch) -> list[Event]:
         events.append(event)
 
     do(EpochStarted(command.epoch, command.last_sequence))
-    suspects = untrusted(trial)
+    suspects = untrusted(trial) | below_replaced(trial)
     # Copies of untrusted runs are given up. Their blocks stay quarantined until no worker can write them any more.
     for id in sorted({node.transfer.id for node in suspects if node.transfer is not None}):
         do(TransferFinished(id, Outcome.TIMED_OUT, 0, 0))
@@ -73,6 +74,24 @@ def untrusted(state: State) -> set[Node]:
             if not any(start <= node.start < stop for start, stop in request.duplicates + request.joined):
                 found.add(node)
             node = node.parent
+    return found
+
+
+def below_replaced(state: State) -> set[Node]:
+    """Runs below those that took copies of live requests; whoever cached them may have read the copies before."""
+    found: set[Node] = set()
+    for request in state.requests.values():
+        stack = [
+            child
+            for node in state.path(request.leaf)
+            if any(start <= node.start < stop for start, stop in request.replaced)
+            for child in node.children.values()
+        ]
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack.extend(node.children.values())
     return found
 
 

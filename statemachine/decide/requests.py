@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from statemachine.commands import Admit, Allocate, Extend, GiveBack, Match, Reassign, Release, Trim
 from statemachine.decide.capacity import available_blocks, can_allocate, out_of_blocks
+from statemachine.decide.duplicates import replaced_after
 from statemachine.decide.eviction import Supply, device_supply
 from statemachine.decide.hits import follow, kept_by, matched, path_of, swapped_in
 from statemachine.decide.lookup import find_path, ready_request, request_named
@@ -195,7 +196,8 @@ def _release(state: State, command: Release) -> list[Event]:
             final += 1
     merged, absorbed = _merges(loose, final) if len(loose) > 1 else (_NONE, _NO_COUNTS)
     blocks = request.private()[::-1]
-    return [RequestReleased(request.id, command.reason, final, merged, absorbed, blocks)]
+    released = RequestReleased(request.id, command.reason, final, merged, absorbed, blocks)
+    return [released, *replaced_after(state, request)] if state.duplicating else [released]
 
 
 def _merges(loose: list[Node], final: int) -> tuple[IntArray, IntArray]:

@@ -182,7 +182,10 @@ class _Writer:
             blob(request.words)
             blob(all_records(request.items))
             blob(request.table.tobytes())
-            for ranges in (request.duplicates, request.joined):
+            # Where copies were replaced, the end of a range stands before its beginning: before that could happen, a
+            # state had the same bytes, and digests in older logs can still be compared.
+            turned = [(stop, start) for start, stop in request.replaced]
+            for ranges in (request.duplicates, request.joined + turned):
                 blob(array("I", [bound for pair in ranges for bound in pair]).tobytes())
             blob(array("Q", [value for pair in request.waits.items() for value in pair]).tobytes())
 
@@ -357,12 +360,18 @@ class _Reader:
             request.matched = matched
             request.table = self._array("i")
             request.duplicates = list(_pairs(self._array("I")))
-            request.joined = list(_pairs(self._array("I")))
+            for start, stop in _pairs(self._array("I")):
+                if start < stop:
+                    request.joined.append((start, stop))
+                else:
+                    request.replaced.append((stop, start))
             if any(not 0 <= start < stop <= len(request.table) for start, stop in request.duplicates):
                 raise ValueError(f"request {number} has duplicates outside its block table")
             request.waits = dict(_pairs(self._array("Q")))
             request.computed = computed
             state.requests[number] = request
+            if request.duplicates:
+                state.duplicating[number] = request
             state.keys[key] = number
 
     def _transfers(self, state: State, roots: list[Node]) -> None:

@@ -174,6 +174,7 @@ class Request:
         "leaf",
         "matched",
         "namespace",
+        "replaced",
         "table",
         "waits",
         "words",
@@ -196,6 +197,8 @@ class Request:
         """Ranges of the path where the table holds a copy of its own."""
         self.joined: list[tuple[int, int]] = []
         """Ranges of the path that it took over from others after its match."""
+        self.replaced: list[tuple[int, int]] = []
+        """Ranges of the path whose runs took its copies in the place of theirs."""
         self.waits: dict[int, int] = {}
         """Transfer → first position of the block table that is not usable before its end."""
         self.computed = ALL
@@ -208,6 +211,10 @@ class Request:
         for start, stop in reversed(self.duplicates):
             own = table[start:stop] + own
         return own
+
+    def keeps(self, node: Node) -> bool:
+        """Whether the block table holds a copy of the request's own of a run of its path."""
+        return any(start <= node.start < stop for start, stop in self.duplicates)
 
     def own_copies(self, end: int) -> IntArray:
         """The request's own blocks among the first ``end`` positions of its block table, in token order."""

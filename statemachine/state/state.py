@@ -33,6 +33,7 @@ class State:
         "block_bytes",
         "counters",
         "device",
+        "duplicating",
         "epoch",
         "generation",
         "host",
@@ -73,6 +74,8 @@ class State:
         self.nodes: dict[int, Node] = {}
         self.requests: dict[int, Request] = {}
         self.keys: dict[str, int] = {}
+        self.duplicating: dict[int, Request] = {}
+        """Those of the requests that have copies of their own of what is cached (:attr:`Request.duplicates`)."""
         self.transfers: dict[int, Transfer] = {}
         self.next_node = 1
         self.next_request = 1

@@ -52,7 +52,7 @@ def drive(engine: Engine, rng: random.Random) -> None:
 
 
 def chunks(engine: Engine) -> None:
-    """Two requests with one prompt: the second goes on along what the first has cached meanwhile."""
+    """Requests with one prompt: they go on along what others have cached meanwhile, or compute it once more."""
     prompt = memoryview(array("i", range(16))).cast("B")
     for command in (
         commands.Admit("first", prompt, b"", 3, 5),
@@ -61,14 +61,22 @@ def chunks(engine: Engine) -> None:
         commands.Extend("second", 3),
         commands.Cache("second", 3, b""),
         commands.Cache("first", 2, b"", 2),
-        commands.Reassign("first", "second", array("i")),  # its last block
+        commands.Reassign("first", "second", array("i")),
         commands.Release("first", ReleaseReason.FINISHED, False),
         commands.Release("second", ReleaseReason.FINISHED, False),
+        commands.Admit("third", prompt, b"", 1, 4),
+        commands.Admit("fourth", prompt, b"", 4, 4),
+        commands.Cache("third", 4, b"", 3),
+        commands.Release("fourth", ReleaseReason.FINISHED, False),
+        commands.Release("third", ReleaseReason.FINISHED, False),
+        commands.Admit("fifth", prompt, b"", 3, 4),
+        commands.Cache("fifth", 4, b""),
+        commands.Release("fifth", ReleaseReason.FINISHED, False),
         commands.Clear(False),
     ):
         engine.step += 1
         if isinstance(command, commands.Reassign):
-            command = command._replace(blocks=engine.state.requests[1].table[-1:])
+            command = command._replace(blocks=engine.state.requests[1].table[-1:])  # its last block
         _try(engine, command)
 
 

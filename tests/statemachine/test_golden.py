@@ -74,6 +74,28 @@ STORIES: dict[str, tuple[HostPolicy, list[Command]]] = {
         HostPolicy.OFF,
         [admit("a", 1, 2), admit("b", 1, 2), cache("a", 2), cache("b", 2), release("a"), release("b")],
     ),
+    "computed again": (  # the everyday full hit: the run takes the request's copy, and gives back its own
+        HostPolicy.OFF,
+        [*FIRST, Admit("b", words([1, 2, 3]), b"", 2, 3), cache("b", 3), Allocate(["b"], [1]), release("b")],
+    ),
+    "computed again ahead of its step": (
+        HostPolicy.WRITE_THROUGH,
+        [
+            *[*FIRST[:2], Backup(1), FIRST[2]],
+            Admit("b", words([1, 2, 3, 4]), b"", 3, 4),
+            Cache("b", 4, b"", 3),
+            finish(1, Outcome.DONE, 4),
+            Cache("b", 4, b"", 4),
+            release("b"),
+        ],
+    ),
+    "two of three have copies": (
+        HostPolicy.OFF,
+        [
+            *[admit("a", 1), admit("b", 1), admit("c", 1), cache("a", 1), cache("b", 1), cache("c", 1)],
+            *[release("a"), release("b"), admit("d", 1), release("c"), release("d")],
+        ],
+    ),
     "swap out and in": (
         HostPolicy.EXCLUSIVE,
         [*SWAPPED, admit("c", 1, 2, 3, 4), finish(2, Outcome.DONE, 2), cache("c", 4)],

@@ -271,6 +271,20 @@ class Machine(RuleBasedStateMachine):
             if end in ("finished", "final"):
                 self.release_named(key, end == "final", ReleaseReason.FINISHED)
 
+    @rule(prompt=PROMPTS, limits=st.lists(st.integers(0, 7), min_size=2, max_size=3), ahead=st.integers(0, 2))
+    def compute_the_same(self, prompt: list[Any], limits: list[int], ahead: int) -> None:
+        """Requests with one prompt run at the same time, and each computes what it did not find when it came."""
+        first = self.names + 1
+        for limit in limits:
+            self.admit(prompt, b"", 0, limit)
+        for name in range(first, self.names + 1):
+            key = f"r{name:05}"
+            if key in self.content and self.settled(key):
+                number = sorted(self.content).index(key)
+                if ahead:
+                    self.mark_computed(number, self.state.requests[self.state.keys[key]].leaf.end)
+                self.cache(number, len(prompt), [], max(ahead, 1))
+
     @rule(requests=REQUESTS, number=KEYS)
     def serve_while_a_worker_copies(self, requests: list[tuple[list[Any], bytes, int, str]], number: int) -> None:
         self.serve(requests)
@@ -531,8 +545,14 @@ class Machine(RuleBasedStateMachine):
         def trusted_below(node: Node) -> bool:
             return any(child not in suspects or trusted_below(child) for child in node.children.values())
 
+        replaced = {
+            node
+            for request in self.state.requests.values()
+            for node in self.state.path(request.leaf)
+            if any(start <= node.start < stop for start, stop in request.replaced)
+        }
         for node in suspects:
-            if not trusted_below(node):
+            if node in replaced or not trusted_below(node):
                 assert node.device is not None and node.device.ready
                 for block in node.device.ids:
                     self.memory.write(block, ("never written",))
@@ -602,6 +622,15 @@ class Machine(RuleBasedStateMachine):
             if not request.waits and not any(node.ahead for node in self.state.path(request.leaf)):
                 wrong = self.memory.wrong(self.state, key, root, content)
                 assert not wrong, wrong
+
+    @invariant()
+    def a_duplicate_costs_its_own_blocks_only(self) -> None:
+        """DESIGN.md §9: of what requests hold, every block stands in one of their tables."""
+        used = {block for request in self.state.requests.values() for block in request.table}
+        held = {node for request in self.state.requests.values() for node in self.state.path(request.leaf)}
+        for node in held:
+            if node.device is not None and node.device.ready:
+                assert used.issuperset(node.device.ids), f"{node} is held, and nobody uses its copy"
 
     @invariant()
     def eviction_takes_leaves(self) -> None:

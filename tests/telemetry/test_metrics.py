@@ -38,6 +38,7 @@ from statemachine.errors import CommandRejected
 from statemachine.events import (
     AllocationRefused,
     BlocksCached,
+    CopiesReplaced,
     Direction,
     Event,
     HostPolicy,
@@ -128,7 +129,11 @@ class Recount:
         direction = state.transfers[event.transfer].direction if isinstance(event, TransferFinished) else None
         apply(state, event)
         held = self._pins(state)
-        self._residency(before, self._copies(state), now, isinstance(event, BlocksCached))
+        if isinstance(event, CopiesReplaced):  # the content stays where it is as long as before
+            for old, new in zip(reversed(event.freed), event.blocks, strict=True):
+                self._there[Tier.DEVICE, new] = self._there.pop((Tier.DEVICE, old))
+        else:
+            self._residency(before, self._copies(state), now, isinstance(event, BlocksCached))
         if isinstance(event, RequestMatched | RequestExtended):
             for block, pins in held.items():
                 if pins and not held_before.get(block) and block in self._unused:

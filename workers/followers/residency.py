@@ -31,6 +31,7 @@ from statemachine.events import (
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    CopiesReplaced,
     DigestTaken,
     Direction,
     Event,
@@ -223,6 +224,9 @@ def _touched(state: State, event: Event) -> list[Node] | None:
             return (
                 [*path, *_below(path[-1])] if event.taken and path else path
             )  # what is taken may be ahead from now on
+        case CopiesReplaced():  # what is replaced may be ahead from now on
+            runs = [state.nodes[id] for id in event.nodes if id in state.nodes]
+            return [*runs, *_below(runs[-1])] if runs else []
         case RequestReleased() | BlocksComputed():
             request = state.requests.get(event.request)
             path = [] if request is None else _path(request.leaf, None)

@@ -20,6 +20,7 @@ from statemachine.events import (
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    CopiesReplaced,
     Direction,
     Event,
     EvictReason,
@@ -225,6 +226,10 @@ class _BlockStory(Story):
             return (
                 f"request {name[event.request]!r} goes on with what others have cached and gives its copy back; {now}"
             )
+        if isinstance(event, CopiesReplaced):
+            if self.block in event.blocks:
+                return f"{short(owners[0])} takes it from request {name[event.request]!r}, in the place of its own copy"
+            return f"its run takes the copy of request {name[event.request]!r}, and nobody else used it; {now}"
         if isinstance(event, BlocksTrimmed):
             return f"request {name[event.request]!r} gives it back; {now}"
         if isinstance(event, RequestReleased):

@@ -15,6 +15,7 @@ from statemachine.events import (
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    CopiesReplaced,
     DigestScope,
     DigestTaken,
     Direction,
@@ -171,6 +172,11 @@ class Wording:
             parts.append(f"adds generated content of {self._blocks_of(event.words)}")
         return f"{name} " + (", ".join(parts) or "publishes nothing")
 
+    def _replaced(self, event: CopiesReplaced) -> str:
+        noun = "run takes" if len(event.nodes) == 1 else "runs take"
+        text = f"{noun} the copies of {self.name(event.request)}, device {_noun(event.blocks)}"
+        return f"{ids(event.nodes)}: {text}, which frees {ids(event.freed)}"
+
     def _extended(self, event: RequestExtended) -> str:
         parts = []
         if event.leaf:
@@ -292,6 +298,7 @@ WORDS: dict[type[Any], Callable[[Wording, Any], str]] = {
     DigestTaken: Wording._digest,
     RequestExtended: Wording._extended,
     BlocksComputed: Wording._computed,
+    CopiesReplaced: Wording._replaced,
 }
 """Event → its line."""
 

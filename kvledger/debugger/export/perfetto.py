@@ -28,6 +28,7 @@ from statemachine.events import (
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    CopiesReplaced,
     DigestTaken,
     Direction,
     EpochStarted,
@@ -220,7 +221,7 @@ class _Timeline:
                 packets.end(_FIRST_TRANSFER + event.transfer, time, outcome="timed_out")
             case BlocksAllocated() | BlocksCached() | BlocksComputed() | BlocksReassigned() | BlocksTrimmed():
                 pass  # the counters show what they come to
-            case LedgerOpened() | CacheCleared() | PoolResized() | TierLost():
+            case LedgerOpened() | CacheCleared() | CopiesReplaced() | PoolResized() | TierLost():
                 pass  # likewise
             case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded():
                 pass

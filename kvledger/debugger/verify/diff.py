@@ -149,7 +149,8 @@ def _request(one: Request, other: Request) -> list[str]:
         told.append(
             f"its path ends in run {one.leaf.id} ({one.leaf.end} blocks) and {other.leaf.id} ({other.leaf.end})"
         )
-    told += _simple(one, other, ("id", "namespace", "words", "matched", "duplicates", "joined", "waits", "computed"))
+    names = ("id", "namespace", "words", "matched", "duplicates", "joined", "replaced", "waits", "computed")
+    told += _simple(one, other, names)
     return told
 
 

@@ -20,6 +20,7 @@ from statemachine.events import (
     BlocksReassigned,
     BlocksTrimmed,
     CacheCleared,
+    CopiesReplaced,
     DigestTaken,
     EpochStarted,
     Event,
@@ -199,7 +200,7 @@ def _asks(state: State, event: Event, begun: set[int]) -> Iterator[Ask]:
             yield Forget(Tier(event.tier))
         case LedgerOpened() | RequestMatched() | EpochStarted() | WorkerJoined() | WorkerLost() | DigestTaken():
             pass
-        case BlocksComputed() | BlocksEvicted() | PoolResized() | WeightsLoaded():
+        case BlocksComputed() | BlocksEvicted() | PoolResized() | WeightsLoaded() | CopiesReplaced():
             pass
         case TransferStarted() | TransferFinished() | QuarantineEnded():
             pass
