@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test test-vllm vllm-environment check docs chaos soak mutants bench bench-run bench-compare clean native
+.PHONY: run test test-vllm vllm-environment check docs site chaos soak mutants bench bench-run bench-compare clean native
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
@@ -45,6 +45,23 @@ check: $(VENV)/tested
 # The pages that are made from the code.
 docs: $(VENV)/tested
 	$(VENV)/bin/python docs/generate.py
+
+# The pages of docs/ as a site in build/site, to be read without a network: open build/site/index.html. npm brings the scripts
+# that draw diagrams and search; without npm the pages fetch them from the network.
+SITE_VENV ?= .venv-site
+site: $(SITE_VENV)/installed
+	KVLEDGER_SITE_LIBRARIES=$(abspath $(SITE_VENV))/scripts NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --strict --quiet
+	@echo build/site/index.html
+
+$(SITE_VENV)/installed:
+	$(PYTHON) -m venv $(SITE_VENV)
+	$(SITE_VENV)/bin/python -m pip install --quiet 'mkdocs-material>=9.6,<10'
+	mkdir -p $(SITE_VENV)/scripts
+	npm install --silent --prefix $(SITE_VENV)/npm mermaid@11 iframe-worker@1 && \
+	  cp $(SITE_VENV)/npm/node_modules/mermaid/dist/mermaid.min.js $(SITE_VENV)/scripts && \
+	  cp $(SITE_VENV)/npm/node_modules/iframe-worker/shim/index.js $(SITE_VENV)/scripts/iframe-worker.js && \
+	  rm -r $(SITE_VENV)/npm || echo 'npm cannot bring the scripts: diagrams and search of the site will need a network'
+	touch $@
 
 # Hours of simulated crashes and of other examples for the property tests. Draws a seed and prints it; SEED=n repeats
 # one. Stops at the first failure, says how to repeat it, and leaves it as a program.
@@ -109,4 +126,4 @@ build/native/built: $(NATIVE_VENV)/installed setup.py $(shell find statemachine 
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) $(SITE_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
