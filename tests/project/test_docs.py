@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import re
 import runpy
@@ -16,7 +18,7 @@ import typer
 import yaml
 
 import kvledger
-from kvledger.adapters.fastdeploy import SIGNALS
+from kvledger.adapters.fastdeploy import SIGNALS, PrefixCacheManager
 from kvledger.cli import app
 from kvledger.run import traces
 from kvledger.telemetry.table import BY_NAME
@@ -76,6 +78,65 @@ def test_the_steps_of_a_page_run_in_order(page: str, least: int) -> None:
     space: dict[str, object] = {}
     for number, step in enumerate(steps, 1):
         exec(compile(step, f"{page}, snippet {number}", "exec"), space)
+
+
+ANSWERS = {"admission": kvledger.Admission, "grown": kvledger.Growth, "refusal": kvledger.OutOfBlocks}
+
+
+def renamed() -> dict[str, list[list[str]]]:
+    """By engine: their call, ours, and what is different."""
+    parts = re.split(r"\n## ", (ROOT / "docs" / "coming-from.md").read_text())[1:]
+    lines = {part.partition("\n")[0]: re.findall(r"^\| (.*)\|$", part, re.M) for part in parts}
+    return {engine: [[*map(str.strip, line.split("|"))] for line in rows[1:]] for engine, rows in lines.items()}
+
+
+def assert_ours(code: str) -> None:
+    """A call, an argument, an attribute or a command of kvledger exists, with the arguments that are named."""
+    head, _, inside = code.partition("(")
+    if code.startswith("kvledger "):
+        assert code.split()[1] in vars(typer.main.get_command(app))["commands"], code
+        return
+    if head.endswith("="):
+        assert head[:-1] in inspect.signature(kvledger.CacheManager.admit).parameters, code
+        return
+    owner, _, name = head.rpartition(".")
+    if owner:
+        target = ANSWERS.get(owner) or getattr(kvledger, owner)
+        assert hasattr(target, name) or re.search(rf"\bself\.{name}\b|^    {name}:", inspect.getsource(target), re.M), (
+            code
+        )
+        target = getattr(target, name, None)
+    else:
+        target = getattr(kvledger.CacheManager, head, None) or getattr(kvledger, head)
+    if inside:
+        assert set(re.findall(r"(\w+)=", inside)) <= set(inspect.signature(target).parameters), code
+    for enum, member in re.findall(r"\b([A-Z]\w+)\.([A-Z_]+)", inside):
+        assert hasattr(getattr(kvledger, enum), member), code
+
+
+def test_whoever_comes_from_another_engine_is_told_of_calls_that_exist() -> None:
+    tables = renamed()
+    assert tables.keys() == {"vLLM", "SGLang", "FastDeploy"}
+    for rows in tables.values():
+        assert len(rows) > 10 and all(len(row) == 3 for row in rows)
+        for _, ours, _ in rows:
+            for code in re.findall(r"`([^`]+)`", ours):
+                assert_ours(code)
+    for theirs, _, _ in tables["FastDeploy"]:
+        for code in re.findall(r"`(\w+)", theirs):
+            assert hasattr(PrefixCacheManager, code), code
+
+
+@pytest.mark.parametrize(("engine", "package"), [("vLLM", "vllm"), ("SGLang", "sglang")])
+def test_the_calls_of_other_engines_are_theirs(engine: str, package: str) -> None:
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        pytest.skip(f"{package} is not installed: `make bench` has an environment with it")
+    text = "".join(path.read_text() for path in Path(found.origin).parent.rglob("*.py"))
+    for theirs, _, _ in renamed()[engine]:
+        for code in re.findall(r"`([^`]+)`", theirs):
+            for name in re.findall(r"\b[A-Za-z]\w+_\w+|\b[A-Z]\w+[a-z][A-Z]\w+", code):
+                assert re.search(rf"\b{name}\b", text), name
 
 
 def test_the_table_of_signals_is_that_of_the_code() -> None:
