@@ -272,6 +272,18 @@ def test_every_test_that_a_page_names_exists() -> None:
         assert len(named) > 10 and named <= known, f"{page}: {sorted(named - known)}"
 
 
+def test_the_evidence_names_commands_and_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)", page)) <= targets
+    for path in re.findall(r"-m pytest ([\w/.]+)", page):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"`(\w+/test_\w+\.py)`", page):
+        assert (ROOT / "tests" / path).exists(), path
+    for module in re.findall(r"-m (examples\.\w+)", page):
+        assert (ROOT / module.replace(".", "/") / "__main__.py").exists(), module
+
+
 def test_the_version_is_the_one_of_the_distribution() -> None:
     written = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert kvledger.__version__ == written
