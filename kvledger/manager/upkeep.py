@@ -141,7 +141,11 @@ class WholeCache(Ledger):
         return given_up
 
     def evict(self, tier: Tier, blocks: SupportsIndex) -> int:
-        """Drop up to so many unused cached blocks of one tier for good, in eviction order. Returns how many."""
+        """Drop so many unused cached blocks of one tier for good, in eviction order. Returns how many.
+
+        Fewer only where no more can go: what is held or in flight stays, and so does what something that stays hangs
+        below (blocks of the other tier, too, where nothing else is above them).
+        """
         expect_tier(tier)
         events = self._execute(commands.Evict(tier, whole("blocks", blocks)))
         return sum(len(event.blocks) for event in events if isinstance(event, BlocksEvicted))

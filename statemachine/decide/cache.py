@@ -75,7 +75,11 @@ def _evict(state: State, command: Evict) -> list[Event]:
         if root is None:
             return []
     victims = droppable(place, command.blocks, root)
-    return [evicted(place, victims, EvictReason.CLEARED)] if victims else []
+    if not victims:
+        return []
+    last = victims[-1]
+    upper = state.next_node if not last.whole and last.node.elsewhere(place.number) else 0
+    return [evicted(place, victims, EvictReason.CLEARED, upper)]
 
 
 def _forget(state: State, command: Forget) -> list[Event]:

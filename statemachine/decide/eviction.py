@@ -147,19 +147,20 @@ def droppable(place: Place, limit: int, root: Node | None = None) -> list[Victim
     trees, too.
     """
     gone: set[Node] = set()
+    emptied: set[Node] = set()  # also those that stay where their other copy is
     victims: list[Victim] = []
     for order in place.orders:
         for node in order:
             if limit <= 0:
                 return victims
-            if node.transfer is not None or node.strands(place.number, gone):
+            other = node.elsewhere(place.number)
+            if node.transfer is not None or node.strands(place.number, emptied if other else gone):
                 continue
             if root is not None and root_of(node) is not root:
                 continue
-            # A run with two copies would have to be cut: it goes as a whole, and stays where its other copy is.
-            other = node.elsewhere(place.number)
-            take = node.size if other else min(node.size, limit)
+            take = min(node.size, limit)
             victims.append(Victim(node, take, take == node.size))
+            emptied.add(node)
             if not other:
                 gone.add(node)
             limit -= take

@@ -11,9 +11,9 @@ import pytest
 from kvledger import CacheConfig, CacheManager, HostPolicy, ReleaseReason
 from statemachine.apply import apply, genesis
 from statemachine.check import check
-from statemachine.commands import Admit, Backup, Cache, Release, StartEpoch
+from statemachine.commands import Admit, Backup, Cache, FinishTransfer, Release, StartEpoch
 from statemachine.decide import decide
-from statemachine.events import CopiesReplaced, Event, LedgerOpened
+from statemachine.events import CopiesReplaced, Event, LedgerOpened, Outcome
 from statemachine.records.snapshot import restore, snapshot, state_digest
 from statemachine.state.state import State
 from tests.manager.test_manager import replays
@@ -104,3 +104,19 @@ def test_a_new_engine_does_not_trust_what_took_the_place_of_a_trusted_copy() -> 
         do(each, StartEpoch(2, 99))
         assert [node.words for node in each.nodes.values()] == [words([1]).tobytes()]
     assert state_digest(other) == state_digest(state)
+
+
+def test_a_swap_in_that_nobody_waits_for_uses_nothing_above_it() -> None:
+    state = machine(HostPolicy.EXCLUSIVE)
+    do(state, Admit("a", words([1, 2, 3]), b"", 0, 3))
+    do(state, Cache("a", 3, b""))
+    do(state, Release("a", ReleaseReason.FINISHED, False))
+    do(state, Admit("b", words([7] * 6), b"", 0, 6))  # the last block of "a" is copied out
+    do(state, FinishTransfer(1, Outcome.DONE, 1))
+    do(state, Release("b", ReleaseReason.FINISHED, False))
+    do(state, Admit("c", words([1, 2, 3]), b"", 3, 3))
+    do(state, Admit("d", words([1, 2]), b"", 0, 2))
+    do(state, Cache("d", 2, b""))
+    *_, replaced = do(state, Release("c", ReleaseReason.ABORTED, False))
+    assert state.transfers[2].leaf is not None
+    assert isinstance(replaced, CopiesReplaced) and not state.duplicating

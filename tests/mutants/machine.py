@@ -158,7 +158,7 @@ MUTANTS = [
         "statemachine/state/duplicates.py",
         "    return node.pins - swap_ins - len(keepers(state, node))\n",
         "    return node.pins - len(keepers(state, node))\n",
-        EXCLUSIVE,
+        "tests/manager/test_duplicates.py::test_a_swap_in_that_nobody_waits_for_uses_nothing_above_it",
     ),
     mutant(
         "a replaced block is free while a back-up reads it",
@@ -190,6 +190,22 @@ MUTANTS = [
         "(request.duplicates, request.joined)",
         "tests/manager/test_duplicates.py::test_a_new_engine_does_not_trust_what_took_the_place_of_a_trusted_copy",
         ONE_TIER,
+    ),
+    mutant(
+        "what stays on the other tier only is in the way of what is above it",
+        "statemachine/decide/eviction.py",
+        "node.strands(place.number, emptied if other else gone):\n",
+        "node.strands(place.number, gone):\n",
+        "tests/statemachine/test_evict.py::test_exactly_so_many_go",
+        THROUGH,
+    ),
+    mutant(
+        "a run with two copies is evicted whole where a part is wanted",
+        "statemachine/decide/eviction.py",
+        "            take = min(node.size, limit)\n            victims",
+        "            take = node.size if other else min(node.size, limit)\n            victims",
+        "tests/statemachine/test_evict.py::test_exactly_so_many_go",
+        THROUGH,
     ),
     mutant(
         "a block is free while a copy reads it",
