@@ -75,6 +75,9 @@ SECTIONS["The manager"]["kvledger"] = (
     *sorted({*kvledger.__all__} - _ELSEWHERE - {*_FIRST, "__version__", "BlockTable", "Tokens"}),
 )
 
+_NOT_PUBLIC = "Not public."
+"""Says the docstring of a method that only other parts of kvledger call."""
+
 Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -132,7 +135,8 @@ def _class(node: ast.ClassDef, module: str, inherited: list[ast.ClassDef]) -> It
     bases = [ast.unparse(base) for base in node.bases if ast.unparse(base) not in taken_in]
     bodies = [node.body, *[each.body for each in inherited]]
     defined = [each for body in bodies for each in body if isinstance(each, Documented)]
-    members = [each for each in defined if not each.name.startswith("_")]
+    named = [each for each in defined if not each.name.startswith("_")]
+    members = [each for each in named if _NOT_PUBLIC not in (ast.get_docstring(each) or "")]
     inits = [each for each in defined if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
     yield "```python"
     yield f"from {module} import {node.name}"
@@ -153,6 +157,12 @@ def _class(node: ast.ClassDef, module: str, inherited: list[ast.ClassDef]) -> It
             marks = [f"@{each}" for each in decorators if each in ("classmethod", "staticmethod")]
             yield from ["```python", *marks, _signature(member), "```", ""]
         yield from _text(member)
+    parts = [f"`{each.name}`" for each in named if each not in members]
+    if parts:
+        yield from [
+            "",
+            f"*Between the parts of kvledger*, not public ([promises.md](promises.md)): {', '.join(parts)}.",
+        ]
 
 
 def _signature(node: Documented) -> str:

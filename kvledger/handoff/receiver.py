@@ -168,7 +168,7 @@ class Receiver:
         return told
 
     def fold(self) -> None:
-        """Take in what the prefill instances have logged."""
+        """Take in what the prefill instances have logged. Not public."""
         if self._closed:
             return
         for peer in self._peers.values():
@@ -240,17 +240,17 @@ class Receiver:
         return bool(self._rooms or self._quarantined)
 
     def uses(self, request_id: str) -> bool:
-        """Whether a request is receiving."""
+        """Whether a request is receiving. Not public."""
         return any(room.request_id == request_id for room in self._rooms.values())
 
     def released(self, request_id: str) -> None:
-        """Quarantine the blocks of a request that is released before they have arrived."""
+        """Quarantine the blocks of a request that is released before they have arrived. Not public."""
         for room in list(self._rooms.values()):
             if room.request_id == request_id:
                 self._quarantine(room)
 
     def disown(self) -> None:
-        """See :mod:`kvledger.manager.forks`."""
+        """See :mod:`kvledger.manager.forks`. Not public."""
         self._closed = True
 
     def close(self, *, keep: bool = False) -> None:

@@ -199,7 +199,7 @@ class Sender:
         return ended
 
     def fold(self) -> None:
-        """Fold the pushers' answers into the log of pushes."""
+        """Fold the pushers' answers into the log of pushes. Not public."""
         if self._closed:
             return
         for answer in self.supervisor.acknowledgements():
@@ -278,17 +278,17 @@ class Sender:
         return bool(self._pushes)
 
     def uses(self, request_id: str) -> bool:
-        """Whether a request is being pushed."""
+        """Whether a request is being pushed. Not public."""
         return any(push.request_id == request_id for push in self._pushes.values())
 
     def released(self, request_id: str) -> None:
-        """End the pushes of a request that is released: what has not arrived never counts."""
+        """End the pushes of a request that is released: what has not arrived never counts. Not public."""
         for number, push in list(self._pushes.items()):
             if push.request_id == request_id:
                 self._finish(number, Outcome.FAILED, "the prefill instance has released the request")
 
     def disown(self) -> None:
-        """See :mod:`kvledger.manager.forks`."""
+        """See :mod:`kvledger.manager.forks`. Not public."""
         self._closed = True
         self._writer.disown()
 

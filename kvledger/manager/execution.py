@@ -280,20 +280,26 @@ class Ledger:
         return self._ranks.poll() if self._ranks is not None else []
 
     def fold(self) -> None:
-        """Fold the workers' answers into the log; what there is to report stays for the next :meth:`poll`."""
+        """Fold the workers' answers into the log; what there is to report stays for the next :meth:`poll`.
+
+        Not public.
+        """
         self._expect_owner()
         if self._ranks is not None:
             self._ranks.fold()
 
     def attach(self, handoff: Handoff) -> None:
-        """Attach a sender or receiver to this manager. Raises :class:`InvalidCommand`: one of its kind is attached."""
+        """Attach a sender or receiver to this manager. Raises :class:`InvalidCommand`: one of its kind is attached.
+
+        Not public.
+        """
         self._expect_owner()
         if any(type(other) is type(handoff) for other in self._handoffs):
             raise InvalidCommand(f"ledger {self.name!r} has a {type(handoff).__name__.lower()} already")
         self._handoffs.append(handoff)
 
     def detach(self, handoff: Handoff) -> None:
-        """Forget a sender or receiver that was closed."""
+        """Forget a sender or receiver that was closed. Not public."""
         if handoff in self._handoffs:
             self._handoffs.remove(handoff)
 
@@ -378,12 +384,15 @@ class Ledger:
         return self._step
 
     def expect_published(self, call: str) -> None:
-        """Refuse a call inside a step, where nobody else can see what it needs others to see."""
+        """Refuse a call inside a step, where nobody else can see what it needs others to see. Not public."""
         if self._transactions.collecting:
             raise InvalidCommand(f"{call} inside a step: call it before the step begins, or when it has ended")
 
     def on_published(self, call: Callable[[], None]) -> None:
-        """Call this function whenever something was published, in the owner's thread, before the caller goes on."""
+        """Call this function whenever something was published, in the owner's thread, before the caller goes on.
+
+        Not public.
+        """
         self._writer.on_published = call
 
     # The end
@@ -409,7 +418,10 @@ class Ledger:
                 last_first.callback(handoff.close, keep=keep)
 
     def disown(self) -> None:
-        """Become closed, in a fork of the process that owns the ledger. See :mod:`kvledger.manager.forks`."""
+        """Become closed, in a fork of the process that owns the ledger. See :mod:`kvledger.manager.forks`.
+
+        Not public.
+        """
         self._transactions.closed = _FORKED
         for handoff in self._handoffs:
             handoff.disown()

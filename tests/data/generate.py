@@ -1,14 +1,16 @@
 """Writes the corpus of logs that every later version must replay to the same digests.
 
 ``python -m tests.data.generate`` adds a folder for the event table of the code at hand, named by its hash: one log per
-host policy with every kind of event, and ``digests.json``. Logs of earlier tables are never written again; where the
-encoding of a state has changed, their last state's digest in the new one joins the older ones.
+host policy with every kind of event, a ledger as it lies in shared memory, and ``digests.json``. Those of earlier
+tables are never written again; where the encoding of a state has changed, their last state's digest in the new one
+joins the older ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -24,6 +26,7 @@ from statemachine.events import Direction, HostPolicy, Outcome, ReleaseReason, T
 from statemachine.items import item_records
 from statemachine.records.codec import SCHEMA_HASH
 from statemachine.records.snapshot import MAGIC, state_digest
+from tests.data import ledgers
 
 FOLDER = Path(__file__).parent
 STEPS = 320
@@ -147,18 +150,36 @@ def main() -> None:
         path.chmod(0o644)
         events[path.name] = {"events": engine.sequence, "digests": {}}
     (folder / "digests.json").write_text(json.dumps(events))
+    ledger(folder)
     for told in sorted(FOLDER.glob("*/digests.json")):
         _digest(told)
+
+
+def ledger(folder: Path) -> None:
+    """Pack a ledger of the present table, and note the digest of its state."""
+    name = f"corpus-{os.getpid()}"
+    digest = ledgers.written(name)
+    ledgers.pack(name, folder / "ledger.zip")
+    told = json.loads((folder / "digests.json").read_text())
+    told["ledger.zip"] = {"digests": {MAGIC.decode(): digest}}
+    (folder / "digests.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 def _digest(file: Path) -> None:
     """Add the digests of the last states in the present encoding, where they are missing."""
     told = json.loads(file.read_text())
     for name, log in told.items():
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(shutil.copy(file.parent / name, folder))
-            with open_source(str(copy)) as source:
+        if name == "ledger.zip":
+            laid_out = f"corpus-{os.getpid()}"
+            ledgers.lay_out(file.parent / name, laid_out)
+            with open_source(laid_out) as source:
                 digest = state_digest(source.at(source.last)).hex()
+            ledgers.remove(laid_out)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(shutil.copy(file.parent / name, folder))
+                with open_source(str(copy)) as source:
+                    digest = state_digest(source.at(source.last)).hex()
         print(f"{file.parent.name}/{name}: {log['digests'].setdefault(MAGIC.decode(), digest)}")
     file.write_text(json.dumps(told, indent=1) + "\n")
 
