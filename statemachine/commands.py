@@ -60,6 +60,13 @@ class Cache(NamedTuple):
     items: bytes = b""
 
 
+class Distrust(NamedTuple):
+    """What stands on a request's path after its first ``blocks`` blocks is bad: it and all below never match again."""
+
+    key: str
+    blocks: int
+
+
 class Trim(NamedTuple):
     """Give back all but the first ``blocks`` blocks of a block table."""
 
@@ -129,6 +136,8 @@ class Evict(NamedTuple):
     blocks: int
     namespace: bytes | None = None
     """Only those of this namespace."""
+    distrusted: bool = False
+    """Only those that turned out bad."""
 
 
 class Clear(NamedTuple):
@@ -199,6 +208,7 @@ Command = (
     | Extend
     | Allocate
     | Cache
+    | Distrust
     | Trim
     | GiveBack
     | Reassign

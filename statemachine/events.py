@@ -108,6 +108,8 @@ class EvictReason(IntEnum):
     TIER_LOST = 3
     UNTRUSTED = 4
     """Cached by a request that was still running when its engine died."""
+    DISTRUSTED = 5
+    """It turned out bad (:class:`BlocksDistrusted`), and nobody holds it."""
 
 
 class Direction(IntEnum):
@@ -280,6 +282,19 @@ class BlocksComputed(NamedTuple):
     blocks: U32
 
 
+class BlocksDistrusted(NamedTuple):
+    """What is cached from a run on a request's path on turned out bad: with all below it never matches again.
+
+    Who holds some of it goes on reading it, and what they cache below never matches either. ``cut``: the first so many
+    blocks of the run are good, and become run ``upper``.
+    """
+
+    request: RequestId
+    node: RunId
+    cut: U32
+    upper: RunId
+
+
 class BlocksReassigned(NamedTuple):
     """Private blocks move from one request to the end of another's block table."""
 
@@ -445,6 +460,7 @@ Event = (
     | BlocksComputed
     | WeightsLoaded
     | CopiesReplaced
+    | BlocksDistrusted
 )
 
 KINDS: dict[int, type[Event]] = {
@@ -471,6 +487,7 @@ KINDS: dict[int, type[Event]] = {
     21: BlocksComputed,
     22: WeightsLoaded,
     23: CopiesReplaced,
+    24: BlocksDistrusted,
 }
 """Kind number on the log → event. Numbers are never used twice."""
 

@@ -163,7 +163,7 @@ def _run(run: Node) -> str:
         if copy is not None:
             copies.append(f"{tier.name.lower()} {ids(copy.ids, 4)}" + ("" if copy.ready else " (arriving)"))
     pins = f", {count(run.pins, 'pin')}" if run.pins else ""
-    ahead = ", not computed yet" if run.ahead else ""
+    ahead = ", distrusted" if run.distrusted else ", not computed yet" if run.ahead else ""
     return f"run {run.id}: {count(run.size, 'block')}{pins}{ahead}, {'; '.join(copies)}"
 
 

@@ -18,6 +18,7 @@ from statemachine.events import (
     BlocksAllocated,
     BlocksCached,
     BlocksComputed,
+    BlocksDistrusted,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
@@ -244,7 +245,9 @@ class Top:
                 self._refused.add(time_ns, 1)
             case BlocksAllocated() | BlocksCached() | BlocksComputed() | BlocksReassigned() | BlocksTrimmed():
                 pass
-            case LedgerOpened() | QuarantineEnded() | CacheCleared() | PoolResized() | TierLost() | CopiesReplaced():
+            case LedgerOpened() | QuarantineEnded() | CacheCleared() | PoolResized() | TierLost():
+                pass
+            case BlocksDistrusted() | CopiesReplaced():
                 pass
             case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded():
                 pass

@@ -113,6 +113,29 @@ class TokenCalls(WholeCache):
             raise InvalidCommand(f"an image or sound of request {request_id!r} would be cut: take all of it back")
         told.tail, told.items = tail[: len(tail) - 4 * count], kept
 
+    def distrust(self, request_id: str, from_token: SupportsIndex) -> None:
+        """Say that the KV of a request turned out bad from a token on: nobody ever matches it again, nor what is below.
+
+        Its block goes as a whole, and all blocks behind it that were computed from it, whoever cached them. Requests
+        that hold some of these go on reading them, this one as well: preempt or end them as you see fit. Admitted
+        again, they match what is before that token, and compute the rest anew. What nobody holds is dropped at once.
+        What of this request is not published yet counts as not computed any more: compute and commit it again.
+
+        Raises:
+            InvalidCommand: that token is not computed.
+            ipc.SharedMemoryFull: there is no room for more log; nothing changed.
+            UnknownRequest
+        """
+        first = whole("from_token", from_token)
+        self._expect_owner()
+        told = self._told_of(request_id)
+        computed = self._computed(told)
+        if first >= computed:
+            raise InvalidCommand(f"only {computed} tokens of request {request_id!r} are computed, none from {first} on")
+        if self._execute(commands.Distrust(request_id, first // self.config.block_size)):
+            self._drop_unused(distrusted=True)
+        told.computed = max(min(told.computed, first), told.request.leaf.end * self.config.block_size)
+
     def grow(self, tokens: Mapping[str, SupportsIndex], *, lookahead: SupportsIndex = 0) -> Growth:
         """Give each request room for its first so many tokens, and ``lookahead`` more. Most important first.
 

@@ -59,11 +59,11 @@ class WholeCache(Ledger):
         self._execute(commands.Clear(force))
         self._drop_unused()
 
-    def _drop_unused(self) -> None:
-        """Give back the blocks of a cache that was cleared; what stays matches nothing, and goes when it is wanted."""
+    def _drop_unused(self, *, distrusted: bool = False) -> None:
+        """Give back what was cleared, or turned out bad; what stays matches nothing, and goes when it is wanted."""
         with contextlib.suppress(SharedMemoryFull):
             for tier in (Tier.HOST, Tier.DEVICE):
-                while self._execute(commands.Evict(tier, self._evict_step)):
+                while self._execute(commands.Evict(tier, self._evict_step, distrusted=distrusted)):
                     pass
 
     def _clear_namespace(self, namespace: bytes, force: bool, wait: float) -> None:

@@ -273,7 +273,7 @@ def _redact_state(state: State, names: Pseudonyms) -> None:
                 ends[id(child)], child.words = names.follow(ends[id(node)], child.words, child.items, child.start)
                 child.items = names.items(child.items)
             if children:
-                node.children = {child.content(state.block_bytes): child for child in children}
+                node.children = {child.key(state.block_bytes): child for child in children}
             assert children or node.children is NO_CHILDREN or not node.children
             stack.extend(children)
     state.roots = {root.words: root for root in state.roots.values()}

@@ -7,13 +7,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from statemachine.events import Direction, TransferStarted
 from statemachine.state.state import State
 
 Path = tuple[Any, ...]
 """Root, then the content of each block down to the one that is meant."""
+
+
+class Bad(NamedTuple):
+    """The content of a block that turned out bad: equal to nothing that anybody asks for."""
+
+    number: int
+    content: Any
 
 
 class Live:
@@ -45,6 +52,7 @@ class OneTier:
         """Blocks that a live request has cached itself."""
         self.replaced: dict[Path, str] = {}
         """Those of them that had been cached before: the tree took the request's block in the place of its own."""
+        self.bad = 0
 
     def path(self, request: Live, position: int) -> Path:
         """The block at a position of a request's content."""
@@ -87,8 +95,15 @@ class OneTier:
 
     def evict_tree(self, root: Any, count: int) -> list[int]:
         """As :meth:`evict`, below one root only."""
+        return self._evict_paths([path for path in [*self.final, *self.lru] if path[0] == root][:count])
+
+    def evict_distrusted(self) -> list[int]:
+        """As :meth:`evict`, all that turned out bad."""
+        return self._evict_paths([path for path in [*self.final, *self.lru] if isinstance(path[-1], Bad)])
+
+    def _evict_paths(self, paths: list[Path]) -> list[int]:
         evicted = []
-        for path in [path for path in [*self.final, *self.lru] if path[0] == root][:count]:
+        for path in paths:
             evicted.append(self.block.pop(path))
             del self.pins[path]
             (self.final if path in self.final else self.lru).remove(path)
@@ -119,6 +134,9 @@ class OneTier:
         request.content = request.content + generated
         freed = []
         for i in range(request.cached, blocks):
+            if i and isinstance(request.content[i - 1], Bad):
+                self.bad += 1
+                request.content[i] = Bad(self.bad, request.content[i])
             path = self.path(request, i)
             if path in self.block and self.used(path):
                 request.own.add(i)
@@ -141,10 +159,36 @@ class OneTier:
         self.cached_by[path] = self.replaced[path] = key
         return old
 
+    def distrust(self, key: str, blocks: int) -> None:
+        """The content of these blocks, and of all below, is another one from here on, for whoever holds it."""
+        request = self.live[key]
+        if blocks >= request.cached:
+            return
+        top = self.path(request, blocks)
+        self.bad += 1
+
+        def renamed(path: Path) -> Path:
+            if path[: len(top)] != top:
+                return path
+            return (*path[: blocks + 1], *(Bad(self.bad, content) for content in path[blocks + 1 :]))
+
+        for live in self.live.values():
+            path = (live.root, *live.content[: live.cached])
+            live.content = [*renamed(path)[1:], *live.content[live.cached :]]
+        self.block = {renamed(path): block for path, block in self.block.items()}
+        self.pins = {renamed(path): pins for path, pins in self.pins.items()}
+        self.cached_by = {renamed(path): other for path, other in self.cached_by.items()}
+        self.replaced = {renamed(path): other for path, other in self.replaced.items()}
+        self.final, self.lru = [renamed(path) for path in self.final], [renamed(path) for path in self.lru]
+        self.final += [path for path in self.lru if isinstance(path[-1], Bad)]
+        self.lru = [path for path in self.lru if not isinstance(path[-1], Bad)]
+
     def extend(self, key: str, limit: int) -> None:
         """Everything that is cached of the request's content, in the tree's blocks."""
         request = self.live[key]
         end = request.cached
+        if end and isinstance(request.content[end - 1], Bad):
+            return
         while end < min(limit, len(request.content)) and self.path(request, end) in self.block:
             end += 1
         end = max(self.uncut(request.content, end), request.cached)
@@ -190,7 +234,7 @@ class OneTier:
             children = [p for p in self.block if len(p) == len(path) + 1 and p[: len(path)] == path and p != below]
             alone = alone and not self.pins[path] and (retired or not children)
             if not self.pins[path]:
-                (self.final if alone else self.lru).append(path)
+                (self.final if alone or isinstance(path[-1], Bad) else self.lru).append(path)
             below = path
         private = [block for i, block in enumerate(request.table) if i >= request.cached or i in request.own]
         self.free += reversed(private)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from statemachine.events import CacheCleared, Event, LedgerOpened, PoolResized, TierLost
+from statemachine.events import BlocksDistrusted, CacheCleared, Event, LedgerOpened, PoolResized, TierLost
 from statemachine.mentions import mentions
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
 
-_SWEEPING = (LedgerOpened, CacheCleared, PoolResized, TierLost)
-"""They name nothing, and can change everything."""
+_SWEEPING = (LedgerOpened, BlocksDistrusted, CacheCleared, PoolResized, TierLost)
+"""They can change what they do not name."""
 
 
 class Changes(NamedTuple):

@@ -23,6 +23,7 @@ from statemachine.events import (
     BlocksAllocated,
     BlocksCached,
     BlocksComputed,
+    BlocksDistrusted,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
@@ -80,6 +81,7 @@ HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
     BlocksComputed: requests.blocks_computed,
     WeightsLoaded: ledger.weights_loaded,
     CopiesReplaced: cache.copies_replaced,
+    BlocksDistrusted: cache.blocks_distrusted,
 }
 """Event → how it changes the state; what :func:`apply` looks up, for loops where a call counts."""
 

@@ -13,12 +13,13 @@ from statemachine.apply.expect import (
     request_of,
     violated,
 )
-from statemachine.apply.tree import attach, count_use, detach, drop_copy, pin_below, put_copy, split, truncate
+from statemachine.apply.tree import attach, count_use, detach, distrust, drop_copy, pin_below, put_copy, split, truncate
 from statemachine.events import (
     BACKUP,
     EXCLUSIVE,
     SWAP_IN,
     BlocksCached,
+    BlocksDistrusted,
     BlocksEvicted,
     CacheCleared,
     CopiesReplaced,
@@ -114,6 +115,8 @@ def _known_below(
     expect_cut(state, event, bottom, event.cut, event.upper)
     if known != event.duplicates + event.taken:
         violated(event, f"{known} blocks are known below the path, not {event.duplicates + event.taken}")
+    if chain and bottom.distrusted:
+        violated(event, f"run {bottom.id} is distrusted: nobody may find it again")
     if chain and not words.startswith(part(content_of(chain), 0, known * state.block_bytes)):
         violated(event, "the words of the request and of the runs differ")
     for run in chain:
@@ -134,6 +137,20 @@ def _join(state: State, chain: list[Node], blocks: IntArray, computed: int) -> i
             run.ahead = run.end > computed
             position += run.size
     return position
+
+
+def blocks_distrusted(state: State, event: BlocksDistrusted) -> None:
+    """From a run of a request's path on nothing matches again."""
+    request = request_of(state, event, event.request)
+    node = node_of(state, event, event.node)
+    if node not in state.path(request.leaf):
+        violated(event, f"run {node.id} is not on the path of request {request.key!r}")
+    if node.distrusted:
+        violated(event, f"run {node.id} is distrusted already")
+    expect_cut(state, event, node, event.cut, event.upper)
+    if event.upper:
+        split(state, node, event.cut, event.upper)
+    distrust(state, node)
 
 
 def _take_over(state: State, node: Node, blocks: IntArray) -> None:

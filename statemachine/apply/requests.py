@@ -38,6 +38,8 @@ def request_matched(state: State, event: RequestMatched) -> None:
             if not cut or not upper:
                 violated(event, "a cut needs a new id and the other way round")
             expect_cut(state, event, leaf, cut, upper)
+        if leaf.distrusted:
+            violated(event, f"run {leaf.id} is distrusted: nobody may find it again")
         length = leaf.start + (cut or leaf.size)
         on_device = length
         while node.parent is not None:
@@ -105,6 +107,8 @@ def request_extended(state: State, event: RequestExtended) -> None:
     length = (end - path.end) * state.block_bytes
     if event.device_blocks != end - path.end:
         violated(event, f"run {leaf.id} is {end - path.end} blocks below the path, not {event.device_blocks}")
+    if leaf.distrusted:
+        violated(event, f"run {leaf.id} is distrusted: nobody may find it again")
     if chain and not request.words.startswith(part(content_of(chain), 0, length)):
         violated(event, "the words of the request and of the runs differ")
     for run in chain:

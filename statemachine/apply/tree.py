@@ -74,8 +74,8 @@ def leave_orders(state: State, node: Node) -> None:
 def unpin(state: State, leaf: Node, above: Node | None = None, final: int = 0) -> None:
     """Count one holder less, from ``leaf`` up to (not including) ``above``, else up to the root.
 
-    Runs that nobody holds any more enter the eviction orders, deepest first; the first ``final`` of them, and those of
-    a retired tree, the one that is evicted first.
+    Runs that nobody holds any more enter the eviction orders, deepest first; the first ``final`` of them, distrusted
+    ones, and those of a retired tree, the one that is evicted first.
     """
     if state.retired and root_of(leaf) in state.retired:
         final = leaf.end
@@ -85,7 +85,7 @@ def unpin(state: State, leaf: Node, above: Node | None = None, final: int = 0) -
         if not node.pins:
             for place in state.places:
                 if node.copies[place.number] is not None:
-                    place.orders[0 if final > 0 else -1].append(node)
+                    place.orders[0 if final > 0 or node.distrusted else -1].append(node)
                     place.evictable += node.size
             final -= 1
         node = node.parent
@@ -118,7 +118,8 @@ def attach(state: State, node: Node) -> None:
     assert parent is not None
     if parent.children is NO_CHILDREN:
         parent.children = {}
-    parent.children[node.content(state.block_bytes)] = node
+    node.distrusted = parent.distrusted
+    parent.children[node.key(state.block_bytes)] = node
     state.nodes[node.id] = node
 
 
@@ -126,7 +127,7 @@ def detach(state: State, node: Node) -> None:
     """Delete a run that has no copy left and no children."""
     parent = node.parent
     assert parent is not None
-    del parent.children[node.content(state.block_bytes)]
+    del parent.children[node.key(state.block_bytes)]
     if not parent.children:
         parent.children = NO_CHILDREN
         if parent.parent is None:
@@ -141,6 +142,9 @@ def split(state: State, node: Node, cut: int, upper_id: int) -> Node:
     assert parent is not None
     upper = Node(upper_id, parent, node.start, node.words[:length], cut)
     upper.pins, upper.hits, upper.ahead = node.pins, node.hits, node.ahead
+    if node.distrusted:  # its key is not its content's
+        upper.distrusted = True
+        del parent.children[node.key(state.block_bytes)]
     for place, copy in zip(state.places, node.copies):
         if copy is not None:
             upper.copies[place.number] = Copy(copy.ids[:cut], copy.ready)
@@ -148,13 +152,13 @@ def split(state: State, node: Node, cut: int, upper_id: int) -> Node:
             if not node.pins:
                 place.order_of(node).insert_after(node, upper)
     upper.items = within(node.items, upper.start, upper.end)
-    parent.children[upper.content(state.block_bytes)] = upper
+    parent.children[upper.key(state.block_bytes)] = upper
     node.words = node.words[length:]
     node.items = within(node.items, upper.end, node.end)
     node.start += cut
     node.size -= cut
     node.parent = upper
-    upper.children = {node.content(state.block_bytes): node}
+    upper.children = {node.key(state.block_bytes): node}
     state.nodes[upper_id] = upper
     state.next_node = upper_id + 1
     transfer = node.transfer
@@ -173,6 +177,8 @@ def absorb(state: State, node: Node, ancestors: list[Node]) -> None:
     above = top.parent
     assert above is not None
     chain.append(node)
+    if top.distrusted:  # its key is not its content's
+        del above.children[top.key(state.block_bytes)]
     node.words = content_of(chain)
     node.items = items_of(chain)
     for place, copy in zip(state.places, node.copies):
@@ -185,7 +191,28 @@ def absorb(state: State, node: Node, ancestors: list[Node]) -> None:
     node.start = top.start
     node.size = sum(run.size for run in chain)
     node.parent = above
-    above.children[node.content(state.block_bytes)] = node
+    above.children[node.key(state.block_bytes)] = node
+
+
+def distrust(state: State, top: Node) -> None:
+    """Let a run and all below it never match again. What nobody holds goes first from here on."""
+    block_bytes = state.block_bytes
+    above = top.parent
+    assert above is not None
+    del above.children[top.key(block_bytes)]
+    runs = [top]
+    for run in runs:
+        run.distrusted = True
+        runs.extend(run.children.values())
+    above.children[top.key(block_bytes)] = top
+    for run in runs:
+        if run.children:
+            run.children = {child.key(block_bytes): child for child in run.children.values()}
+    for place in state.places:
+        if place.final is not place.lru:
+            for node in [node for node in place.lru if node.distrusted]:
+                place.lru.remove(node)
+                place.final.append(node)
 
 
 def truncate(state: State, node: Node, count: int) -> None:

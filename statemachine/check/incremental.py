@@ -20,6 +20,7 @@ from statemachine.check.statements import Position
 from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
+    BlocksDistrusted,
     BlocksReassigned,
     BlocksTrimmed,
     DigestTaken,
@@ -153,7 +154,9 @@ class IncrementalCheck:
         """What is broken after the event, just applied, in the words of the full check; empty if nothing is."""
         if isinstance(event, _NOT_THE_CACHE):
             return []
-        if isinstance(event, TransferFinished) and event.outcome != Outcome.DONE:
+        if isinstance(event, BlocksDistrusted) or (
+            isinstance(event, TransferFinished) and event.outcome != Outcome.DONE
+        ):
             return self.full()
         try:
             told = self._look_again(event)

@@ -24,6 +24,7 @@ INVARIANTS: dict[str, str] = {
     "items": "images and sounds begin where their content stands, the same in a request and in its path",
     "orders": "the eviction orders hold exactly what nobody uses, descendants first",
     "in flight": "what arrives has a transfer, and that moves just this",
+    "distrusted": "what turned out bad cannot be found, nor can what is below it, and it goes first",
     "ahead": "what is cached before it is computed has a request that is about to compute it",
     "transfers end": "who waits and what is waited for know each other",
     "block tables": "a request's block table agrees with the runs of its path",
@@ -50,6 +51,8 @@ def of_run(state: State, node: Node) -> Iterator[str]:
                 yield f"residency: {node!r} is on {place}, {parent!r} above it is neither there nor nearer"
         if node.valid() and parent.arriving():
             yield f"residency: {node!r} is valid on the device, {parent!r} above it is still arriving"
+    if parent.distrusted and not node.distrusted:
+        yield f"distrusted: {node!r} is below {parent!r}, which turned out bad"
     transfer = node.transfer
     if transfer is None:
         if any(copy is not None and not copy.ready for copy in node.copies):
@@ -64,7 +67,12 @@ def of_run(state: State, node: Node) -> Iterator[str]:
 
 def _linked(state: State, node: Node, parent: Node) -> Iterator[str]:
     content = node.words[: state.block_bytes] + node.items.get(node.start, b"")
-    if state.nodes.get(node.id) is not node or parent.children.get(content) is not node:
+    linked = parent.children.get(content) is node
+    if node.distrusted:
+        if linked:
+            yield f"distrusted: {node!r} can still be found below {parent!r}"
+        linked = linked or parent.children.get(node.key(state.block_bytes)) is node
+    if state.nodes.get(node.id) is not node or not linked:
         yield f"links: {node!r} is not linked to its parent {parent!r}"
     if node.start != parent.end or (parent.parent is not None and state.nodes.get(parent.id) is not parent):
         yield f"links: {node!r} does not begin where {parent!r} ends"
@@ -111,6 +119,8 @@ def of_orders(state: State, node: Node, position: Callable[[Place, Node], Positi
         if count != (node.copies[place.number] is not None and not node.pins):
             yield f"orders: {node!r} ({node.pins} pins) is in {count} orders of {place}"
         mine = position(place, node)
+        if node.distrusted and mine is not None and mine[0]:
+            yield f"distrusted: {node!r} is not among those that go first on {place}"
         above = node.parent
         while mine is not None and above is not None and above.parent is not None:
             its = position(place, above)

@@ -1,17 +1,17 @@
-"""Deciding what happens to cached blocks: cache, forget, evict, make room, clear."""
+"""Deciding what happens to cached blocks: cache, distrust, forget, evict, make room, clear."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from statemachine.commands import Cache, Clear, Evict, Forget, MakeRoom
+from statemachine.commands import Cache, Clear, Distrust, Evict, Forget, MakeRoom
 from statemachine.decide.duplicates import replaced_by
 from statemachine.decide.eviction import Victim, device_supply, droppable, evicted
 from statemachine.decide.hits import follow
 from statemachine.decide.lookup import request_named
 from statemachine.errors import Busy, InvalidCommand, RequestNotReady
-from statemachine.events import BlocksCached, BlocksComputed, CacheCleared, Event, EvictReason
+from statemachine.events import BlocksCached, BlocksComputed, BlocksDistrusted, CacheCleared, Event, EvictReason
 from statemachine.items import extended
 from statemachine.state.nodes import ALL, Node, Request
 from statemachine.state.state import State
@@ -65,6 +65,22 @@ def _mark_computed(request: Request, command: Cache) -> list[Event]:
     return [BlocksComputed(request.id, computed)] if computed != request.computed else []
 
 
+def _distrust(state: State, command: Distrust) -> list[Event]:
+    request = request_named(state, command.key)
+    if command.blocks < 0:
+        raise InvalidCommand(f"no request has {command.blocks} good blocks")
+    node = request.leaf
+    if command.blocks >= node.end:
+        return []
+    while node.start > command.blocks:
+        assert node.parent is not None
+        node = node.parent
+    if node.distrusted:
+        return []
+    cut = command.blocks - node.start
+    return [BlocksDistrusted(request.id, node.id, cut, state.next_node if cut else 0)]
+
+
 def _evict(state: State, command: Evict) -> list[Event]:
     if command.blocks < 0:
         raise InvalidCommand(f"{command.blocks} blocks cannot be evicted")
@@ -74,12 +90,13 @@ def _evict(state: State, command: Evict) -> list[Event]:
         root = state.roots.get(command.namespace)
         if root is None:
             return []
-    victims = droppable(place, command.blocks, root)
+    victims = droppable(place, command.blocks, root, distrusted=command.distrusted)
     if not victims:
         return []
     last = victims[-1]
     upper = state.next_node if not last.whole and last.node.elsewhere(place.number) else 0
-    return [evicted(place, victims, EvictReason.CLEARED, upper)]
+    reason = EvictReason.DISTRUSTED if command.distrusted else EvictReason.CLEARED
+    return [evicted(place, victims, reason, upper)]
 
 
 def _forget(state: State, command: Forget) -> list[Event]:
@@ -118,6 +135,7 @@ def _clear(state: State, command: Clear) -> list[Event]:
 
 CACHE: dict[type[Any], Callable[[State, Any], list[Event]]] = {
     Cache: _cache,
+    Distrust: _distrust,
     Evict: _evict,
     Forget: _forget,
     MakeRoom: _make_room,

@@ -19,6 +19,7 @@ from statemachine.commands import (
     Cache,
     Clear,
     Command,
+    Distrust,
     EndQuarantine,
     Evict,
     Extend,
@@ -46,6 +47,7 @@ from statemachine.events import (
     BlocksAllocated,
     BlocksCached,
     BlocksComputed,
+    BlocksDistrusted,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
@@ -214,6 +216,10 @@ def _computed(state: State, event: BlocksComputed, events: Sequence[Event]) -> C
     return Cache(request.key, request.leaf.end, b"", event.blocks)
 
 
+def _distrusted(state: State, event: BlocksDistrusted, events: Sequence[Event]) -> Command:
+    return Distrust(state.requests[event.request].key, state.nodes[event.node].start + event.cut)
+
+
 def _extended(state: State, event: RequestExtended, events: Sequence[Event]) -> Command:
     request = state.requests[event.request]
     return Extend(request.key, request.leaf.end + event.device_blocks)
@@ -239,6 +245,8 @@ def _evicted(state: State, event: BlocksEvicted, events: Sequence[Event]) -> Com
     tier = Tier(event.tier)
     if event.reason == EvictReason.CAPACITY and tier == Tier.DEVICE:
         return _made_room(events)
+    if event.reason == EvictReason.DISTRUSTED:
+        return Evict(tier, len(event.blocks), distrusted=True)
     if event.reason != EvictReason.CLEARED:
         raise NoCommand(f"{tier.name} blocks are evicted for {EvictReason(event.reason).name}, and nothing follows")
     if len(events) == 1:
@@ -280,6 +288,7 @@ DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     BlocksAllocated: _allocated,
     BlocksCached: _cached,
     BlocksComputed: _computed,
+    BlocksDistrusted: _distrusted,
     RequestExtended: _extended,
     BlocksTrimmed: _trimmed,
     BlocksReassigned: _reassigned,

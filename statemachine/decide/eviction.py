@@ -140,11 +140,11 @@ def _stuck(node: Node, skipped: set[Node]) -> bool:
     return False
 
 
-def droppable(place: Place, limit: int, root: Node | None = None) -> list[Victim]:
+def droppable(place: Place, limit: int, root: Node | None = None, *, distrusted: bool = False) -> list[Victim]:
     """Runs that nobody uses, in eviction order, until ``limit`` blocks are found (the last one in part).
 
     Runs in flight, and runs below which something would be stranded, are passed over; with ``root``, those of other
-    trees, too.
+    trees, too, and with ``distrusted`` all the others.
     """
     gone: set[Node] = set()
     emptied: set[Node] = set()  # also those that stay where their other copy is
@@ -157,6 +157,8 @@ def droppable(place: Place, limit: int, root: Node | None = None) -> list[Victim
             if node.transfer is not None or node.strands(place.number, emptied if other else gone):
                 continue
             if root is not None and root_of(node) is not root:
+                continue
+            if distrusted and not node.distrusted:
                 continue
             take = min(node.size, limit)
             victims.append(Victim(node, take, take == node.size))
@@ -221,11 +223,19 @@ def _swap_out(
 ) -> _Plan | None:
     """Move victims to the host as far as there is room; the oldest of them give way first."""
     events: list[Event] = []
-    dropped = [victim for victim in victims if victim.final and not victim.node.children]
-    out = [victim for victim in victims if not victim.final or victim.node.children]
+    dropped: list[Victim] = []
+    out: list[Victim] = []
+    lost: set[Node] = set()
+    for victim in victims:
+        node = victim.node
+        if victim.final and (not node.children or (node.distrusted and lost.issuperset(node.children.values()))):
+            dropped.append(victim)
+            lost.add(node)
+        else:
+            out.append(victim)
     excess = sum(victim.take for victim in out)
     room, evictions = host_room(state, excess, kept, leaving)
-    gone = {victim.node for victim in evictions if victim.whole} | {victim.node for victim in dropped}
+    gone = {victim.node for victim in evictions if victim.whole} | lost
     excess -= room
     moved: list[Victim] = []
     for victim in out:

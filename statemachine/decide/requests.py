@@ -130,6 +130,8 @@ def _batch_refused(state: State, command: Allocate, requests: IntArray, total: i
 def _extend(state: State, command: Extend) -> list[Event]:
     request = ready_request(state, command.key)
     end = request.leaf.end
+    if request.leaf.distrusted:
+        return []  # nothing is found below it, and its own copies may be better than the runs'
     node, cut, found = _further(state, request, command.limit)
     if request.items and not state.opened.chunked_multimodal:
         whole = uncut(request.items, end + found, state.opened.block_size)

@@ -27,6 +27,8 @@ _U64 = struct.Struct("<Q")
 _SCALARS = struct.Struct("<13Q")
 _NODE = struct.Struct("<QQIIIQBBQI")
 _NO_COPY, _ARRIVING, _READY, _AHEAD = 0, 1, 2, 3
+_DISTRUSTED = 4
+"""Added to the state of the host copy. Where nothing is distrusted the bytes are those of before that could happen."""
 
 
 class SnapshotError(ValueError):
@@ -156,7 +158,7 @@ class _Writer:
                     node.size,
                     node.pins,
                     _AHEAD if node.ahead else _copy_state(node.device),
-                    _copy_state(node.host),
+                    _copy_state(node.host) + (_DISTRUSTED if node.distrusted else 0),
                     node.transfer.id if node.transfer is not None else 0,
                     node.hits,
                 )
@@ -331,6 +333,9 @@ class _Reader:
             node.items = by_block(self._blob(), state.opened.block_size)
             node.pins, node.hits = pins, hits
             node.ahead = device == _AHEAD
+            if host >= _DISTRUSTED:
+                node.distrusted = True
+                host -= _DISTRUSTED
             for place, copy in enumerate((device, host)):
                 if copy:
                     node.copies[place] = Copy(array("i", self._take(4 * size)), copy >= _READY)
@@ -344,7 +349,7 @@ class _Reader:
                 raise ValueError(f"run {node.id} does not begin where its parent ends")
             if above.children is NO_CHILDREN:
                 above.children = {}
-            above.children[node.content(state.block_bytes)] = node
+            above.children[node.key(state.block_bytes)] = node
 
     def _order(self, state: State, order: EvictionOrder) -> None:
         for number in self._array("Q"):

@@ -160,6 +160,8 @@ EARLIER: dict[int, Earlier] = {
     0x6F1B228257DA6E57: Earlier(_WITHOUT_ITEMS | _changed(1, _LedgerOpened3, _opened_3), b"kvlstate3"),
     # Until runs could take the copies of requests (CopiesReplaced): these stayed beside the runs' own.
     0x1711F24080C79FAD: Earlier({}, b"kvlstate4"),
+    # Until what turned out bad could be distrusted (BlocksDistrusted).
+    0x5693452048BD2A9E: Earlier({}, b"kvlstate4"),
 }
 """By hash of the table."""
 

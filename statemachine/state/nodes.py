@@ -19,6 +19,9 @@ PLACES: Final = len(Tier)
 _FEW: Final = 400
 """So many ids an array turns round as fast as NumPy."""
 
+_NO_CONTENT: Final = 7
+"""Length of a key that is no content: that is a multiple of four bytes."""
+
 NO_CHILDREN: dict[bytes, Node] = {}
 """Shared by all leaves (a dictionary of its own would cost each 64 bytes); never written."""
 
@@ -40,6 +43,7 @@ class Node:
         "ahead",
         "children",
         "copies",
+        "distrusted",
         "hits",
         "id",
         "items",
@@ -62,13 +66,15 @@ class Node:
         self.items: BlockItems = NO_ITEMS
         """What else belongs to the content: the images and sounds that begin in these blocks."""
         self.children: dict[bytes, Node] = NO_CHILDREN
-        """By the content of the child's first block (:meth:`content`)."""
+        """By :meth:`key`: the content of the child's first block."""
         self.pins = 0
         self.copies: list[Copy | None] = [None, None]
         """By the number of the place (:attr:`Place.number`), the nearest first (``[None] * PLACES`` takes longer)."""
         self.transfer: Transfer | None = None
         self.ahead = False
         """Cached before the step that computes it has run: matchable, but neither copied out nor trusted."""
+        self.distrusted = False
+        """It turned out bad, as all below it: nothing matches it any more, it goes when nobody holds it."""
         self.hits = 0
         """How often it was used, counted up to what a back-up needs (:attr:`LedgerOpened.backup_after`)."""
 
@@ -81,6 +87,12 @@ class Node:
         """Words of the block at ``offset`` and the items that begin there. The first one's tells siblings apart."""
         words = self.words[offset * block_bytes : (offset + 1) * block_bytes]
         return words + self.items.get(self.start + offset, b"") if self.items else words
+
+    def key(self, block_bytes: int) -> bytes:
+        """Under which its parent has it: the content of its first block, or what is no content if it is distrusted."""
+        if self.distrusted:
+            return self.id.to_bytes(_NO_CONTENT, "little")
+        return self.content(block_bytes)
 
     @property
     def device(self) -> Copy | None:
@@ -140,6 +152,7 @@ class Node:
             or self.transfer is not None
             or parent.transfer is not None
             or self.hits != parent.hits
+            or self.distrusted != parent.distrusted
         ):
             return False
         for mine, its in zip(self.copies, parent.copies):  # noqa: SIM110 (a generator takes three times as long)

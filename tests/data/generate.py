@@ -74,6 +74,7 @@ def chunks(engine: Engine) -> None:
         commands.Release("third", ReleaseReason.FINISHED, False),
         commands.Admit("fifth", prompt, b"", 3, 4),
         commands.Cache("fifth", 4, b""),
+        commands.Distrust("fifth", 2),
         commands.Release("fifth", ReleaseReason.FINISHED, False),
         commands.Clear(False),
     ):
@@ -127,6 +128,8 @@ def _command(engine: Engine, rng: random.Random, number: int) -> commands.Comman
             commands.Extend(key, 99),
             commands.Extend(key, 99),
             commands.GiveBack(key, request.table[request.leaf.end :][:1]),
+            commands.Distrust(key, rng.randrange(4)),
+            commands.Evict(rng.choice(list(Tier)), 9, distrusted=True),
             commands.MakeRoom(2),
             commands.Forget(rng.choice(list(state.nodes) or [0])),
             commands.Evict(rng.choice(list(Tier)), 2),

@@ -33,6 +33,7 @@ from statemachine.decide.derive import DERIVERS
 from statemachine.events import (
     KINDS,
     BlocksComputed,
+    BlocksDistrusted,
     BlocksReassigned,
     BlocksTrimmed,
     DigestTaken,
@@ -72,7 +73,7 @@ def test_every_table_has_every_event() -> None:
         assert set(table) == EVERY
     assert set(DERIVERS) == EVERY - {LedgerOpened}, "nobody commands a ledger's first event"
     uncounted = {LedgerOpened, BlocksReassigned, BlocksTrimmed, QuarantineEnded, PoolResized, EpochStarted, DigestTaken}
-    assert set(OBSERVERS) == EVERY - uncounted - {BlocksComputed, WeightsLoaded}
+    assert set(OBSERVERS) == EVERY - uncounted - {BlocksComputed, BlocksDistrusted, WeightsLoaded}
 
 
 def test_the_log_has_every_event(log: Source) -> None:

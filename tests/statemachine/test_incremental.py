@@ -69,7 +69,10 @@ def traffic(state: State, rng: random.Random) -> Iterator[commands.Command]:
             request = state.requests[state.keys[key]]
             own = request.table[request.leaf.end :]
             forget = commands.Forget(rng.choice(list(state.nodes) or [0]))
-            yield rng.choice((commands.MakeRoom(rng.randrange(1, 4)), forget, commands.GiveBack(key, own[:1])))
+            distrust = commands.Distrust(key, rng.randrange(5))
+            yield rng.choice(
+                (commands.MakeRoom(rng.randrange(1, 4)), forget, distrust, commands.GiveBack(key, own[:1]))
+            )
         else:
             blocks = array("i", state.requests[state.keys[key]].table[-1:])
             yield rng.choice((commands.Clear(True), commands.Reassign(key, rng.choice(keys), blocks)))

@@ -116,6 +116,11 @@ def forget_who_computes(state: State) -> None:
     next(node for node in state.nodes.values() if node.pins and node.valid()).ahead = True
 
 
+def find_what_turned_out_bad(state: State) -> None:
+    node = next(node for node in state.nodes.values() if node.pins and not node.children)
+    node.distrusted = True
+
+
 def misremember_the_match(state: State) -> None:
     next(request for request in state.requests.values() if request.key == "b").matched = 1
 
@@ -138,6 +143,7 @@ CORRUPTIONS: list[tuple[Callable[[State], None], str]] = [
     (ancestor_first, "orders"),
     (miscount_residents, "in flight"),
     (forget_who_computes, "ahead"),
+    (find_what_turned_out_bad, "distrusted"),
     (an_image_of_tokens, "items"),
     (forget_a_waiter, "transfers end"),
     (permute_a_table, "block tables"),

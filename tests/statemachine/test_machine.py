@@ -21,6 +21,7 @@ from statemachine.commands import (
     Backup,
     Cache,
     Clear,
+    Distrust,
     EndQuarantine,
     Evict,
     Extend,
@@ -38,7 +39,7 @@ from statemachine.commands import (
     Trim,
 )
 from statemachine.content import Item
-from statemachine.decide import can_allocate, decide, victims_for
+from statemachine.decide import can_allocate, decide, peek, victims_for
 from statemachine.decide.derive import commands_of, redecide
 from statemachine.decide.ledger import untrusted
 from statemachine.errors import CommandRejected, OutOfBlocks
@@ -366,10 +367,35 @@ class Machine(RuleBasedStateMachine):
         if request.leaf.end > end and not self.state.opened.chunked_multimodal:
             assert uncut(self.content[key][1], request.leaf.end) == request.leaf.end
         assert isinstance(done, list) != waits
-        assert waits or (not request.duplicates and request.leaf.end >= end)
+        bad = request.leaf.distrusted
+        assert waits or (request.leaf.end == end if bad else not request.duplicates and request.leaf.end >= end)
         if self.oracle is not None:
             self.oracle.extend(key, limit)
             self.compare_tables(key)
+
+    @precondition(lambda self: self.content and self.quiet())
+    @rule(number=KEYS, blocks=st.integers(0, 6), drop=st.booleans())
+    def distrust(self, number: int, blocks: int, drop: bool) -> None:
+        """A request's KV turned out bad: whoever reads it goes on, and nobody finds it again."""
+        key = self.pick(number)
+        request = self.state.requests[self.state.keys[key]]
+        end = request.leaf.end
+        tables = {id: list(each.table) for id, each in self.state.requests.items()}
+        prompt = [*self.content[key][1], 9]
+        done = self.do(Distrust(key, blocks))
+        assert isinstance(done, list) and tables == {id: list(each.table) for id, each in self.state.requests.items()}
+        namespace, generation = self.content[key][0]
+        assert blocks >= end or request.leaf.distrusted
+        if done and generation == self.state.generation:
+            assert sum(peek(self.state, words(prompt), namespace, 99, records(prompt))) <= blocks
+        if self.oracle is not None:
+            self.oracle.distrust(key, blocks)
+        for tier in (Tier.HOST, Tier.DEVICE) if drop else ():
+            victims = self.do(Evict(tier, 99, distrusted=True))
+            assert isinstance(victims, list)
+            if self.oracle is not None and tier == Tier.DEVICE:
+                expected = self.oracle.evict_distrusted()
+                assert [b for e in victims if isinstance(e, BlocksEvicted) for b in e.blocks] == expected
 
     @precondition(live)
     @rule(number=KEYS, first=st.integers(0, 3))

@@ -170,7 +170,8 @@ class Recount:
         while stack:
             node, root, prefix = stack.pop()
             for block in range(node.size):
-                found[root, prefix + node.words[: 4 * (block + 1)]] = node.pins
+                bad = b"bad %d " % node.id if node.distrusted else b""  # another run may have the same content
+                found[root, prefix + bad + node.words[: 4 * (block + 1)]] = node.pins
             if node.parent is not None:
                 prefix += node.words
             stack += [(child, root, prefix) for child in node.children.values()]

@@ -13,7 +13,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from kvledger import CacheConfig, CacheManager, CommandRejected, HostPolicy, OutOfBlocks, Tier
+from kvledger import CacheConfig, CacheManager, CommandRejected, HostPolicy, InvalidCommand, OutOfBlocks, Tier
 from workers.followers.events import Batches
 
 BLOCK = 4
@@ -112,6 +112,9 @@ def traffic(manager: CacheManager, seed: int, steps: int) -> Iterator[list[int]]
             manager.evict(draw.choice([Tier.DEVICE, Tier.HOST]), draw.randrange(1, 9))
         elif kind < 0.98:
             manager.clear(force=True)
+        elif kind < 0.995 and live:
+            with contextlib.suppress(InvalidCommand):  # nothing of it is computed
+                manager.distrust(draw.choice(live), draw.randrange(30))
         yield prompt
     for key in live:
         manager.release(key)

@@ -200,6 +200,8 @@ def _name_below(above: _Name, run: Node, state: State) -> _Name:
 
 def _tiers(run: Node) -> Iterator[Tier]:
     """Where a run is announced."""
+    if run.distrusted:
+        return
     leaves = run.transfer is not None and run.transfer.direction != Direction.SWAP_IN and not run.valid(Tier.HOST)
     device, host = run.valid() or leaves, run.valid(Tier.HOST)
     above: Node | None = run

@@ -131,6 +131,8 @@ def describe(state: State, tier: Tier, block: int, words: bool = True) -> list[s
     if copy is None or not copy.ready:
         assert node.transfer is not None
         lines.append(f"its content is still arriving with transfer {node.transfer.id}")
+    if node.distrusted:
+        lines.append("it turned out bad: nothing matches it, and it goes when nobody holds it")
     if node.ahead:
         lines.append("it is cached ahead: the step that computes it is not over yet")
     lines.append(f"it stands for {content(state, node, owner.place, words)}")

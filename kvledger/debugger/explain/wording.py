@@ -11,6 +11,7 @@ from statemachine.events import (
     BlocksAllocated,
     BlocksCached,
     BlocksComputed,
+    BlocksDistrusted,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
@@ -233,6 +234,11 @@ class Wording:
     def _quarantine(self, event: QuarantineEnded) -> str:
         return f"the quarantine of transfer {event.transfer} ends: nobody can write its blocks any more"
 
+    def _distrusted(self, event: BlocksDistrusted) -> str:
+        good = f" (not its first {count(event.cut, 'block')}, now run {event.upper})" if event.upper else ""
+        name = self.name(event.request)
+        return f"{name} has turned out bad from run {event.node} on{good}: with all below that never matches again"
+
     def _cleared(self, event: CacheCleared) -> str:
         return f"the cache is cleared (generation {event.generation}): nothing cached before matches again"
 
@@ -299,6 +305,7 @@ WORDS: dict[type[Any], Callable[[Wording, Any], str]] = {
     RequestExtended: Wording._extended,
     BlocksComputed: Wording._computed,
     CopiesReplaced: Wording._replaced,
+    BlocksDistrusted: Wording._distrusted,
 }
 """Event → its line."""
 

@@ -24,6 +24,7 @@ from statemachine.events import (
     BlocksAllocated,
     BlocksCached,
     BlocksComputed,
+    BlocksDistrusted,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
@@ -221,7 +222,7 @@ class _Timeline:
                 packets.end(_FIRST_TRANSFER + event.transfer, time, outcome="timed_out")
             case BlocksAllocated() | BlocksCached() | BlocksComputed() | BlocksReassigned() | BlocksTrimmed():
                 pass  # the counters show what they come to
-            case LedgerOpened() | CacheCleared() | CopiesReplaced() | PoolResized() | TierLost():
+            case LedgerOpened() | BlocksDistrusted() | CacheCleared() | CopiesReplaced() | PoolResized() | TierLost():
                 pass  # likewise
             case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded():
                 pass

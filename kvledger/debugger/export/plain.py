@@ -80,6 +80,7 @@ def node_fields(node: Node) -> dict[str, Any]:
         "host": node.host.ids.tolist() if node.host is not None else None,
         "host_ready": node.host is not None and node.host.ready,
         "ahead": node.ahead,
+        "distrusted": node.distrusted,
         "uses": node.hits,
         "transfer": node.transfer.id if node.transfer is not None else 0,
         "children": sorted(child.id for child in node.children.values()),

@@ -156,7 +156,7 @@ def _request(one: Request, other: Request) -> list[str]:
 
 def _node(one: Node, other: Node) -> list[str]:
     above = [0 if node.parent is None else node.parent.id for node in (one, other)]
-    told = _simple(one, other, ("start", "size", "pins", "words", "ahead", "hits"))
+    told = _simple(one, other, ("start", "size", "pins", "words", "ahead", "distrusted", "hits"))
     for tier, mine, its in zip(Tier, one.copies, other.copies):
         copies = [None if copy is None else (copy.ids, copy.ready) for copy in (mine, its)]
         if copies[0] != copies[1]:

@@ -18,9 +18,9 @@ tells how many of the other blocks each request found. So what was found and wha
 true number, and at the recorded capacity the estimate is exact, however few blocks are remembered.
 
 Approximations: requests that could not have run at a capacity (see above); requests longer than a capacity; the private
-copy of a block that was there but was left to compute. Hints are ignored, and there is no host tier: an exclusive one
-adds its size to the capacity. What a request found only between its chunks counts as found wherever its block is there
-by then; elsewhere it might have looked at other moments.
+copy of a block that was there but was left to compute; blocks that turned out bad count as there. Hints are ignored,
+and there is no host tier: an exclusive one adds its size to the capacity. What a request found only between
+its chunks counts as found wherever its block is there by then; elsewhere it might have looked at other moments.
 """
 
 from __future__ import annotations

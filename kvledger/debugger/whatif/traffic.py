@@ -16,6 +16,7 @@ from statemachine.events import (
     BlocksAllocated,
     BlocksCached,
     BlocksComputed,
+    BlocksDistrusted,
     BlocksEvicted,
     BlocksReassigned,
     BlocksTrimmed,
@@ -105,6 +106,13 @@ class End(NamedTuple):
     final: bool
 
 
+class Spoil(NamedTuple):
+    """What a request has cached after its first ``blocks`` blocks turned out bad."""
+
+    request: int
+    blocks: int
+
+
 class Forget(NamedTuple):
     """Everything cached was cleared (``tier is None``), or the memory of a tier was lost."""
 
@@ -115,7 +123,7 @@ class Refused(NamedTuple):
     """The recorded cache had no room."""
 
 
-Ask = Begin | Grow | Again | Publish | Shrink | Move | End | Forget | Refused
+Ask = Begin | Grow | Again | Publish | Shrink | Move | End | Spoil | Forget | Refused
 
 
 class Moment(NamedTuple):
@@ -194,6 +202,10 @@ def _asks(state: State, event: Event, begun: set[int]) -> Iterator[Ask]:
             yield End(event.request, ReleaseReason(event.reason), event.final > 0)
         case AllocationRefused():
             yield Refused()
+        case BlocksDistrusted():
+            run = state.nodes.get(event.node)
+            if run is not None:  # else it has been dropped in the same step
+                yield Spoil(event.request, run.start)
         case CacheCleared():
             yield Forget(None)
         case TierLost():

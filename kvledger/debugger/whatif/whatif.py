@@ -24,6 +24,7 @@ from kvledger.debugger.whatif.traffic import (
     Publish,
     Refused,
     Shrink,
+    Spoil,
     traffic,
 )
 from statemachine import commands
@@ -143,6 +144,8 @@ class Simulation:
                     self._move(ask)
                 case End() if ask.request in self._live:
                     self._end(ask.request, ask.reason, self._final(ask))
+                case Spoil() if ask.request in self._live:
+                    self._execute(commands.Distrust(self._live[ask.request], ask.blocks))
                 case Forget():
                     self._forget(ask.tier)
                 case _:
