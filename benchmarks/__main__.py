@@ -24,6 +24,7 @@ from benchmarks.field import without_native
 PARTS = {
     "contest": "Whole life of a request",
     "decode": "Decode steps",
+    "pattern": "Scheduler's pattern",
     "growth": "Growth",
     "lifecycle": "Life cycle beside a bare tree",
     "lifecycle-interpreted": "Life cycle, interpreted",

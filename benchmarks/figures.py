@@ -64,6 +64,18 @@ class Figure:
             and (self.at_least is None or self.ours >= self.at_least)
         )
 
+    @property
+    def missed_by(self) -> float:
+        """How many times better it would have to be to reach its goal; at most 1 where it is reached."""
+        factors = [0.0]
+        if self.least_ratio is not None:
+            factors.append(self.least_ratio / self.ratio)
+        if self.at_most is not None:
+            factors.append(self.ours / self.at_most)
+        if self.at_least is not None:
+            factors.append(self.at_least / self.ours)
+        return max(factors)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with what follows from the rest."""
         return {**asdict(self), "ratio": self.ratio, "goal": self.goal, "reached": self.reached}
@@ -108,8 +120,10 @@ def number(value: float) -> str:
 
 
 def verdict(figure: Figure) -> str:
-    """``reached``, ``not reached`` or nothing."""
-    return "" if not figure.goal else "reached" if figure.reached else "not reached"
+    """``reached``, ``not reached`` and by how much, or nothing."""
+    if not figure.goal:
+        return ""
+    return "reached" if figure.reached else f"not reached, by {number(figure.missed_by)} ×"
 
 
 def show(title: str, figures: Sequence[Figure], skipped: Sequence[str] = ()) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from benchmarks.figures import number
+from benchmarks.figures import FIELDS, Figure, number
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _INTRODUCTION = """\
@@ -32,6 +32,11 @@ default tree is the one in Rust. `list` rows: all prompts come as Python lists. 
     "decode": """\
 One more token for each running request, prompts of about 1,000 tokens, blocks of 16. vLLM publishes blocks as they
 fill, SGLang when a request ends; kvledger does what the peer in the row does.""",
+    "pattern": """\
+Steps of a scheduler in which requests begin, get a token each, and end; prompts are lists of about 1,000 tokens, half
+of them shared, blocks of 16. *Batches*: the calls of a step name all its requests. *One by one*: three calls per
+request and step (`append`, `grow`, `commit`), which is the pattern of vLLM's scheduler. *In a step*: one transaction.
+Where no border is crossed and nobody begins or ends, nothing is logged.""",
     "growth": """\
 A full cache of so many blocks of 16 tokens, requests that evict what they cache; *longest* counts while it fills, too.
 A run is what one prompt cached: with runs of one block the tree is at its worst. Memory is private memory per cached
@@ -115,8 +120,7 @@ def _goals(parts: dict[str, Any]) -> list[tuple[str, ...]]:
                 limit = one["least_ratio"] is None
                 beside = ("", "") if limit else (one["against"], _ratio(one))
                 value = f"{number(one['ours'])} {one['unit']}"
-                verdict = _REACHED if one["reached"] else _NOT_REACHED
-                row = f"{part['title']}: {one['name']}", beside[0], value, beside[1], one["goal"], verdict
+                row = f"{part['title']}: {one['name']}", beside[0], value, beside[1], one["goal"], _verdict(one)
                 others[row[:2]] = row
     rows = []
     for name, group in streams.items():
@@ -128,6 +132,12 @@ def _goals(parts: dict[str, Any]) -> list[tuple[str, ...]]:
             fastest = min(peers, key=lambda one: one["ratio"])
             rows.append(_goal(name, fastest["against"], fastest, 10.0))
     return rows + list(others.values())
+
+
+def _verdict(one: dict[str, Any]) -> str:
+    """Whether a figure reaches its goal, and else by how much it misses it."""
+    figure = Figure(**{key: value for key, value in one.items() if key in FIELDS})
+    return _REACHED if figure.reached else f"{_NOT_REACHED}, by {number(figure.missed_by)} ×"
 
 
 def _goal(name: str, against: str, one: dict[str, Any], least: float) -> tuple[str, ...]:
@@ -152,13 +162,15 @@ def _chapter(name: str, part: dict[str, Any], pictures: list[str]) -> str:
             one["against"],
             number(one["theirs"]),
             _ratio(one),
-            f"{one['goal']}: {_REACHED if one['reached'] else _NOT_REACHED}" if one["goal"] else "",
+            f"{one['goal']}: {_verdict(one)}" if one["goal"] else "",
         )
         for one in part["figures"]
     )
     lines.append(_table(("", "unit", "kvledger", "against", "", "ratio", "wanted"), rows))
     if name == "contest":
         lines.append(_contestants(part))
+    if name == "pattern":
+        lines.append(_steps(part))
     return "\n".join(lines)
 
 
@@ -189,6 +201,20 @@ def _contestants(part: dict[str, Any]) -> str:
         + "\n".join(dict.fromkeys(differences))
         + "\n"
     )
+
+
+def _steps(part: dict[str, Any]) -> str:
+    """Distribution and hits of everybody."""
+    rows: dict[tuple[str, str], tuple[str, ...]] = {}
+    for one in part["figures"]:
+        if not one["details"]:
+            continue
+        running, _, way = one["name"].partition(", ")
+        for who, steps in ((f"kvledger, {way}", one["details"]["ours"]), (one["against"], one["details"]["theirs"])):
+            spread = [number(steps[key]) for key in ("p50_us", "p99_us", "longest_us")]
+            rows.setdefault((running, who), (*spread, f"{steps['hit_blocks']:,}"))
+    table = _table(("", "", "p50", "p99", "longest", "hit blocks"), ((*key, *rest) for key, rest in rows.items()))
+    return "µs of a step:\n\n" + table
 
 
 def _order(key: tuple[str, str], rows: dict[tuple[str, str], Any]) -> tuple[int, int, str]:

@@ -31,7 +31,7 @@ from benchmarks.peers import Tokens
 
 
 class _Handle:
-    __slots__ = ("allocated", "lock", "output", "prompt", "protected", "row", "tokens")
+    __slots__ = ("allocated", "length", "lock", "output", "prompt", "protected", "row", "tokens")
 
     def __init__(self, prompt: Any, output: Any) -> None:
         self.prompt = prompt
@@ -40,7 +40,9 @@ class _Handle:
         """What is to be inserted."""
         self.row = 0
         self.allocated = 0
-        """Slots in its row, whole pages."""
+        """Slots in its row; the last page is its own as a whole."""
+        self.length = len(prompt)
+        """Tokens in its row, up to the last change of the running batch."""
         self.protected = 0
         """Leading tokens whose slots belong to the tree."""
         self.lock: Any = None
@@ -147,13 +149,23 @@ class SGLang:
     def _batch(self, handles: list[_Handle]) -> tuple[torch.Tensor, torch.Tensor]:
         """Lengths and last slots of the running batch, which is made once, as long as it is the same."""
         if self._running is not handles:
+            self._settle()
             self._running = handles
             self._batch_rows = torch.tensor([handle.row for handle in handles])
-            self._lengths = torch.tensor([len(handle.prompt) for handle in handles])
+            self._lengths = torch.tensor([handle.length for handle in handles])
             self._last = self._rows.req_to_token[self._batch_rows, self._lengths - 1].to(torch.int64)
         return self._lengths, self._last
 
+    def _settle(self) -> None:
+        """The batch changes: what its tensors say of each request goes to the requests."""
+        if self._running is not None:
+            for handle, length in zip(self._running, self._lengths.tolist()):
+                handle.length = length
+                handle.allocated = max(handle.allocated, length)
+            self._running = None
+
     def finish(self, handle: _Handle) -> None:
+        self._settle()
         if self._as_list:
             handle.output = array("q", handle.output)
         handle.tokens = handle.prompt + handle.output

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import page
+from benchmarks import page, pattern
 from benchmarks.__main__ import PARTS
 from benchmarks.compare import changes, ratios_of
 from benchmarks.contest import drive
 from benchmarks.field import Field
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, verdict
 from benchmarks.hitrate import Clairvoyant
 from benchmarks.hitrate import Path as RequestPath
 from benchmarks.peers import ENTRIES, Entry, make
@@ -219,3 +219,28 @@ def test_the_extra_has_what_the_suite_imports() -> None:
                 if named.get(top, top) not in there:
                     missing.add(top)
     assert not missing
+
+
+def test_the_scheduler_pattern_serves_the_same_in_every_way() -> None:
+    """All requests are told, computed and released, in each of our ways, and hit the same blocks."""
+    hits = set()
+    for entry in pattern._OURS[:3]:
+        lap = pattern.lap(entry, 4)
+        assert len(lap.steps) == pattern._STEPS and lap.without_border > 0
+        hits.add(lap.hits)
+    assert len(hits) == 1 and min(hits) > 50
+    sides = {way.name: [pattern.Lap([1.0, 3.0], 5, 0.5)] for way in pattern._OURS}
+    made = pattern._figures_of(4, {**sides, "vLLM xxhash": [pattern.Lap([10.0, 30.0], 5, 4.0)]})
+    verdicts = {one.name: verdict(one) for one in made if one.goal}
+    assert verdicts["4 running, batches"] == "reached" == verdicts["4 running, batches, no border crossed"]
+    assert made[0].details["theirs"] == {"p50_us": 20, "p99_us": 30, "longest_us": 30, "hit_blocks": 5}
+
+
+def test_by_how_much_a_goal_is_missed() -> None:
+    def missed(**goal: float) -> str:
+        figure = Figure(name="x", unit="µs", ours=10, against="y", theirs=20, ratios=[2], **goal)
+        return verdict(figure)
+
+    assert missed(least_ratio=2) == missed(at_most=10) == missed(at_least=10) == "reached"
+    assert missed(least_ratio=3) == missed(at_most=15 / 2.25, least_ratio=3) == "not reached, by 1.5 ×"
+    assert missed(at_most=4) == "not reached, by 2.5 ×" and missed(at_least=40) == "not reached, by 4 ×"
