@@ -1,6 +1,8 @@
 # The two commands of the README. Each makes its own virtual environment where there is none.
 PYTHON ?= python3
 VENV ?= .venv
+# A plain path in the environment instead of an import hook: type checkers and editors see the sources, too.
+EDITABLE = --config-settings editable_mode=compat --editable
 
 .PHONY: run test test-vllm vllm-environment check docs site chaos soak mutants bench bench-run bench-compare clean native
 
@@ -15,7 +17,7 @@ test: check
 VLLM_ENV ?= $(HOME)/.cache/kvledger/vllm-0.32.0-0.33.0
 VLLM_PIP = $(VLLM_ENV)/bin/python -m pip
 test-vllm: $(VLLM_ENV)/installed
-	$(VLLM_PIP) install --quiet --editable .
+	$(VLLM_PIP) install --quiet $(EDITABLE) .
 	$(VLLM_ENV)/bin/python -m pytest --numprocesses 2 tests/vllm
 	PYTHONPATH=$(VLLM_ENV)/vllm-0.33.0:. $(VLLM_ENV)/bin/python -m pytest --numprocesses 2 tests/vllm/test_headless.py
 vllm-environment: $(VLLM_ENV)/installed
@@ -97,7 +99,7 @@ bench-compare: $(BENCH_VENV)/installed
 $(BENCH_VENV)/installed: pyproject.toml benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_PIP) --upgrade pip
-	$(BENCH_PIP) --editable '.[bench]'
+	$(BENCH_PIP) $(EDITABLE) '.[bench]'
 	$(BENCH_PIP) '$(TORCH)' --requirement benchmarks/peers/requirements.txt || \
 	  $(BENCH_PIP) torch --requirement benchmarks/peers/requirements.txt || \
 	  echo 'what vLLM and SGLang import cannot be installed: they will be skipped'
@@ -107,14 +109,14 @@ $(BENCH_VENV)/installed: pyproject.toml benchmarks/peers/requirements.txt
 	touch $@
 
 $(VENV)/tested: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)/bin/python -m pip install --quiet $(EDITABLE) '.[test]'
 	touch $@
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvledger needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable .
+	$(VENV)/bin/python -m pip install --quiet $(EDITABLE) .
 	touch $@
 
 # kvledger compiled (setup.py), beside the sources: PYTHONPATH=build/native:. python -P -m benchmarks.lifecycle

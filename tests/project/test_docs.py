@@ -9,6 +9,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,40 @@ def test_the_calls_of_other_engines_are_theirs(engine: str, package: str) -> Non
         for code in re.findall(r"`([^`]+)`", theirs):
             for name in re.findall(r"\b[A-Za-z]\w+_\w+|\b[A-Z]\w+[a-z][A-Z]\w+", code):
                 assert re.search(rf"\b{name}\b", text), name
+
+
+def test_the_snippets_have_the_types_that_a_user_checks(tmp_path: Path) -> None:
+    """With the settings of the project, which are those of ``mypy --strict``."""
+    for page in ("README.md", "docs/integrating.md", "docs/fastdeploy.md"):
+        steps = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        (tmp_path / f"snippets_of_{Path(page).stem.lower()}.py").write_text("\n".join(steps))
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("from kvledger import CacheManager\nCacheManager.open(1).known('r').upper()\n")
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(ROOT / "pyproject.toml"),
+        *map(str, tmp_path.iterdir()),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    told = [
+        line.partition(": error: ")[2].rpartition("  ")[0] for line in done.stdout.splitlines() if ": error: " in line
+    ]
+    assert sorted(told) == [
+        '"int" has no attribute "upper"',
+        'Argument 1 to "open" of "CacheManager" has incompatible type "int"; expected "str"',
+    ], done.stdout + done.stderr
+
+
+def test_type_checkers_see_what_is_installed_from_here() -> None:
+    """An import hook, which is what an editable installation is by itself, is nothing to them."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert "EDITABLE = --config-settings editable_mode=compat --editable" in makefile
+    assert makefile.count("--editable") == 1 and makefile.count("$(EDITABLE)") == 4
+    for package in ("kvledger", "ipc", "statemachine", "workers"):
+        assert (ROOT / package / "py.typed").exists()
 
 
 def test_the_table_of_signals_is_that_of_the_code() -> None:

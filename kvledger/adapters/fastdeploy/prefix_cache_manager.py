@@ -375,7 +375,7 @@ class PrefixCacheManager(LookedAt):
         tensor_parallel_size: int,
         device_ids: Sequence[int],
         pod_ip: str,
-        engine_worker_queue_port: int,
+        engine_worker_queue_port: object,
         ipc_suffix: object,
         create_cache_tensor: bool,
     ) -> list[Any]:
