@@ -42,6 +42,7 @@ try:
     from kvledger.handoff.sender import Sender
     from kvledger.manager.answers import Admission, Prospect, Started
     from kvledger.manager.manager import CacheManager
+    from kvledger.manager.marks import Marks
     from kvledger.manager.ranks import BlockTable, Progress
     from kvledger.manager.tokens import Growth
     from statemachine.content import InvalidTokens, Item, Tokens, namespace_key
@@ -102,6 +103,7 @@ __all__ = [
     "LogCorrupt",
     "LogReader",
     "ManagerClosed",
+    "Marks",
     "OutOfBlocks",
     "Outcome",
     "Overrun",

@@ -40,6 +40,7 @@ class Engine:
         chunked_multimodal: bool = True,
     ) -> None:
         opened = LedgerOpened(BLOCK, device, host, staging, policy, 1, "", "", backup_after, chunked_multimodal)
+        self.name = path.stem
         self._writer = KvlogWriter(path, schema_hash=codec.SCHEMA_HASH)
         self.state = genesis(opened)
         self.sequence = 0
@@ -50,6 +51,11 @@ class Engine:
         self.guilty = 0
         """Its number, once it is written."""
         self._write([opened])
+
+    @property
+    def next_sequence(self) -> int:
+        """Number of the next event."""
+        return self.sequence + 1
 
     def next_step(self) -> None:
         """Begin the next step of the scheduler."""

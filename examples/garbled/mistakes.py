@@ -10,11 +10,13 @@ import random
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 from examples.garbled.engine import BLOCK, Engine
-from statemachine.commands import Admit, Cache, Release
+from kvledger import CacheManager, Marks
+from statemachine.commands import Admit, Cache, Extend, FinishTransfer, Release
 from statemachine.content import namespace_key
-from statemachine.events import HostPolicy, ReleaseReason
+from statemachine.events import HostPolicy, Outcome, ReleaseReason
 
 
 class _Agents:
@@ -68,15 +70,126 @@ def tenants(engine: Engine) -> int:
     return 1
 
 
+class _Computing:
+    """The part of an engine that computes: it writes KV into the blocks of its own copy of each block table."""
+
+    def __init__(self, engine: Engine, marks: Marks) -> None:
+        self.engine = engine
+        self.marks = marks
+        self.tables: dict[str, list[int]] = {}
+        self.written: dict[str, int] = {}
+
+    def begin(self, key: str, prompt: list[int]) -> None:
+        """Admit a request, and take its block table over."""
+        self.engine.next_step()
+        self.marks.step = self.engine.step
+        words = memoryview(array("i", prompt)).cast("B")
+        self.engine.do(Admit(key, words, b"", (len(prompt) - 1) // BLOCK, -(-len(prompt) // BLOCK)))
+        request = self.engine.state.requests[self.engine.state.keys[key]]
+        self.tables[key] = list(request.table)
+        self.written[key] = request.leaf.end * BLOCK
+
+    def compute(self, key: str, stop: int) -> None:
+        """Write the KV of the tokens up to ``stop``."""
+        start = self.written[key]
+        blocks = self.tables[key][start // BLOCK : -(-stop // BLOCK)]
+        self.marks.computed(key, start, stop, blocks, row=list(self.tables).index(key))
+        self.written[key] = stop
+
+    def publish(self, key: str, blocks: int) -> None:
+        """Let others find what is computed."""
+        self.marks.called("cache", (key,), {})
+        self.engine.do(Cache(key, blocks, b""))
+
+    def release(self, key: str, reason: ReleaseReason = ReleaseReason.FINISHED) -> None:
+        """End a request."""
+        self.marks.called("release", (key,), {})
+        self.engine.do(Release(key, reason, False))
+
+    def whole(self, key: str, prompt: list[int]) -> None:
+        """A request from its beginning to its end, without any mistake."""
+        self.begin(key, prompt)
+        for id in [*self.engine.state.transfers]:
+            self.engine.do(FinishTransfer(id, Outcome.DONE, len(self.engine.state.transfers[id].targets)))
+        self.compute(key, len(prompt))
+        self.publish(key, len(prompt) // BLOCK)
+        self.release(key)
+        del self.tables[key]
+
+
+def before_ready(computing: _Computing) -> int:
+    """A request whose beginning is still being copied from the host is computed at once."""
+    computing.whole("first", [*range(100, 141)])
+    computing.whole("other", [*range(500, 561)])  # which pushes the first one out to the host
+    computing.begin("again", [*range(100, 141)])
+    computing.compute("again", 41)
+    return computing.engine.sequence
+
+
+def ahead(computing: _Computing) -> int:
+    """A prompt is published before its step, and that step never comes: the client has gone."""
+    computing.begin("gone", [*range(100, 141)])
+    computing.compute("gone", 16)
+    computing.publish("gone", 10)
+    published = computing.engine.sequence
+    computing.release("gone", ReleaseReason.ABORTED)
+    computing.begin("served", [*range(100, 141)])
+    computing.compute("served", 41)
+    return published
+
+
+def stale(computing: _Computing) -> int:
+    """Between two chunks a request goes on with blocks that another has cached; the engine keeps its old table."""
+    computing.begin("fast", [*range(100, 141)])
+    computing.begin("slow", [*range(100, 149)])
+    computing.compute("slow", 8)
+    computing.compute("fast", 41)
+    computing.publish("fast", 10)
+    computing.engine.do(Extend("slow", 12))
+    computing.written["slow"] = 40
+    changed = computing.engine.sequence
+    computing.marks.read("slow", computing.tables["slow"], row=1)
+    return changed
+
+
+def other_released(computing: _Computing) -> int:
+    """The engine ends one request and releases another one, which goes on."""
+    computing.begin("ended", [*range(100, 141)])
+    computing.begin("running", [*range(300, 341)])
+    computing.compute("ended", 41)
+    computing.compute("running", 20)
+    computing.release("running")
+    released = computing.engine.sequence
+    computing.compute("running", 41)
+    return released
+
+
 MISTAKES: dict[str, tuple[Callable[[Engine], int], int]] = {
     "timestamp": (timestamp, 96),
     "tenants": (tenants, 40),
 }
-"""The mistakes, and how many device blocks their caches have."""
+"""Mistakes with what is asked of the cache, and how many device blocks it has."""
+
+COMPUTING: dict[str, tuple[Callable[[_Computing], int], int]] = {
+    "before_ready": (before_ready, 20),
+    "ahead": (ahead, 0),
+    "stale": (stale, 0),
+    "other_released": (other_released, 0),
+}
+"""Mistakes with blocks, and how many host blocks the cache has. What was computed is noted beside the recording."""
 
 
 def record(name: str, path: Path) -> int:
     """Serve traffic with a mistake in it, and record that. Returns the event with which the mistake begins."""
+    if name in COMPUTING:
+        compute, host = COMPUTING[name]
+        engine = Engine(path, 24, host, host // 2, HostPolicy.EXCLUSIVE if host else HostPolicy.OFF)
+        marks = path.with_suffix(".marks")
+        marks.unlink(missing_ok=True)
+        with Marks(cast(CacheManager, engine), marks) as marks_of_it:
+            begun = compute(_Computing(engine, marks_of_it))
+        engine.close()
+        return begun
     serve, device = MISTAKES[name]
     engine = Engine(path, device, 0, 0, HostPolicy.OFF)
     begun = serve(engine)

@@ -1,7 +1,8 @@
-"""``python -m examples.scheduler [COUNT] [SEED] [LEDGER]``: serves random requests, and compares every text.
+"""``python -m examples.scheduler [COUNT] [SEED] [LEDGER] [MARKS]``: serves random requests, and compares every text.
 
 An engine as a process, with real workers: it starts warm where a ledger of that name was left, and stops in order when
-it gets SIGTERM. A ledger that is named stays for the next start; without a name nothing stays.
+it gets SIGTERM. A ledger that is named stays for the next start; without a name nothing stays. With a file for marks it
+notes there what it does with its blocks.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import sys
 import threading
 import time
 
-from examples.scheduler.model import SLOT_BYTES, CountingModel, reference
-from examples.scheduler.scheduler import Request, Scheduler
+from examples.scheduler.model import SLOT_BYTES, CountingModel, MarkingModel, reference
+from examples.scheduler.scheduler import Model, Request, Scheduler
 from examples.scheduler.serve import drain
-from kvledger import CacheConfig, CacheManager, HostPolicy, Item
+from kvledger import CacheConfig, CacheManager, HostPolicy, Item, Marks
 
 GRACE_S = 20.0
 """What runs when the engine is told to stop has so long to end. Kubernetes kills 30 seconds after SIGTERM."""
@@ -50,7 +51,7 @@ def expected(request: Request) -> list[int]:
     return text
 
 
-def main(count: int = 500, seed: int = 1, *, ledger: str = "") -> int:
+def main(count: int = 500, seed: int = 1, *, ledger: str = "", marks: str = "") -> int:
     """Serve, compare, and say what happened."""
     config = CacheConfig(device_blocks=200, host_blocks=200, host_policy=HostPolicy.EXCLUSIVE, **SIZES)  # type: ignore[arg-type]
     stopping = threading.Event()
@@ -61,7 +62,12 @@ def main(count: int = 500, seed: int = 1, *, ledger: str = "") -> int:
     print(f"{'warm' if started.warm else 'new'}: ledger {started.manager.name}", flush=True)
     begun, before_it = time.perf_counter(), started.manager.stats()["requests"]
     try:
-        scheduler = Scheduler(started.manager, CountingModel(config, started.manager.pools))
+        manager = started.manager
+        model: Model = CountingModel(config, manager.pools)
+        if marks:
+            noted = Marks(manager, marks)
+            manager, model = noted.manager, MarkingModel(model, noted, config.block_size)
+        scheduler = Scheduler(manager, model)
         for request in requests:
             scheduler.submit(request)
         while (scheduler.waiting or scheduler.running) and not stopping.is_set():
@@ -81,4 +87,4 @@ def main(count: int = 500, seed: int = 1, *, ledger: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:3]), ledger="".join(sys.argv[3:4])))
+    sys.exit(main(*map(int, sys.argv[1:3]), ledger="".join(sys.argv[3:4]), marks="".join(sys.argv[4:5])))

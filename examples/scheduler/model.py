@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from examples.scheduler.scheduler import Request
-from kvledger import BlockTable, CacheConfig, Item, Pools
+from examples.scheduler.scheduler import Model, Request
+from kvledger import BlockTable, CacheConfig, Item, Marks, Pools
 
 VOCABULARY = 50
 SLOT_BYTES = 8
@@ -79,6 +79,24 @@ class CountingModel:
                 pool[blocks, slots] = keys_and_values(content[start:], layer, rank)
                 kv.append(pool[used].reshape(-1)[:stop])
         return following(kv)[start:]
+
+
+class MarkingModel:
+    """A model that notes which blocks it writes and reads (``kvledger check LEDGER --engine FILE``)."""
+
+    def __init__(self, model: Model, marks: Marks, block_size: int) -> None:
+        self._model, self._marks, self._size = model, marks, block_size
+
+    def draft(self, request: Request) -> list[int]:
+        """Guess some of the next tokens."""
+        return self._model.draft(request)
+
+    def forward(self, request: Request, start: int, stop: int, table: BlockTable) -> list[int]:
+        """Note it, and do it."""
+        used = table[: -(-stop // self._size)]
+        self._marks.computed(request.id, start, stop, used[start // self._size :].tolist())
+        self._marks.read(request.id, used.tolist())
+        return self._model.forward(request, start, stop, table)
 
 
 def reference(

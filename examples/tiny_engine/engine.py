@@ -13,7 +13,7 @@ import numpy as np
 from examples.tiny_engine.attention import PagedAttention, Rows
 from examples.tiny_engine.dropin import DropIn
 from examples.tiny_engine.model import Model
-from kvledger import CacheManager, OutOfBlocks, Pools, ReleaseReason
+from kvledger import CacheManager, Marks, OutOfBlocks, Pools, ReleaseReason
 
 _NAP_S = 0.0002
 
@@ -56,6 +56,7 @@ class Engine:
         running: requests that are in the batch at most.
         budget: tokens computed per step at most.
         chunk: of these, tokens of one prompt at most.
+        marks: notes which blocks are written and read (``kvledger check LEDGER --engine FILE``).
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Engine:
         running: int = 8,
         budget: int = 64,
         chunk: int = 24,
+        marks: Marks | None = None,
     ) -> None:
         self._model = model
         self._manager = manager
@@ -76,6 +78,7 @@ class Engine:
         self._most_running = running
         self._budget = budget
         self._chunk = chunk
+        self._marks = marks
         self._number = 0
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -200,5 +203,9 @@ class Engine:
             positions.append(places)
             slots.append(table[places // size].astype(np.int64) * size + places % size)
             tables.append(table[: -(-stop // size)])
+            if self._marks is not None:
+                row, used = len(tables) - 1, tables[-1].tolist()
+                self._marks.computed(request.name, start, stop, used[start // size :], row)
+                self._marks.read(request.name, used, row)
             tokens += request.tokens[start:stop]
         return np.array(tokens), Rows(spans, np.concatenate(positions), np.concatenate(slots), tables)

@@ -14,7 +14,7 @@ from examples.tiny_engine.attention import kv_tensors
 from examples.tiny_engine.dropin import DropIn
 from examples.tiny_engine.engine import Completion, Engine
 from examples.tiny_engine.model import Model, ModelConfig
-from kvledger import CacheConfig, CacheManager, HostPolicy
+from kvledger import CacheConfig, CacheManager, HostPolicy, Marks
 from kvledger.adapters.fastdeploy import PrefixCacheManager
 
 MODEL_RANKS = (1, 2, 4)
@@ -36,6 +36,8 @@ class Mode:
     running: int = 8
     budget: int = 64
     chunk: int = 24
+    marks: str = ""
+    """A file for what the engine does with its blocks."""
 
 
 @dataclass
@@ -55,6 +57,9 @@ def session(model: Model, mode: Mode, name: str | None = None) -> Iterator[Sessi
     """
     opened = _drop_in if mode.drop_in else _ledger
     with opened(model.config, mode, name or f"tiny-{os.getpid()}") as (manager, calls):
+        marks = Marks(manager, mode.marks) if mode.marks else None
+        if marks is not None and isinstance(calls, CacheManager):
+            calls = marks.manager
         engine = Engine(
             model,
             calls,
@@ -63,6 +68,7 @@ def session(model: Model, mode: Mode, name: str | None = None) -> Iterator[Sessi
             running=mode.running,
             budget=mode.budget,
             chunk=mode.chunk,
+            marks=marks,
         )
         yield Session(manager, engine)
 

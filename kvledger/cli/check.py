@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from kvledger.debugger.export.plain import entry_fields
 from kvledger.debugger.source.places import clock
 from kvledger.debugger.verify.bisect import first_true
 from kvledger.debugger.verify.check import check_log
+from kvledger.debugger.verify.engine import Mistake, check_engine, read_marks
 from kvledger.debugger.verify.predicates import NAMES, predicate
 from statemachine.errors import Contradiction
 
@@ -27,22 +29,33 @@ def check(
     begin: From = None,
     end: To = None,
     full: Annotated[bool, typer.Option("--full", help="Check the whole state at every event: slow")] = False,
+    engine: Annotated[
+        Path | None, typer.Option("--engine", metavar="MARKS", help="Hold what the engine noted of itself against it")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check all invariants at every event; show the first violation with the events around it.
 
-    Exit code 1 if there is one; 2 if there is none and the log is damaged or cut off.
+    With --engine, and a file that kvledger.Marks wrote, also what the engine did with its blocks: written before they
+    were ready, published without being computed, not (or no more) in the block table, used after the release.
+    Exit code 1 if anything is wrong; 2 if nothing is and the log is damaged or cut off.
     """
     with reading(src, whole=True) as (source, report):
         start, stop = span(source, begin, end)
         checked = check_log(source, start, stop, every_event_in_full=full, progress=report)
         violation = checked.violation
+        mistakes: list[Mistake] = []
+        if engine is not None:
+            last = stop if violation is None else violation.entry.sequence - 1
+            ledger = "" if source.name.endswith(".kvlog") else source.name
+            mistakes = check_engine(source, read_marks(engine, ledger), last, report)
         if as_json:
             wrong = None
             if violation is not None:
                 wrong = {"messages": violation.messages, "event": entry_fields(violation.entry)}
             counts = {"events": checked.events, "full_checks": checked.full_checks}
-            line(in_json(source, {**counts, "violation": wrong}))
+            told = {"engine": [mistake._asdict() for mistake in mistakes]} if engine is not None else {}
+            line(in_json(source, {**counts, "violation": wrong, **told}))
         elif violation is None:
             line(
                 f"{count(checked.events, 'event')}, all invariants hold after every one "
@@ -53,7 +66,13 @@ def check(
             for message in violation.messages:
                 line(f"  {message}")
             events_around(source, [*violation.before, violation.entry, *violation.after], violation.entry.sequence)
-        if violation is not None:
+        if engine is not None and not as_json:
+            line(f"the engine used its blocks in {count(len(mistakes), 'wrong way')}" + ":" * bool(mistakes))
+            for mistake in mistakes:
+                line(f"  event {mistake.sequence}, step {mistake.step}: {mistake.text}")
+                if mistake.by:
+                    line(f"      by {mistake.by}")
+        if violation is not None or mistakes:
             raise typer.Exit(FAILED)
 
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from examples.tiny_engine.engine import Completion, Engine
 from examples.tiny_engine.model import Model, ModelConfig
 from examples.tiny_engine.serve import Mode, Session, prompts, serve, session
 from kvledger import BlockTable, CacheManager, HostPolicy
+from kvledger.debugger import open_source
+from kvledger.debugger.verify.engine import check_engine, read_marks
 from statemachine.events import Direction
 from workers.processes.acknowledgements import Acknowledgement, Status
 from workers.processes.supervisor import Supervisor
@@ -207,3 +210,14 @@ def test_command_line() -> None:
     for arguments in (["--ranks", "3"], ["--device-blocks", "3"], ["--requests", "0"], ["--block-size", "-1"]):
         done = runner.invoke(app, arguments)
         assert done.exit_code == 2 and "Traceback" not in done.output + done.stderr, done.output
+
+
+def test_what_it_does_with_its_blocks_is_what_the_ledger_granted(
+    model: Model, expected: list[Completion], tmp_path: Path
+) -> None:
+    marks = tmp_path / "tiny.marks"
+    with session(model, Mode(device_blocks=40, marks=str(marks)), NAME) as run:
+        assert difference(serve(run, WORK), expected) < 1e-3
+        with open_source(NAME) as source:
+            assert check_engine(source, read_marks(marks, NAME), source.last) == []
+    assert {"computed", "read", "commit"} <= {mark.what for mark in read_marks(marks, NAME)}
