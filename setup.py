@@ -8,8 +8,10 @@ digests.
 
 import glob
 import os
+import re
 import shutil
 import sys
+from pathlib import Path
 
 from setuptools import setup
 
@@ -45,6 +47,12 @@ if "bdist_wheel" in sys.argv:  # setuptools would pack what an earlier build has
     for left in glob.glob("build/lib*") + glob.glob("build/temp*") + glob.glob("build/bdist*"):
         shutil.rmtree(left)
 
+README = {
+    "long_description": re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]+\)", r"\1", Path("README.md").read_text()),
+    "long_description_content_type": "text/markdown",
+}
+"""The README as an index shows it: what leads to files of the repository is text there, as those files are not."""
+
 if os.environ.get("KVLEDGER_NATIVE") == "1":
     try:
         from mypyc.build import mypycify
@@ -52,6 +60,6 @@ if os.environ.get("KVLEDGER_NATIVE") == "1":
         setup(setup_requires=["mypy>=1.11"])  # ends here where pip only asks what the build needs
         raise SystemExit("KVLEDGER_NATIVE=1 needs mypy: install it, or let pip isolate the build") from error
     files = [f"{package}/{name}.py" for package, names in NATIVE.items() for name in names]
-    setup(ext_modules=mypycify(["--config-file", "pyproject.toml", *files]))
+    setup(ext_modules=mypycify(["--config-file", "pyproject.toml", *files]), **README)
 else:
-    setup()
+    setup(**README)

@@ -319,6 +319,22 @@ def test_the_evidence_names_commands_and_tests_that_exist() -> None:
         assert (ROOT / module.replace(".", "/") / "__main__.py").exists(), module
 
 
+def test_an_index_shows_the_readme_without_links_into_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    given: dict[str, str] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **settings: given.update(settings))
+    monkeypatch.delenv("KVLEDGER_NATIVE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    page = (ROOT / "README.md").read_text()
+    assert "](docs/" in page and "docs/integrating.md (step by step)" in given["long_description"]
+    assert not re.findall(r"\]\((?!https?://)", given["long_description"])
+    assert given["long_description_content_type"] == "text/markdown"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dynamic"] == ["readme"] and {"authors", "keywords", "classifiers", "license"} <= project.keys()
+
+
 def test_the_version_is_the_one_of_the_distribution() -> None:
     written = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert kvledger.__version__ == written
