@@ -4,7 +4,7 @@ VENV ?= .venv
 # A plain path in the environment instead of an import hook: type checkers and editors see the sources, too.
 EDITABLE = --config-settings editable_mode=compat --editable
 
-.PHONY: run test test-vllm vllm-environment check docs site chaos soak mutants bench bench-run bench-compare clean native
+.PHONY: run test test-vllm vllm-environment check docs site sbom chaos soak mutants bench bench-run bench-compare clean native
 
 run: $(VENV)/installed
 	$(VENV)/bin/kvledger run
@@ -64,6 +64,18 @@ $(SITE_VENV)/installed:
 	  cp $(SITE_VENV)/npm/node_modules/iframe-worker/shim/index.js $(SITE_VENV)/scripts/iframe-worker.js && \
 	  rm -r $(SITE_VENV)/npm || echo 'npm cannot bring the scripts: diagrams and search of the site will need a network'
 	touch $@
+
+# What an installation of kvledger consists of, as CycloneDX: build/sbom.json.
+SBOM_VENV ?= .venv-sbom
+sbom:
+	$(PYTHON) -m venv --clear $(SBOM_VENV)/tool
+	$(PYTHON) -m venv --clear --without-pip $(SBOM_VENV)/installed
+	$(SBOM_VENV)/tool/bin/python -m pip install --quiet 'cyclonedx-bom>=5'
+	$(SBOM_VENV)/tool/bin/python -m pip --python $(SBOM_VENV)/installed/bin/python install --quiet .
+	mkdir -p build
+	$(SBOM_VENV)/tool/bin/cyclonedx-py environment $(SBOM_VENV)/installed/bin/python --pyproject pyproject.toml \
+	  --output-reproducible --output-file build/sbom.json
+	@echo build/sbom.json
 
 # Hours of simulated crashes and of other examples for the property tests. Draws a seed and prints it; SEED=n repeats
 # one. Stops at the first failure, says how to repeat it, and leaves it as a program.
@@ -128,4 +140,4 @@ build/native/built: $(NATIVE_VENV)/installed setup.py $(shell find statemachine 
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(SITE_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) $(SITE_VENV) $(SBOM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -35,6 +35,7 @@ def size_command(
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block")] = 16,
     ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks")] = 1,
     dtype: Annotated[str | None, typer.Option(help="Element type of the cache; default: the model's")] = None,
+    retain: Annotated[str, typer.Option(help="How much of the log is kept (retain_bytes)")] = "256MiB",
     as_json: Annotated[bool, typer.Option("--json", help="For machines")] = False,
 ) -> None:
     """Say how many blocks of a model's KV cache fit in so much memory, and what the ledger takes beside them.
@@ -42,15 +43,16 @@ def size_command(
     Reads the model's configuration from this machine; nothing is downloaded. For a model with layers of several kinds
     it counts as if every layer kept every token: what an engine needs that gives all layers one block table.
     """
-    device, host = _bytes(memory), _bytes(host_memory)
+    device, host, kept = _bytes(memory), _bytes(host_memory), _bytes(retain)
     try:
         shape = shape_of(model, block_size=block_size, ranks=ranks, dtype=dtype)
-        sizing = size(shape, block_size=block_size, memory=device, host_memory=host)
+        sizing = size(shape, block_size=block_size, memory=device, host_memory=host, retain_bytes=kept)
     except ModelError as error:
         raise CommandFailed(error) from error
     if as_json:
         kinds = {layers.kind: layers.number for layers in shape.layers}
         told = {"model_type": shape.model_type, "dtype": shape.dtype, "layers": kinds, **sizing._asdict()}
+        told["shared_bytes"] = sizing.shared_bytes(ranks)
         line(printable_json(told))
     else:
         _print(shape, sizing, ranks)
@@ -71,6 +73,8 @@ def _print(shape: ModelShape, sizing: Sizing, ranks: int) -> None:
         table.add_row("host_blocks", f"{staging} ({_shown(sizing.host_bytes)} per rank)")
     table.add_row("/dev/shm for the log", f"{_shown(sizing.log_bytes)} at most (retain_bytes and two segments)")
     table.add_row("/dev/shm for snapshots", f"{_shown(sizing.snapshot_bytes)} with every block cached")
+    whole = f"{_shown(sizing.shared_bytes(ranks))} for the host pools of {ranks} rank(s), log and snapshots"
+    table.add_row("/dev/shm in all", whole)
     output().print(table)
 
 

@@ -33,10 +33,10 @@ class Sizing(NamedTuple):
     snapshot_bytes: int
     """Of the two that are kept, with both tiers full."""
 
-    @property
-    def shared_bytes(self) -> int:
-        """What the ledger itself takes in ``/dev/shm``, without pools."""
-        return self.log_bytes + self.snapshot_bytes
+    def shared_bytes(self, ranks: int) -> int:
+        """What all of it takes in ``/dev/shm`` with so many ranks on one host. Device pools are not there but with the
+        backends ``numpy`` and ``paddle``."""
+        return ranks * self.host_bytes + self.log_bytes + self.snapshot_bytes
 
 
 def size(

@@ -17,6 +17,8 @@ from kvledger.telemetry.table import BY_NAME, METRICS, Kind
 from statemachine.events import Tier
 
 Histograms = Mapping[tuple[str, tuple[str, ...]], Histogram]
+Picture = tuple[str, list[Sample], Histograms]
+"""A ledger's name, its metrics and its histograms, not to be changed any more."""
 
 
 class ManagerCollector(Collector):
@@ -65,14 +67,21 @@ def _manager_samples(manager: CacheManager) -> Iterator[Sample]:
 
 
 class PictureCollector(Collector):
-    """The metrics of what ``picture`` returns: ``(ledger, samples, histograms)``, not to be changed any more."""
+    """The metrics of the ledgers of which ``pictures`` returns one each."""
 
-    def __init__(self, picture: Callable[[], tuple[str, list[Sample], Histograms]]) -> None:
-        self._picture = picture
+    def __init__(self, pictures: Callable[[], Iterable[Picture]]) -> None:
+        self._pictures = pictures
 
     def collect(self) -> Iterable[Family]:
-        """The metrics of the last picture."""
-        return families(*self._picture())
+        """The metrics of the last pictures; what one metric says of several ledgers stands together."""
+        found: dict[str, Family] = {}
+        for picture in self._pictures():
+            for family in families(*picture):
+                if family.name in found:
+                    found[family.name].samples += family.samples
+                else:
+                    found[family.name] = family
+        return found.values()
 
     def describe(self) -> Iterable[Family]:
         """Nothing is known before the first picture."""

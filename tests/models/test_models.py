@@ -164,6 +164,10 @@ def test_size_on_the_command_line(tmp_path: Path) -> None:
     done = told("--model", str(tmp_path), "--memory", "64GiB", "--json")
     expected = size(shape_of(LLAMA_8B, block_size=16), block_size=16, memory=64 << 30)._asdict()
     assert json.loads(done.stdout).items() >= expected.items()
+    amounts = ("--memory", "64GiB", "--host-memory", "8GiB", "--ranks", "4", "--retain", "1GiB", "--json")
+    found = json.loads(told("--model", str(tmp_path), *amounts).stdout)
+    assert found["log_bytes"] == (1 << 30) + (32 << 20)
+    assert found["shared_bytes"] == 4 * found["host_bytes"] + found["log_bytes"] + found["snapshot_bytes"]
     for arguments, error in (
         (["--model", str(tmp_path), "--memory", "much"], "is no amount of memory"),
         (["--model", str(tmp_path / "x"), "--memory", "1GiB"], "cannot be read"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -590,6 +591,38 @@ def kvledger(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "kvledger.cli", *arguments], capture_output=True, text=True, timeout=PATIENCE_S
     )
+
+
+def test_one_exporter_for_all_ledgers_of_a_host() -> None:
+    """Those that are there, those that come, and no more those that are gone."""
+
+    def requests(text: str) -> dict[str, float]:
+        return {
+            name: float(value)
+            for name, value in re.findall(r'^kvledger_requests_total.ledger="(.*?)". (.*)$', text, re.M)
+        }
+
+    with small("host-a") as one:
+        serve(one, 0)
+        exporter = Served(one.name.replace("host-a", "host-*"))
+        try:
+            wait_until("the first is there", lambda: requests(exporter.text()) == {one.name: 1}, pause_s=0.05)
+            with small("host-b") as two, small("other") as other:
+                serve(two, 0)
+                serve(two, 1)
+                serve(other, 0)
+                both = {one.name: 1.0, two.name: 2.0}
+                wait_until("the second is there", lambda: requests(exporter.text()) == both, pause_s=0.05)
+                text = exporter.text()
+                assert text.count("# TYPE kvledger_requests_total counter") == 1
+                promtool = shutil.which("promtool")
+                if promtool is not None:
+                    checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True)
+                    assert checked.returncode == 0, checked.stdout + checked.stderr
+            wait_until("the second is gone", lambda: requests(exporter.text()) == {one.name: 1}, pause_s=0.05)
+        finally:
+            exporter.process.send_signal(signal.SIGINT)
+            assert exporter.end() == 0
 
 
 def test_bad_input_is_one_line() -> None:
