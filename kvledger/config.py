@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ipc import writer
+from kvledger.groups import full
 from kvledger.models import ModelError, shape_of, size
 from statemachine.content import namespace_key
 from statemachine.errors import InvalidCommand
 from statemachine.events import HostPolicy, LedgerOpened
+from statemachine.state.groups import Group, Kind, impossible_groups, parse
 from statemachine.state.state import MOST_BLOCKS
 from workers.pools.layout import BACKENDS, KVTensor, PoolLayout
 
@@ -58,6 +60,8 @@ class CacheConfig:
     """Version of the model's weights that the engine has loaded. Blocks of one version never match under another.
 
     ``None``: a new ledger begins without a version, one that is opened again goes on with the version in force."""
+    groups: tuple[Group, ...] = ()
+    """Kinds of layers, see :mod:`kvledger.groups`; first the one with full attention. None: it is the only one."""
     ranks: int = 0
     """Tensor-parallel ranks, each with a transfer worker and pools of its own; 0 = decisions and log only."""
     layers: int = 1
@@ -124,6 +128,8 @@ class CacheConfig:
                 f"host_policy {self.host_policy.name.lower()} does not go with {self.host_blocks} host_blocks: "
                 "give the host tier blocks and a policy (exclusive, write-through), or neither"
             )
+        if self.groups:
+            self._expect_groups()
         if self.watermark_blocks >= self.device_blocks:
             raise ConfigError(
                 f"watermark_blocks {self.watermark_blocks} of {self.device_blocks} device_blocks: nothing could be "
@@ -135,6 +141,30 @@ class CacheConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {value!r:.80}")
+
+    def _expect_groups(self) -> None:
+        groups = self.groups
+        if not isinstance(groups, tuple) or not all(isinstance(group, Group) for group in groups):
+            raise ConfigError(f"groups is a tuple of what kvledger.groups makes, not {groups!r:.80}")
+        for group in groups:
+            if not isinstance(group.name, str) or any(type(number) is not int for number in group[2:]):
+                raise ConfigError(f"a layer group has a name and whole numbers, not {group!r:.120}")
+        if groups[0].kind != Kind.FULL or any(group.kind == Kind.FULL for group in groups[1:]):
+            raise ConfigError("the first of the groups, and no other, is full(): its pool are the device_blocks")
+        wrong = impossible_groups(self.side_groups, MOST_BLOCKS)
+        if wrong:
+            raise ConfigError(f"groups: {wrong}")
+        if len(groups) > 1 and self.host_policy != HostPolicy.OFF:
+            raise ConfigError("groups: layer groups live on the device alone: leave out host_blocks and host_policy")
+        if len(groups) > 1 and self.ranks:
+            raise ConfigError(
+                "groups: the pools of layer groups are the engine's own: leave out ranks, layers and tensors"
+            )
+
+    @property
+    def side_groups(self) -> str:
+        """The groups beside the first one, as the ledger's first event has them."""
+        return "\n".join(group.text() for group in self.groups[1:])
 
     def _follow_tensors(self) -> None:
         try:
@@ -215,6 +245,7 @@ class CacheConfig:
             chunked_multimodal=bool(opened.chunked_multimodal),
             ranks=opened.ranks,
             segment_bytes=segment_bytes,
+            groups=(full(), *parse(opened.groups)) if opened.groups else (),
             **sizes,
         )
 
@@ -226,13 +257,13 @@ class CacheConfig:
         """
         theirs = CacheConfig.of(opened, self.segment_bytes)
         names = ["block_size", "device_blocks", "host_blocks", "host_policy", "backup_after", "staging_blocks", "ranks"]
-        names.append("chunked_multimodal")
+        names += ["chunked_multimodal", "side_groups"]
         if self.ranks and theirs.ranks:
             names += _OF_POOLS
         for name in names:
             ours, there = getattr(self, name), getattr(theirs, name)
             if ours != there:
-                name = "host_staging_blocks" if name == "staging_blocks" else name
+                name = {"staging_blocks": "host_staging_blocks", "side_groups": "groups"}.get(name, name)
                 raise ConfigError(f"{name} is {there!r} in this ledger, not {ours!r}: open it without a configuration")
 
     @property
@@ -270,4 +301,5 @@ class CacheConfig:
             self.backup_after,
             self.chunked_multimodal,
             self.weights or "",
+            self.side_groups,
         )

@@ -33,6 +33,8 @@ class Admit(NamedTuple):
     """From 0 on: in place of ``blocks``, room for so many tokens behind what matches."""
     must_fit: int = 0
     """Refuse unless a block table of so many blocks would fit, too."""
+    static_tokens: int = 0
+    """Room for so many tokens in each static layer group."""
 
 
 class Extend(NamedTuple):
@@ -65,6 +67,13 @@ class Distrust(NamedTuple):
 
     key: str
     blocks: int
+
+
+class Settle(NamedTuple):
+    """The first ``tokens[i]`` tokens of ``keys[i]`` are computed and settled: free what their windows have left."""
+
+    keys: list[str]
+    tokens: list[int]
 
 
 class Trim(NamedTuple):
@@ -209,6 +218,7 @@ Command = (
     | Allocate
     | Cache
     | Distrust
+    | Settle
     | Trim
     | GiveBack
     | Reassign

@@ -44,10 +44,10 @@ class OutOfBlocks(CommandRejected):
     """Not enough blocks are free or evictable.
 
     ``request_id`` is the request that does not fit (of several the first; empty: none is meant). ``wanted`` and
-    ``available`` count blocks of the device; ``in_transfer`` of the missing ones will come back by themselves when
-    transfers in flight have ended (poll and try again). ``reserved`` are available, too, but kept for requests that
-    run already. ``never_fits``: not even an empty pool would do. ``fitting``: of several ``requests``, so many in
-    order would fit. ``event`` is the record of the refusal.
+    ``available`` count device blocks of the layer ``group``; ``in_transfer`` of the missing ones will come back by
+    themselves when transfers in flight have ended (poll and try again). ``reserved`` are available, too, but kept for
+    requests that run already. ``never_fits``: not even an empty pool would do. ``fitting``: of several ``requests``, so
+    many in order would fit. ``event`` is the record of the refusal.
     """
 
     def __init__(
@@ -64,11 +64,13 @@ class OutOfBlocks(CommandRejected):
         self.request_id = event.key
         self.wanted = event.wanted
         self.available = event.available
+        self.group = event.group
         self.in_transfer = in_transfer
         self.fitting = fitting
         self.reserved = reserved
         self.never_fits = never_fits
-        text = f"{event.wanted} device blocks wanted, {event.available} free or evictable"
+        what = f"blocks of layer group {event.group}" if event.group else "device blocks"
+        text = f"{event.wanted} {what} wanted, {event.available} free or evictable"
         if reserved:
             text += f" beyond the {reserved} that are kept for requests that run (watermark_blocks)"
         if in_transfer:
@@ -77,6 +79,8 @@ class OutOfBlocks(CommandRejected):
             text += f"; {fitting} of the {requests} requests would fit, request {event.key!r:.80} does not"
         if never_fits:
             hint = f"the pool is too small for request {event.key!r:.80}: refuse the request, or make the pool larger"
+            if event.group:
+                hint += ", or admit it in chunks (new_tokens)"
         else:
             hint = "poll() and try again" if in_transfer else "release or preempt a request, or make the pool larger"
         super().__init__(f"{text}: {hint}")

@@ -21,7 +21,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, get_args
 
 if TYPE_CHECKING:
     IntArray = array[int]
@@ -36,6 +36,7 @@ class Meaning(Enum):
     BLOCKS_OF_TIER = "a block id on the tier that the field `tier` names"
     SOURCES = "a block id that is read, on the tier where the `direction` begins"
     TARGETS = "a block id that is written, on the tier where the `direction` ends"
+    SIDE_BLOCKS = "a block id in the device pool of the layer group that the field `group` names"
     REQUESTS = "the number of a request"
     RUNS = "the id of a run"
     TRANSFERS = "the number of a transfer"
@@ -54,6 +55,7 @@ DeviceBlocks = Annotated[IntArray, "i", Meaning.DEVICE_BLOCKS]
 TierBlocks = Annotated[IntArray, "i", Meaning.BLOCKS_OF_TIER]
 Sources = Annotated[IntArray, "i", Meaning.SOURCES]
 Targets = Annotated[IntArray, "i", Meaning.TARGETS]
+SideBlocks = Annotated[IntArray, "i", Meaning.SIDE_BLOCKS]
 Counts = Annotated[IntArray, "I"]
 RequestId = Annotated[int, "Q", Meaning.REQUESTS]
 RequestIds = Annotated[IntArray, "Q", Meaning.REQUESTS]
@@ -178,6 +180,8 @@ class LedgerOpened(NamedTuple):
     """Whether the model can begin inside a multimodal item; 0: nothing that matches ends inside one."""
     weights: Text = ""
     """Version of the model's weights at first."""
+    groups: Text = ""
+    """Layer groups beside group 0, a line each (:meth:`statemachine.state.groups.Group.text`)."""
 
 
 class RequestMatched(NamedTuple):
@@ -216,6 +220,7 @@ class AllocationRefused(NamedTuple):
     ``request`` is 0 where an admission was refused, or several requests at once (``key`` is then the first that did not
     fit, before the log had this rule the first of all).
     An admission would have pinned the path to ``leaf`` (its first ``cut`` blocks, if that is not 0).
+    ``wanted`` and ``available`` are blocks of the layer ``group``.
     """
 
     request: RequestId
@@ -224,6 +229,7 @@ class AllocationRefused(NamedTuple):
     leaf: RunId
     cut: U32
     key: RequestName
+    group: U32 = 0
 
 
 class BlocksCached(NamedTuple):
@@ -436,60 +442,51 @@ class DigestTaken(NamedTuple):
     digest: Digest
 
 
-Event = (
-    LedgerOpened
-    | RequestMatched
-    | BlocksAllocated
-    | AllocationRefused
-    | BlocksCached
-    | BlocksReassigned
-    | BlocksTrimmed
-    | RequestReleased
-    | BlocksEvicted
-    | TransferStarted
-    | TransferFinished
-    | QuarantineEnded
-    | CacheCleared
-    | PoolResized
-    | TierLost
-    | WorkerJoined
-    | WorkerLost
-    | EpochStarted
-    | DigestTaken
-    | RequestExtended
-    | BlocksComputed
-    | WeightsLoaded
-    | CopiesReplaced
-    | BlocksDistrusted
-)
+class SideAllocated(NamedTuple):
+    """Free blocks of a layer group become private to requests, ``counts[i]`` of them to ``requests[i]``, in order."""
 
-KINDS: dict[int, type[Event]] = {
-    1: LedgerOpened,
-    2: RequestMatched,
-    3: BlocksAllocated,
-    4: AllocationRefused,
-    5: BlocksCached,
-    6: BlocksReassigned,
-    7: BlocksTrimmed,
-    8: RequestReleased,
-    9: BlocksEvicted,
-    10: TransferStarted,
-    11: TransferFinished,
-    12: QuarantineEnded,
-    13: CacheCleared,
-    14: PoolResized,
-    15: TierLost,
-    16: WorkerJoined,
-    17: WorkerLost,
-    18: EpochStarted,
-    19: DigestTaken,
-    20: RequestExtended,
-    21: BlocksComputed,
-    22: WeightsLoaded,
-    23: CopiesReplaced,
-    24: BlocksDistrusted,
-}
-"""Kind number on the log → event. Numbers are never used twice."""
+    group: U32
+    requests: RequestIds
+    counts: Counts
+    blocks: SideBlocks
+
+
+class WindowPassed(NamedTuple):
+    """The first ``settled[i]`` tokens of ``requests[i]`` are settled: what its window in a group has left is free.
+
+    Its block table in that group has nothing there from now on. ``blocks`` are freed, request after request.
+    """
+
+    group: U32
+    requests: RequestIds
+    settled: Counts
+    blocks: SideBlocks
+
+
+class SideFreed(NamedTuple):
+    """A request's block table in a layer group ends after its first ``length`` entries: what was behind them is free.
+
+    ``length`` is 0 where the request ends.
+    """
+
+    request: RequestId
+    group: U32
+    length: U32
+    blocks: SideBlocks
+
+
+# fmt: off
+Event = (
+    LedgerOpened | RequestMatched | BlocksAllocated | AllocationRefused | BlocksCached | BlocksReassigned
+    | BlocksTrimmed | RequestReleased | BlocksEvicted | TransferStarted | TransferFinished | QuarantineEnded
+    | CacheCleared | PoolResized | TierLost | WorkerJoined | WorkerLost | EpochStarted | DigestTaken
+    | RequestExtended | BlocksComputed | WeightsLoaded | CopiesReplaced | BlocksDistrusted | SideAllocated
+    | WindowPassed | SideFreed
+)
+# fmt: on
+
+KINDS: dict[int, type[Event]] = dict(enumerate(get_args(Event), 1))
+"""Kind number on the log → event: what is new comes last above, and nothing goes. Numbers are never used twice."""
 
 KIND_OF: dict[type[Event], int] = {event: kind for kind, event in KINDS.items()}
 

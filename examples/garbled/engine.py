@@ -38,8 +38,11 @@ class Engine:
         policy: HostPolicy,
         backup_after: int = 1,
         chunked_multimodal: bool = True,
+        groups: str = "",
     ) -> None:
-        opened = LedgerOpened(BLOCK, device, host, staging, policy, 1, "", "", backup_after, chunked_multimodal)
+        opened = LedgerOpened(
+            BLOCK, device, host, staging, policy, 1, "", "", backup_after, chunked_multimodal, "", groups
+        )
         self.name = path.stem
         self._writer = KvlogWriter(path, schema_hash=codec.SCHEMA_HASH)
         self.state = genesis(opened)

@@ -33,11 +33,14 @@ from statemachine.events import (
     RequestExtended,
     RequestMatched,
     RequestReleased,
+    SideAllocated,
+    SideFreed,
     Tier,
     TierLost,
     TransferFinished,
     TransferStarted,
     WeightsLoaded,
+    WindowPassed,
     WorkerJoined,
     WorkerLost,
 )
@@ -250,6 +253,8 @@ class Top:
             case BlocksDistrusted() | CopiesReplaced():
                 pass
             case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded():
+                pass
+            case SideAllocated() | WindowPassed() | SideFreed():
                 pass
             case _:
                 assert_never(entry.event)

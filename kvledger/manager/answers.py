@@ -24,6 +24,18 @@ class Admission(NamedTuple):
     """False: nothing may be written or attended before :meth:`CacheManager.poll` reports the request."""
     cached_tokens: int
     """Leading tokens that need not be computed."""
+    side_tables: tuple[BlockTable, ...] = ()
+    """Block tables of the layer groups beside group 0."""
+    replay_tokens: int = 0
+    """So many of the cached tokens are computed once more, to fill windows: from ``cached_tokens - replay_tokens`` on.
+
+    What is computed of them goes to the other groups; the blocks of group 0 before ``cached_tokens`` are shared, and
+    have it already."""
+
+    @property
+    def block_tables(self) -> tuple[BlockTable, ...]:
+        """A block table for each layer group, as in :attr:`kvledger.CacheConfig.groups`; -1: nothing is there."""
+        return (self.block_table, *self.side_tables)
 
     @property
     def cached_blocks(self) -> int:

@@ -12,6 +12,7 @@ from typing import SupportsIndex
 
 from statemachine.errors import InvalidCommand
 from statemachine.events import IntArray, Tier
+from statemachine.state.state import State
 
 
 def whole(name: str, value: SupportsIndex) -> int:
@@ -49,6 +50,14 @@ def expect_tier(tier: object) -> None:
     """Refuse what is no tier, also a tier's name or number."""
     if not isinstance(tier, Tier):
         raise InvalidCommand(f"tier is a Tier, not {tier!r:.80}")
+
+
+def expect_group(state: State, group: SupportsIndex) -> int:
+    """Take the number of a layer group that the ledger has."""
+    number = whole("group", group)
+    if number > len(state.groups):
+        raise InvalidCommand(f"this ledger has the layer groups 0 to {len(state.groups)}, not {number}")
+    return number
 
 
 def block_ids(blocks: Sequence[int]) -> IntArray:

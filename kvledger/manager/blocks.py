@@ -78,8 +78,7 @@ class BlockCalls(TokenCalls):
         events = self._execute(commands.Allocate(list(counts), numbers))
         granted = np.empty(0, np.int32)
         if events:
-            allocated = events[-1]
-            assert isinstance(allocated, BlocksAllocated)
+            allocated = next(event for event in reversed(events) if isinstance(event, BlocksAllocated))
             granted = np.array(allocated.blocks, np.int32)
         new = {}
         start = 0
@@ -135,6 +134,9 @@ class BlockCalls(TokenCalls):
             told.tail = known
             raise
         told.tail, told.items, told.sampled = tail, later, sampled
+        if request.sides:
+            settled = min(request.leaf.end, request.computed) * self.config.block_size
+            self._execute(commands.Settle([request_id], [settled]))
         if self._state.policy == HostPolicy.WRITE_THROUGH:
             self._back_up(request_id)
 

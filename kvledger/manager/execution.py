@@ -24,7 +24,7 @@ from kvledger.manager.handoffs import Handoff
 from kvledger.manager.lifecycle import Beginning
 from kvledger.manager.notices import notice
 from kvledger.manager.prompts import Told
-from kvledger.manager.ranks import BlockTable, Progress, Ranks, table_of
+from kvledger.manager.ranks import BlockTable, Progress, Ranks, sides_of, table_of
 from kvledger.manager.retention import Retention
 from kvledger.manager.transactions import Transactions
 from kvledger.text import printable
@@ -256,8 +256,9 @@ class Ledger:
             self._execute(command)
         except CallTooLarge:  # more private blocks than a transaction holds: give them back in steps
             step = self._writer.max_transaction_bytes // 8
-            while len(request.table) > request.leaf.end:
-                self._execute(commands.Trim(request_id, max(request.leaf.end, len(request.table) - step)))
+            kept = request.fixed(self.config.block_size)
+            while len(request.table) > kept:
+                self._execute(commands.Trim(request_id, max(kept, len(request.table) - step)))
             self._execute(command)
         if self._ranks is not None:
             self._ranks.told(request)
@@ -319,6 +320,11 @@ class Ledger:
     def block_table(self, request_id: str) -> BlockTable:
         """The device block ids of a request, in token order."""
         return table_of(request_named(self._state, request_id))
+
+    def block_tables(self, request_id: str) -> tuple[BlockTable, ...]:
+        """A block table for each layer group, as in :attr:`Admission.block_tables`, as they are now."""
+        request = request_named(self._state, request_id)
+        return (table_of(request), *sides_of(request))
 
     def stats(self) -> dict[str, int]:
         """Totals since the ledger was created, and present levels (blocks, requests, transfers, the log)."""

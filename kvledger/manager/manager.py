@@ -16,16 +16,17 @@ from kvledger.config import CacheConfig, ConfigError
 from kvledger.errors import CallTooLarge, CannotContinue, Paused
 from kvledger.manager import lifecycle
 from kvledger.manager.answers import Admission, Prospect, Started
-from kvledger.manager.arguments import expect_bool, expect_namespace, expect_seconds, whole
+from kvledger.manager.arguments import expect_bool, expect_group, expect_namespace, expect_seconds, whole
 from kvledger.manager.blocks import BlockCalls
 from kvledger.manager.prompts import Told, full_blocks, prompt_of
-from kvledger.manager.ranks import Progress, table_of
+from kvledger.manager.ranks import Progress, sides_of, table_of
 from kvledger.manager.wait import loop, loop_async
 from statemachine import commands
 from statemachine.content import Item, Tokens, versioned
 from statemachine.decide import decide, request_named, victims_for
 from statemachine.errors import InvalidCommand, OutOfBlocks, UnknownRequest
 from statemachine.events import Event, ReleaseReason, RequestMatched, Tier
+from statemachine.state.groups import resumption
 from statemachine.state.nodes import Request
 from workers.pools.interface import Pools
 
@@ -195,6 +196,7 @@ class CacheManager(BlockCalls):
         new_tokens: SupportsIndex | None = None,
         must_fit: bool = False,
         reserve: SupportsIndex | None = None,
+        static_tokens: SupportsIndex = 0,
     ) -> Admission:
         """Begin a request: find, pin and if need be swap in the cached prefix of its prompt, and give it room.
 
@@ -214,6 +216,7 @@ class CacheManager(BlockCalls):
             must_fit: refuse unless the whole prompt would fit, though only the first chunk gets room.
             reserve: so many tokens of room have to stay for requests that run; default:
                 :attr:`CacheConfig.watermark_blocks`. Where nobody runs, it may take all.
+            static_tokens: room for so many tokens in each :func:`kvledger.groups.static` group.
 
         Raises:
             OutOfBlocks: there is no room; nothing is pinned. Ask :meth:`can_admit` first to have it as an answer.
@@ -222,7 +225,7 @@ class CacheManager(BlockCalls):
         if isinstance(tokens, Prospect):
             return self._admit_prospect(request_id, tokens)
         command = self._admit_command(
-            request_id, tokens, items, namespace, max_blocks, blocks, new_tokens, must_fit, reserve
+            request_id, tokens, items, namespace, max_blocks, blocks, new_tokens, must_fit, reserve, static_tokens
         )
         return self._admission(self._execute(command)[0], command.words)
 
@@ -238,6 +241,7 @@ class CacheManager(BlockCalls):
         new_tokens: SupportsIndex | None = None,
         must_fit: bool = False,
         reserve: SupportsIndex | None = None,
+        static_tokens: SupportsIndex = 0,
     ) -> Prospect:
         """What :meth:`admit` with these arguments would come to now. Changes nothing.
 
@@ -249,7 +253,7 @@ class CacheManager(BlockCalls):
         """
         self._expect_owner()
         command = self._admit_command(
-            request_id, tokens, items, namespace, max_blocks, blocks, new_tokens, must_fit, reserve
+            request_id, tokens, items, namespace, max_blocks, blocks, new_tokens, must_fit, reserve, static_tokens
         )
         sequence, state = self._transactions.next_sequence, self._state
         try:
@@ -276,6 +280,7 @@ class CacheManager(BlockCalls):
         new_tokens: SupportsIndex | None,
         must_fit: bool,
         reserve: SupportsIndex | None,
+        static_tokens: SupportsIndex,
     ) -> commands.Admit:
         if must_fit is not False:
             expect_bool("must_fit", must_fit)
@@ -289,7 +294,9 @@ class CacheManager(BlockCalls):
         if reserve is not None:
             kept = -(-whole("reserve", reserve) // self.config.block_size)
         fit = all_blocks if must_fit else 0
-        return commands.Admit(request_id, words, self._namespace(namespace), limit, count, records, kept, chunk, fit)
+        namespace = self._namespace(namespace)
+        fixed = whole("static_tokens", static_tokens)
+        return commands.Admit(request_id, words, namespace, limit, count, records, kept, chunk, fit, fixed)
 
     def _admit_prospect(self, request_id: str, prospect: Prospect) -> Admission:
         self._expect_owner()
@@ -301,8 +308,8 @@ class CacheManager(BlockCalls):
         command = command._replace(key=request_id, namespace=self._namespace(prospect.namespace))
         return self._admission(self._execute(command)[0], command.words)
 
-    def preempt(self, blocks: SupportsIndex, candidates: Sequence[str]) -> list[str]:
-        """Preempt requests, in the order given (lowest priority first), until ``blocks`` can be allocated.
+    def preempt(self, blocks: SupportsIndex, candidates: Sequence[str], *, group: SupportsIndex = 0) -> list[str]:
+        """Preempt requests, in the order given (lowest priority first), until ``blocks`` of a group can be allocated.
 
         Only as many as are needed are released; their names are returned. What they cached stays: a preempted request
         that is admitted again later finds it on the device, or on the host where there is one (preemption by swap), and
@@ -320,7 +327,7 @@ class CacheManager(BlockCalls):
             candidates = [request_id for request_id in candidates if not self._is_gone(request_id)]
         for request_id in candidates:
             request_named(self._state, request_id)
-        chosen = victims_for(self._state, wanted, candidates)
+        chosen = victims_for(self._state, wanted, candidates, expect_group(self._state, group))
         for request_id in chosen:
             self.release(request_id, ReleaseReason.PREEMPTED)
         return chosen
@@ -379,6 +386,10 @@ class CacheManager(BlockCalls):
             )
         for handoff in self._handoffs:
             handoff.released(request_id)
+        if request.sides:
+            raise InvalidCommand(
+                f"request {request_id!r} has blocks of layer groups: release it when the step has ended"
+            )
         holder = f"(held {request.id})"
         with self._together():
             first = min(request.waits.values(), default=len(request.table))
@@ -472,4 +483,7 @@ class CacheManager(BlockCalls):
         self._told[matched.key] = Told(request, rest if words is None else self._rest(words), cached)
         if self.config.backup_after > 1:
             self._back_up(matched.key)
+        if request.sides:
+            replay = cached - resumption(self._state.groups, cached)
+            return Admission(table_of(request), matched.device_blocks, 0, True, cached, sides_of(request), replay)
         return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits, cached)

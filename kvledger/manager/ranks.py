@@ -47,6 +47,11 @@ def table_of(request: Request) -> BlockTable:
     return np.array(request.table, np.int32)
 
 
+def sides_of(request: Request) -> tuple[BlockTable, ...]:
+    """The block tables of a request in the layer groups beside group 0."""
+    return tuple(np.array(side.table, np.int32) for side in request.sides)
+
+
 class Progress(NamedTuple):
     """A request that waited can go on."""
 

@@ -7,7 +7,7 @@ nothing else can ever match. *Room*: the slots of its block table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, SupportsIndex
 
 import numpy as np
@@ -40,6 +40,9 @@ class Growth(NamedTuple):
     """Why the first of them did not fit: whether waiting helps (``in_transfer``), or nothing ever will."""
     gone: list[str]
     """They were released, for example by another thread."""
+    new_side_blocks: dict[str, tuple[BlockTable, ...]]
+    """For the requests that got blocks: the ids to append to their tables of the layer groups beside group 0; without
+    such groups it is empty."""
 
 
 class TokenCalls(WholeCache):
@@ -173,7 +176,7 @@ class TokenCalls(WholeCache):
             elif request.waits:
                 not_ready.append(request_id)
         if not wanted:
-            return Growth({}, not_ready, [], None, gone)
+            return Growth({}, not_ready, [], None, gone, {})
         return self._granted(wanted, counts, not_ready, gone)
 
     def _granted(self, wanted: list[str], counts: list[int], not_ready: list[str], gone: list[str]) -> Growth:
@@ -189,9 +192,11 @@ class TokenCalls(WholeCache):
             wanted, counts = wanted[:fitting], counts[:fitting]
             events = self._execute(commands.Allocate(wanted, counts)) if wanted else []
         new_blocks: dict[str, BlockTable] = {}
+        sides: dict[str, tuple[BlockTable, ...]] = {}
         if events:
-            allocated = events[-1]
-            assert isinstance(allocated, BlocksAllocated)
+            if self._state.groups:
+                sides = {request_id: tuple(self._new_sides(request_id, n)) for request_id, n in zip(wanted, counts)}
+            allocated = next(event for event in reversed(events) if isinstance(event, BlocksAllocated))
             granted = np.array(allocated.blocks, np.int32)
             start = 0
             for request_id, count in zip(wanted, counts):
@@ -199,7 +204,12 @@ class TokenCalls(WholeCache):
                 start += count
                 if self._told[request_id].request.waits:
                     not_ready.append(request_id)
-        return Growth(new_blocks, not_ready, refused, refusal, gone)
+        return Growth(new_blocks, not_ready, refused, refusal, gone, sides)
+
+    def _new_sides(self, request_id: str, count: int) -> Iterator[BlockTable]:
+        """The last blocks of a request in each side group: as many as group 0 got, or none that go by positions."""
+        for group, side in zip(self._state.groups, self._told[request_id].request.sides):
+            yield np.array(side.table[len(side.table) - count :] if group.windowed else side.table[:0], np.int32)
 
     def commit(self, computed: Mapping[str, SupportsIndex]) -> list[str]:
         """Say how many leading tokens of each request are computed now: their full blocks are published.
@@ -241,12 +251,19 @@ class TokenCalls(WholeCache):
             (full if count >= (request.leaf.end + 1) * size else same).append((live, count))
         for live, count in same:
             live.computed = count
-        if full:
+        if full or self._state.groups:
             with self._together():
                 for live, count in full:
                     self._publish(live, count // size)
                     live.computed = count
+                if self._state.groups:
+                    self._settle([*same, *full])
         return gone
+
+    def _settle(self, computed: list[tuple[Told, int]]) -> None:
+        """Free what the windows of requests have left: what was committed is settled."""
+        keys = [live.request.key for live, _ in computed]
+        self._execute(commands.Settle(keys, [count for _, count in computed]))
 
     def _publish(self, told: Told, blocks: int) -> None:
         """Publish the first ``blocks`` blocks of a request, whose content is known."""

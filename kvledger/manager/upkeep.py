@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import SupportsIndex
 
 from ipc import SharedMemoryFull
-from kvledger.manager.arguments import expect_bool, expect_namespace, expect_seconds, expect_tier, whole
+from kvledger.manager.arguments import expect_bool, expect_group, expect_namespace, expect_seconds, expect_tier, whole
 from kvledger.manager.execution import Ledger
 from kvledger.manager.lifecycle import Beginning
 from kvledger.manager.wait import loop
@@ -178,10 +178,10 @@ class WholeCache(Ledger):
         while not isinstance(self._execute(commands.Resize(tier, wanted, self._evict_step))[-1], PoolResized):
             pass
 
-    def available_blocks(self) -> int:
-        """Device blocks that are free or can be evicted."""
-        return available_blocks(self._state)
+    def available_blocks(self, group: SupportsIndex = 0) -> int:
+        """Device blocks of a layer group that are free or can be evicted."""
+        return available_blocks(self._state, expect_group(self._state, group) if group else 0)
 
-    def can_allocate(self, blocks: SupportsIndex) -> bool:
-        """Whether an allocation of so many blocks would succeed now; counts what can be evicted, and evicts nothing."""
-        return can_allocate(self._state, whole("blocks", blocks))
+    def can_allocate(self, blocks: SupportsIndex, group: SupportsIndex = 0) -> bool:
+        """Whether so many blocks of a layer group can be had now; counts what can be evicted, and evicts nothing."""
+        return can_allocate(self._state, whole("blocks", blocks), expect_group(self._state, group) if group else 0)

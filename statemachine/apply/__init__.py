@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from statemachine.apply import blocks, cache, ledger, pools, requests, transfers
+from statemachine.apply import blocks, cache, ledger, pools, requests, sides, transfers
 from statemachine.apply.ledger import genesis
 from statemachine.events import (
     AllocationRefused,
@@ -38,10 +38,13 @@ from statemachine.events import (
     RequestExtended,
     RequestMatched,
     RequestReleased,
+    SideAllocated,
+    SideFreed,
     TierLost,
     TransferFinished,
     TransferStarted,
     WeightsLoaded,
+    WindowPassed,
     WorkerJoined,
     WorkerLost,
 )
@@ -82,6 +85,9 @@ HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
     WeightsLoaded: ledger.weights_loaded,
     CopiesReplaced: cache.copies_replaced,
     BlocksDistrusted: cache.blocks_distrusted,
+    SideAllocated: sides.side_allocated,
+    WindowPassed: sides.window_passed,
+    SideFreed: sides.side_freed,
 }
 """Event → how it changes the state; what :func:`apply` looks up, for loops where a call counts."""
 

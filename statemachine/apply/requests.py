@@ -14,10 +14,11 @@ from statemachine.apply.expect import (
     request_of,
     violated,
 )
+from statemachine.apply.sides import begin_sides, expect_no_sides
 from statemachine.apply.tree import absorb, count_use, ids_of, pin, pin_below, root, split, unpin
 from statemachine.events import BlocksComputed, RequestExtended, RequestMatched, RequestReleased
 from statemachine.items import NO_ITEMS
-from statemachine.state.nodes import ALL, Node, Request
+from statemachine.state.nodes import ALL, NO_SIDES, Node, Request
 from statemachine.state.state import State
 from statemachine.state.tree import content_of, loosened, part
 
@@ -57,6 +58,7 @@ def request_matched(state: State, event: RequestMatched) -> None:
             violated(event, f"the path to run {leaf.id} has {on_device} blocks on the device, {length} in all")
     elif found or cut or upper:
         violated(event, "blocks without a run")
+    sides = begin_sides(state, event) if state.groups else NO_SIDES
 
     if leaf is None:
         leaf = root(state, namespace)
@@ -64,6 +66,7 @@ def request_matched(state: State, event: RequestMatched) -> None:
         leaf = nodes[0] = split(state, leaf, cut, upper)
     request = Request(number, key, namespace, leaf, words)
     request.items = items
+    request.sides = sides
     pin(state, leaf)
     if state.opened.backup_after > 1:
         count_use(state, nodes)
@@ -150,6 +153,8 @@ def request_released(state: State, event: RequestReleased) -> None:
     own = request.private()[::-1]
     if blocks != own:
         expect_blocks(state, event, state.device, blocks, own, f"private to {request.key!r}")
+    if request.sides:
+        expect_no_sides(state, event, request)
     merges: list[tuple[Node, list[Node]]] = []
     if final or merged or absorbed:
         loose = loosened(request.leaf)

@@ -59,6 +59,8 @@ def _violations(state: State) -> Iterator[str]:
         strangers = [node for node in positions[place] if state.nodes.get(node.id) is not node]
         if strangers:
             yield f"orders: {place} would evict {strangers}, which are not there"
+    for side in state.sides:
+        yield from _conservation(state, side)
     for request in state.requests.values():
         yield from statements.of_request(state, request)
     if len(state.keys) != len(state.requests):

@@ -28,7 +28,10 @@ from statemachine.events import (
     Event,
     IntArray,
     Outcome,
+    SideAllocated,
+    SideFreed,
     TransferFinished,
+    WindowPassed,
     WorkerJoined,
     WorkerLost,
 )
@@ -40,7 +43,7 @@ from statemachine.state.state import State
 
 _NOT_THE_CACHE = (AllocationRefused, WorkerJoined, WorkerLost, EpochStarted, DigestTaken)
 """They change nothing that an invariant speaks of."""
-_OWN_BLOCKS = (BlocksAllocated, BlocksReassigned, BlocksTrimmed)
+_OWN_BLOCKS = (BlocksAllocated, BlocksReassigned, BlocksTrimmed, SideAllocated, SideFreed, WindowPassed)
 """They leave the runs on the paths of the requests that they name as they are."""
 _GAP = 1 << 64
 """Between the marks of neighbours in an order: room for every cut that can come between."""
@@ -76,11 +79,12 @@ class _Below:
 class _Request:
     """What was seen of a request."""
 
-    __slots__ = ("leaf", "private", "waits")
+    __slots__ = ("leaf", "private", "sides", "waits")
 
-    def __init__(self, leaf: Node, private: IntArray, waits: tuple[int, ...]) -> None:
+    def __init__(self, leaf: Node, private: IntArray, sides: list[IntArray], waits: tuple[int, ...]) -> None:
         self.leaf = leaf
         self.private = private
+        self.sides = sides
         self.waits = waits
 
 
@@ -137,8 +141,9 @@ class IncrementalCheck:
         self._expected: set[Node] | None = None
         """The runs that a live request may have cached ahead, once an event has made that a question."""
         self._owned = [_Owned(place) for place in state.places]
+        self._sides = [_Owned(place) for place in state.sides]
         self._update(list(state.nodes.values()), [], set(state.requests), set(state.transfers))
-        for owned in self._owned:
+        for owned in (*self._owned, *self._sides):
             owned.blocks.update(owned.entered)
             owned.entered, owned.left = [], []
 
@@ -281,8 +286,12 @@ class IncrementalCheck:
             self._end(old.leaf if old is not None else None, request.leaf if request is not None else None)
             private = request.private() if request is not None else _NO_BLOCKS
             _swap(self._owned[0], old.private if old is not None else None, private)
+            sides = [side.blocks() for side in request.sides] if request is not None else []
+            for number, owned in enumerate(self._sides):
+                had = old.sides[number] if old is not None else None
+                _swap(owned, had, sides[number] if sides else None)
             if request is not None:
-                self._requests[id] = _Request(request.leaf, private, tuple(request.waits))
+                self._requests[id] = _Request(request.leaf, private, sides, tuple(request.waits))
         for id in transfers:
             before = self._transfers.pop(id, None)
             transfer = state.transfers.get(id)
@@ -372,7 +381,8 @@ class IncrementalCheck:
     # What must hold
 
     def _conservation(self) -> Iterator[str]:
-        for place, owned in zip(self._state.places, self._owned):
+        state = self._state
+        for place, owned in zip((*state.places, *state.sides), (*self._owned, *self._sides)):
             if owned.left or owned.entered or len(owned.free) != len(place.pool.free):
                 yield from _moved(place, owned)
 

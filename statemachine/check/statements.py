@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 from statemachine.events import SWAP_IN, WRITE_THROUGH
 from statemachine.items import each
+from statemachine.state.groups import Kind
 from statemachine.state.nodes import ALL, Node, Request, Transfer
 from statemachine.state.places import Place
 from statemachine.state.state import State
@@ -28,6 +29,7 @@ INVARIANTS: dict[str, str] = {
     "ahead": "what is cached before it is computed has a request that is about to compute it",
     "transfers end": "who waits and what is waited for know each other",
     "block tables": "a request's block table agrees with the runs of its path",
+    "windows": "a request has of a layer group what its next token can see there, and no more",
 }
 """Name → what it says. Every one is shown to fire in the tests."""
 
@@ -208,10 +210,36 @@ def of_request(state: State, request: Request) -> Iterator[str]:
             yield f"items: the path of {name!r} has other items than its prompt"
     if any(stop > end for _, stop in request.duplicates):
         yield f"block tables: {name!r} has duplicates outside its path"
+    yield from _sides(state, request)
     for node in path:
         yield from _in_table(request, node, reach)
         if node.start < reach and not node.valid() and not any(at <= node.start for at in request.waits.values()):
             yield f"block tables: {name!r} uses {node!r}, whose copy is not valid, without waiting"
+
+
+def _sides(state: State, request: Request) -> Iterator[str]:
+    """Nothing stands where a window has passed, or was never computed; everywhere else there is a block."""
+    if len(request.sides) != len(state.groups):
+        yield f"windows: {request.key!r} knows {len(request.sides)} layer groups beside group 0, not all"
+        return
+    size = state.opened.block_size
+    for group, side in zip(state.groups, request.sides):
+        of = f"of layer group {group.name!r} in {request.key!r}"
+        if not group.windowed:
+            if side.begin or side.settled or any(block < 0 for block in side.table):
+                yield f"windows: a block table {of} has holes, and the group has no window"
+            if group.kind != Kind.STATIC and len(side.table) not in (0, group.size):
+                yield f"windows: {len(side.table)} blocks {of}, not {group.size}"
+            continue
+        if len(side.table) > len(request.table) and len(side.table) > side.begin:
+            yield f"windows: {len(side.table)} positions {of}, group 0 has {len(request.table)}"
+        sinks, seen = -(-group.sinks // size), side.settled
+        first = seen - seen % group.size if group.kind == Kind.CHUNK else seen - group.size + 1
+        for position, block in enumerate(side.table):
+            visible = position >= side.begin and (position < sinks or (position + 1) * size > first)
+            if visible != (block >= 0):
+                what = "is missing" if visible else f"is block {block}, which nobody sees"
+                yield f"windows: position {position} {of} {what} ({seen} tokens are settled)"
 
 
 def _in_table(request: Request, node: Node, reach: int) -> Iterator[str]:

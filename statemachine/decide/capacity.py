@@ -8,38 +8,45 @@ from collections.abc import Sequence
 from statemachine.decide.eviction import device_supply
 from statemachine.decide.lookup import request_named
 from statemachine.errors import OutOfBlocks
-from statemachine.events import AllocationRefused, HostPolicy
+from statemachine.events import AllocationRefused, HostPolicy, Tier
 from statemachine.state.state import State
 
 
-def available_blocks(state: State) -> int:
-    """Device blocks that are free, or that can be evicted."""
+def available_blocks(state: State, group: int = 0) -> int:
+    """Device blocks of a layer group that are free, or that can be evicted."""
+    if group:
+        return len(state.place(Tier.DEVICE, group).pool.free)
     return len(state.device.pool.free) + state.device.evictable
 
 
-def can_allocate(state: State, blocks: int) -> bool:
-    """Whether an allocation of so many blocks would succeed now. Nothing is evicted."""
+def can_allocate(state: State, blocks: int, group: int = 0) -> bool:
+    """Whether so many blocks of a layer group can be had now. Nothing is evicted."""
+    if group:
+        return blocks <= available_blocks(state, group)
     if blocks <= len(state.device.pool.free) or blocks > available_blocks(state) or state.policy == HostPolicy.OFF:
         return blocks <= available_blocks(state)
     return device_supply(state, blocks) is not None  # transfers in flight may be in the way of an eviction
 
 
-def victims_for(state: State, blocks: int, candidates: Sequence[str]) -> list[str]:
-    """How many of the candidates, in order, have to be preempted until so many blocks can be allocated.
+def victims_for(state: State, blocks: int, candidates: Sequence[str], group: int = 0) -> list[str]:
+    """How many of the candidates, in order, have to be preempted until so many blocks of a group can be allocated.
 
     Raises:
         OutOfBlocks: all of them would not be enough.
         UnknownRequest
     """
-    available = available_blocks(state)
+    available = available_blocks(state, group)
     chosen: list[str] = []
     freed = 0
     pins: Counter[int] = Counter()
     for key in dict.fromkeys(candidates):
-        if blocks <= available + freed and (chosen or can_allocate(state, blocks)):
+        if blocks <= available + freed and (chosen or can_allocate(state, blocks, group)):
             return chosen
         request = request_named(state, key)
         chosen.append(key)
+        if group:
+            freed += len(request.sides[group - 1].blocks())
+            continue
         freed += len(request.private())
         node = request.leaf
         while node.parent is not None:
@@ -48,7 +55,7 @@ def victims_for(state: State, blocks: int, candidates: Sequence[str]) -> list[st
                 freed += node.size
             node = node.parent
     if blocks > available + freed:
-        raise out_of_blocks(state, AllocationRefused(0, blocks, available + freed, 0, 0, ""), blocks)
+        raise out_of_blocks(state, AllocationRefused(0, blocks, available + freed, 0, 0, "", group), blocks)
     return chosen
 
 
@@ -63,5 +70,5 @@ def out_of_blocks(
         reserved: blocks that are available, and kept for those that run already.
     """
     in_transfer = sum(len(transfer.own_blocks(state.device.number)) for transfer in state.transfers.values())
-    never = blocks > state.device.pool.capacity
+    never = blocks > state.place(Tier.DEVICE, event.group).pool.capacity
     return OutOfBlocks(event, in_transfer, fitting=fitting, requests=requests, reserved=reserved, never_fits=never)

@@ -35,6 +35,7 @@ from statemachine.commands import (
     Reassign,
     Release,
     Resize,
+    Settle,
     StartEpoch,
     TakeDigest,
     Trim,
@@ -66,15 +67,19 @@ from statemachine.events import (
     RequestExtended,
     RequestMatched,
     RequestReleased,
+    SideAllocated,
+    SideFreed,
     Tier,
     TierLost,
     TransferFinished,
     TransferStarted,
     WeightsLoaded,
+    WindowPassed,
     WorkerJoined,
     WorkerLost,
 )
 from statemachine.items import all_records, within
+from statemachine.state.groups import Kind, resumption
 from statemachine.state.nodes import ALL, Node
 from statemachine.state.state import State
 from statemachine.state.tree import content_of, items_of, root_of
@@ -169,11 +174,22 @@ def _matched(state: State, event: RequestMatched, events: Sequence[Event]) -> Co
     leaf = state.nodes[event.leaf] if event.leaf else None
     words = path_words(leaf, event.cut, state.block_bytes) + event.words
     found = event.device_blocks + event.host_blocks
-    granted = events[-1]
-    if isinstance(granted, BlocksAllocated):
-        blocks = found + len(granted.blocks)
-        return Admit(event.key, memoryview(words), event.namespace, found, blocks, event.items)
+    granted = [each for each in events if isinstance(each, BlocksAllocated)]
+    if granted or state.groups:
+        blocks = found + sum(len(each.blocks) for each in granted)
+        static = _static_tokens(state, events)
+        return Admit(event.key, memoryview(words), event.namespace, found, blocks, event.items, static_tokens=static)
     return Match(event.key, memoryview(words), event.namespace, found, event.items)
+
+
+def _static_tokens(state: State, events: Sequence[Event]) -> int:
+    """Room in the static groups that an admission asked for."""
+    counts = [
+        len(each.blocks)
+        for each in events
+        if isinstance(each, SideAllocated) and state.groups[each.group - 1].kind == Kind.STATIC
+    ]
+    return max(counts, default=0) * state.opened.block_size
 
 
 def _refused(state: State, event: AllocationRefused, events: Sequence[Event]) -> Command:
@@ -193,10 +209,45 @@ def _refused(state: State, event: AllocationRefused, events: Sequence[Event]) ->
             available -= 0 if node.pins else count
         node = node.parent
     limit = len(words) // state.block_bytes
+    if event.group:
+        return _side_refused(state, event, words, namespace, path_items(leaf, event.cut))
     blocks = event.wanted + device
     # Whether too little was there or too little would have stayed: what was not available to it had to stay.
     watermark = max(available - min(event.available, event.wanted - 1), 0) if state.requests else 0
     return Admit(event.key, memoryview(words), namespace, limit, blocks, path_items(leaf, event.cut), watermark)
+
+
+def _side_refused(state: State, event: AllocationRefused, words: bytes, namespace: bytes, items: bytes) -> Command:
+    """The admission that a side group had no room for."""
+    size = state.opened.block_size
+    limit = len(words) // state.block_bytes
+    blocks, static = limit, 0
+    group = state.groups[event.group - 1]
+    if group.windowed:
+        blocks = event.wanted + resumption(state.groups, limit * size) // size
+    elif group.kind == Kind.STATIC:
+        static = event.wanted * size
+    return Admit(event.key, memoryview(words), namespace, limit, blocks, items, static_tokens=static)
+
+
+def _settled(state: State, event: WindowPassed, events: Sequence[Event]) -> Command:
+    told: dict[int, int] = {}
+    for each in events:
+        assert isinstance(each, WindowPassed)
+        told.update(zip(each.requests, each.settled))
+    return Settle([state.requests[id].key for id in sorted(told)], [told[id] for id in sorted(told)])
+
+
+def _granted(events: Sequence[Event]) -> BlocksAllocated:
+    """Group 0's part of an allocation. Raises :class:`ValueError`: there is none."""
+    found = [event for event in events if isinstance(event, BlocksAllocated)]
+    if len(found) != 1:
+        raise ValueError("blocks of a layer group are granted to live requests, and none of group 0")
+    return found[0]
+
+
+def _nothing_else(event: SideFreed) -> Command:
+    raise NoCommand(f"blocks of layer group {event.group} are given back, and nothing follows")
 
 
 def _allocated(state: State, event: BlocksAllocated, events: Sequence[Event]) -> Command:
@@ -289,6 +340,9 @@ DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     BlocksCached: _cached,
     BlocksComputed: _computed,
     BlocksDistrusted: _distrusted,
+    SideAllocated: lambda state, event, events: _allocated(state, _granted(events), events),
+    WindowPassed: _settled,
+    SideFreed: lambda _, event, __: _nothing_else(event),
     RequestExtended: _extended,
     BlocksTrimmed: _trimmed,
     BlocksReassigned: _reassigned,

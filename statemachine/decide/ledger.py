@@ -19,6 +19,7 @@ from typing import Any
 from statemachine.apply import apply
 from statemachine.commands import JoinWorker, LoadWeights, LoseWorker, StartEpoch, TakeDigest
 from statemachine.decide.eviction import evicted_everywhere
+from statemachine.decide.sides import released
 from statemachine.errors import InvalidCommand
 from statemachine.events import (
     CacheCleared,
@@ -57,6 +58,8 @@ def start_epoch(state: State, command: StartEpoch) -> list[Event]:
     for id in sorted({node.transfer.id for node in suspects if node.transfer is not None}):
         do(TransferFinished(id, Outcome.TIMED_OUT, 0, 0))
     for id in sorted(trial.requests):
+        for event in released(trial, trial.requests[id]):
+            do(event)
         private = trial.requests[id].private()
         do(RequestReleased(id, ReleaseReason.ENGINE_RESTARTED, 0, array("Q"), array("I"), private[::-1]))
     doomed = _doomed(trial, suspects)

@@ -8,12 +8,13 @@ from array import array
 from collections.abc import Callable
 from typing import Any, Final
 
-from statemachine.commands import Admit, Allocate, Extend, GiveBack, Match, Reassign, Release, Trim
+from statemachine.commands import Admit, Allocate, Extend, GiveBack, Match, Reassign, Release, Settle, Trim
 from statemachine.decide.capacity import available_blocks, can_allocate, out_of_blocks
 from statemachine.decide.duplicates import replaced_after
 from statemachine.decide.eviction import Supply, device_supply
 from statemachine.decide.hits import follow, kept_by, matched, path_of, swapped_in
 from statemachine.decide.lookup import find_path, ready_request, request_named
+from statemachine.decide.sides import admitted, expect_no_groups, grown, released, settle, short_of, trimmed, worthwhile
 from statemachine.errors import InvalidCommand, OutOfBlocks, RequestNotReady, UnknownRequest
 from statemachine.events import (
     AllocationRefused,
@@ -40,6 +41,8 @@ than another run in every path. So a turn of a long conversation is not paid wit
 
 def _admit(state: State, command: Admit) -> list[Event]:
     path = path_of(state, command)
+    if state.groups:
+        path = worthwhile(state, command, path)
     cut, device, host = path.cut, path.device, path.host
     blocks = command.blocks
     if command.new_tokens >= 0:
@@ -56,16 +59,19 @@ def _admit(state: State, command: Admit) -> list[Event]:
         leaf = path.leaf.id if path.leaf is not None else 0
         refused = AllocationRefused(0, least, max(min(available, least - 1), 0), leaf, path.cut, command.key)
         raise out_of_blocks(state, refused, device + least, reserved=reserved)
+    sides = admitted(state, command, path, device + wanted) if state.groups else ()
     events: list[Event] = [matched(state, command, path), *supply.events]
     if host:
         events.append(swapped_in(state, path, supply, events))
     count = wanted - host
     if count:
         events.append(_granted(array("Q", [state.next_request]), array("I", [count]), supply, count))
+    events += sides
     return events
 
 
 def _match(state: State, command: Match) -> list[Event]:
+    expect_no_groups(state, "match", "admit the request, which gives it the blocks of all groups")
     path = path_of(state, command)
     if not path.host:
         return [matched(state, command, path)]
@@ -101,14 +107,22 @@ def _allocate(state: State, command: Allocate) -> list[Event]:
         return []
     available = available_blocks(state)
     supply = device_supply(state, total) if total <= available else None
-    if supply is None:
-        raise _batch_refused(state, command, requests, total, available)
-    return [*supply.events, _granted(requests, array("I", command.counts), supply, total)]
+    if supply is None or (state.groups and short_of(state, total)):
+        raise _batch_refused(state, command, requests, total, available if supply is None else -1)
+    granted = _granted(requests, array("I", command.counts), supply, total)
+    if state.groups:
+        return [*supply.events, granted, *grown(state, requests, command.counts)]
+    return [*supply.events, granted]
 
 
 def _batch_refused(state: State, command: Allocate, requests: IntArray, total: int, available: int) -> OutOfBlocks:
-    """The error for an allocation that does not fit: how many requests would, and the first that does not."""
+    """The error for an allocation that does not fit: how many requests would, and the first that does not.
+
+    ``available``: device blocks, where these are too few; else -1, and a side group has too few.
+    """
     sums = [0, *itertools.accumulate(command.counts)]
+    if available < 0:
+        return _side_refused(state, command, requests, sums)
     fitting, most = 0, bisect.bisect_right(sums, available) - 1
     while fitting < most:  # fewer than are available where copies in flight are in the way
         middle = (fitting + most + 1) // 2
@@ -116,6 +130,8 @@ def _batch_refused(state: State, command: Allocate, requests: IntArray, total: i
             fitting = middle
         else:
             most = middle - 1
+    while state.groups and short_of(state, sums[fitting]):
+        fitting -= 1
     longest, culprit = 0, fitting
     for index, (id, count) in enumerate(zip(requests, command.counts)):
         length = len(state.requests[id].table) + count
@@ -127,11 +143,27 @@ def _batch_refused(state: State, command: Allocate, requests: IntArray, total: i
     return out_of_blocks(state, refused, longest, fitting=fitting, requests=len(requests))
 
 
+def _side_refused(state: State, command: Allocate, requests: IntArray, sums: list[int]) -> OutOfBlocks:
+    """The same where the device has enough blocks of group 0, and a side group has not."""
+    fitting = 0
+    while not short_of(state, sums[fitting + 1]):
+        fitting += 1
+    group = short_of(state, sums[-1])
+    available = len(state.sides[group - 1].pool.free)
+    request = requests[0] if len(requests) == 1 else 0
+    held = len(state.requests[requests[fitting]].sides[group - 1].blocks())
+    refused = AllocationRefused(request, sums[-1], available, 0, 0, command.keys[fitting], group)
+    longest = held + command.counts[fitting]
+    return out_of_blocks(state, refused, longest, fitting=fitting, requests=len(requests))
+
+
 def _extend(state: State, command: Extend) -> list[Event]:
     request = ready_request(state, command.key)
     end = request.leaf.end
     if request.leaf.distrusted:
         return []  # nothing is found below it, and its own copies may be better than the runs'
+    if state.groups:
+        command = command._replace(limit=end)  # nothing that others have computed is of use to every group
     node, cut, found = _further(state, request, command.limit)
     if request.items and not state.opened.chunked_multimodal:
         whole = uncut(request.items, end + found, state.opened.block_size)
@@ -160,10 +192,21 @@ def _trim(state: State, command: Trim) -> list[Event]:
             f"it cannot be trimmed to {command.blocks}"
         )
     blocks = request.table[command.blocks :][::-1]
-    return [BlocksTrimmed(request.id, blocks)] if blocks else []
+    if not blocks:
+        return []
+    if not state.groups:
+        return [BlocksTrimmed(request.id, blocks)]
+    fixed = request.fixed(state.opened.block_size)
+    if command.blocks < fixed:
+        raise InvalidCommand(
+            f"tokens in the first {fixed} blocks of request {command.key!r} are settled, and what their window has "
+            f"left is gone: it cannot be trimmed to {command.blocks}"
+        )
+    return [*trimmed(state, request, command.blocks), BlocksTrimmed(request.id, blocks)]
 
 
 def _give_back(state: State, command: GiveBack) -> list[Event]:
+    expect_no_groups(state, "give_back", "trim the request")
     request = ready_request(state, command.key)
     tail = set(request.table[request.leaf.end :])
     if len(set(command.blocks)) != len(command.blocks) or not tail.issuperset(command.blocks):
@@ -173,6 +216,7 @@ def _give_back(state: State, command: GiveBack) -> list[Event]:
 
 
 def _reassign(state: State, command: Reassign) -> list[Event]:
+    expect_no_groups(state, "reassign", "release the one request and admit the other")
     source, target = request_named(state, command.key), request_named(state, command.target)
     if source is target:
         raise InvalidCommand("blocks cannot be reassigned to the request that has them")
@@ -198,8 +242,9 @@ def _release(state: State, command: Release) -> list[Event]:
             final += 1
     merged, absorbed = _merges(loose, final) if len(loose) > 1 else (_NONE, _NO_COUNTS)
     blocks = request.private()[::-1]
-    released = RequestReleased(request.id, command.reason, final, merged, absorbed, blocks)
-    return [released, *replaced_after(state, request)] if state.duplicating else [released]
+    event = RequestReleased(request.id, command.reason, final, merged, absorbed, blocks)
+    events: list[Event] = [*released(state, request), event] if state.groups else [event]
+    return [*events, *replaced_after(state, request)] if state.duplicating else events
 
 
 def _merges(loose: list[Node], final: int) -> tuple[IntArray, IntArray]:
@@ -230,5 +275,6 @@ REQUESTS: dict[type[Any], Callable[[State, Any], list[Event]]] = {
     Trim: _trim,
     GiveBack: _give_back,
     Reassign: _reassign,
+    Settle: settle,
     Release: _release,
 }

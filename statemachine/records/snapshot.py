@@ -16,11 +16,12 @@ from statemachine.check import check
 from statemachine.events import KIND_OF, Direction, HostPolicy, IntArray, LedgerOpened
 from statemachine.items import all_records, by_block
 from statemachine.records import codec
-from statemachine.state.nodes import NO_CHILDREN, Copy, Node, Part, Request, Transfer
+from statemachine.state.groups import parse
+from statemachine.state.nodes import NO_CHILDREN, NO_SIDES, Copy, Node, Part, Request, Side, Transfer
 from statemachine.state.order import EvictionOrder
 from statemachine.state.state import COUNTERS, State, impossible
 
-MAGIC = b"kvlstate4"
+MAGIC = b"kvlstate5"
 """Names the encoding: a change of it changes every digest, and takes the next number."""
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -42,7 +43,11 @@ def state_digest(state: State) -> bytes:
 
 def counters_digest(state: State) -> bytes:
     """xxh3-128 of totals, pool levels and id counters, 16 bytes: cheap enough for the engine itself."""
-    values = [*state.counters.as_dict().values(), *_scalars(state), *(len(place.pool.free) for place in state.places)]
+    values = [
+        *state.counters.as_dict().values(),
+        *_scalars(state),
+        *(len(place.pool.free) for place in (*state.places, *state.sides)),
+    ]
     return xxhash.xxh3_128_digest(struct.pack(f"<{len(values)}Q", *values))
 
 
@@ -133,7 +138,7 @@ class _Writer:
             put(struct.pack("<II", rank, incarnation))
         totals = state.counters.as_dict()
         put(struct.pack(f"<{len(totals)}Q", *totals.values()))
-        for place in state.places:
+        for place in (*state.places, *state.sides):
             blob(place.pool.free.tobytes())
 
     def tree(self, state: State) -> None:
@@ -190,6 +195,9 @@ class _Writer:
             for ranges in (request.duplicates, request.joined + turned):
                 blob(array("I", [bound for pair in ranges for bound in pair]).tobytes())
             blob(array("Q", [value for pair in request.waits.items() for value in pair]).tobytes())
+            for side in request.sides:
+                put(struct.pack("<II", side.begin, side.settled))
+                blob(side.table.tobytes())
 
     def transfers(self, state: State) -> None:
         """Transfers in flight, and quarantined ones."""
@@ -261,8 +269,13 @@ class _Reader:
         wrong = impossible(opened)
         if wrong:
             raise ValueError(wrong)
-        state = State(opened._replace(device_blocks=0, host_blocks=0, host_staging_blocks=0))
+        state = State(opened._replace(device_blocks=0, host_blocks=0, host_staging_blocks=0, groups=""))
         state.opened = opened
+        blocks = sum(group.blocks for group in parse(opened.groups))
+        # Every block of a pool stands somewhere in the encoding, so nobody can claim pools larger than it.
+        if 4 * blocks > len(self._data):
+            raise ValueError("there are fewer block ids than blocks")
+        state.open_groups(opened.groups)
         device, host = state.device, state.host
         host.staging = opened.host_staging_blocks
         scalars = _SCALARS.unpack(self._take(_SCALARS.size))
@@ -285,7 +298,6 @@ class _Reader:
         state.policy = HostPolicy(policy)
         state.pools = self._blob().decode()
         state.weights = self._blob().decode()
-        # Every block of a pool stands somewhere in the encoding, so nobody can claim pools larger than it.
         if 4 * max(device.pool.capacity, host.pool.capacity) > len(self._data):
             raise ValueError("there are fewer block ids than blocks")
         for _ in range(workers):
@@ -294,7 +306,7 @@ class _Reader:
         names = COUNTERS
         for name, value in zip(names, self._unpack(f"<{len(names)}Q"), strict=True):
             setattr(state.counters, name, value)
-        for place in state.places:
+        for place in (*state.places, *state.sides):
             place.pool.free = self._array("i")
         roots = self._roots(state, retired)
         self._nodes(state, roots)
@@ -374,10 +386,17 @@ class _Reader:
                 raise ValueError(f"request {number} has duplicates outside its block table")
             request.waits = dict(_pairs(self._array("Q")))
             request.computed = computed
+            request.sides = [self._side() for _ in state.groups] or NO_SIDES
             state.requests[number] = request
             if request.duplicates:
                 state.duplicating[number] = request
             state.keys[key] = number
+
+    def _side(self) -> Side:
+        side = Side()
+        side.begin, side.settled = self._unpack("<II")
+        side.table = self._array("i")
+        return side
 
     def _transfers(self, state: State, roots: list[Node]) -> None:
         for _ in range(self._u32()):

@@ -129,6 +129,41 @@ class _BlocksCached3(NamedTuple):
     words: Words
 
 
+class _LedgerOpened4(NamedTuple):
+    """Until there were layer groups beside group 0."""
+
+    block_size: U32
+    device_blocks: U32
+    host_blocks: U32
+    host_staging_blocks: U32
+    host_policy: U8
+    ranks: U32
+    layout: Text
+    pools: Text
+    backup_after: U32
+    chunked_multimodal: U8
+    weights: Text
+
+
+class _AllocationRefused4(NamedTuple):
+    """Likewise: a refusal was always about group 0."""
+
+    request: U64
+    wanted: U32
+    available: U32
+    leaf: U64
+    cut: U32
+    key: Text
+
+
+def _opened_4(old: _LedgerOpened4) -> LedgerOpened:
+    return LedgerOpened(*old)
+
+
+def _refused_4(old: _AllocationRefused4) -> AllocationRefused:
+    return AllocationRefused(*old)
+
+
 def _opened_3(old: _LedgerOpened3) -> LedgerOpened:
     return LedgerOpened(*old)
 
@@ -151,17 +186,20 @@ class Earlier(NamedTuple):
 
 
 _WITHOUT_ITEMS = _changed(2, _RequestMatched3, _matched_3) | _changed(5, _BlocksCached3, _cached_3)
-_OPENED = _changed(1, _LedgerOpened2, _opened_2) | _WITHOUT_ITEMS
+_REFUSED = _changed(4, _AllocationRefused4, _refused_4)
+_ONE_GROUP = _REFUSED | _changed(1, _LedgerOpened4, _opened_4)
+_OPENED = _changed(1, _LedgerOpened2, _opened_2) | _REFUSED | _WITHOUT_ITEMS
 EARLIER: dict[int, Earlier] = {
     0xC788335C0420067F: Earlier(
         _OPENED | _changed(4, _AllocationRefused1, _refused_1) | _changed(15, _TierLost1, _lost_1), b"kvlstate1"
     ),
     0x1B740F085A93AF3E: Earlier(_OPENED, b"kvlstate2"),
-    0x6F1B228257DA6E57: Earlier(_WITHOUT_ITEMS | _changed(1, _LedgerOpened3, _opened_3), b"kvlstate3"),
+    0x6F1B228257DA6E57: Earlier(_WITHOUT_ITEMS | _REFUSED | _changed(1, _LedgerOpened3, _opened_3), b"kvlstate3"),
     # Until runs could take the copies of requests (CopiesReplaced): these stayed beside the runs' own.
-    0x1711F24080C79FAD: Earlier({}, b"kvlstate4"),
+    0x1711F24080C79FAD: Earlier(_ONE_GROUP, b"kvlstate4"),
     # Until what turned out bad could be distrusted (BlocksDistrusted).
-    0x5693452048BD2A9E: Earlier({}, b"kvlstate4"),
+    0x5693452048BD2A9E: Earlier(_ONE_GROUP, b"kvlstate4"),
+    0x6BE329E41F4E077F: Earlier(_ONE_GROUP, b"kvlstate4"),
 }
 """By hash of the table."""
 

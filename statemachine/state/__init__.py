@@ -11,6 +11,7 @@ Rules:
 ::
 
     tree (find a path) · ownership ─► state ─► places (pool, orders) ─► order ─► nodes (run, request, transfer)
+                                        └────► groups (what layers of each kind need)
 
 Words: ``docs/glossary.md``.
 """

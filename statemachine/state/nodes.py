@@ -7,14 +7,11 @@ from typing import Final
 
 import numpy as np
 
-from statemachine.events import SWAP_IN, Direction, IntArray, Tier
+from statemachine.events import SWAP_IN, Direction, IntArray
 from statemachine.items import NO_ITEMS, BlockItems
 
 ALL: Final = 2**32 - 1
 """More blocks than any request has."""
-
-PLACES: Final = len(Tier)
-"""How many places a run may have a copy in: one per tier. The device's number is 0, farther tiers follow."""
 
 _FEW: Final = 400
 """So many ids an array turns round as fast as NumPy."""
@@ -69,7 +66,7 @@ class Node:
         """By :meth:`key`: the content of the child's first block."""
         self.pins = 0
         self.copies: list[Copy | None] = [None, None]
-        """By the number of the place (:attr:`Place.number`), the nearest first (``[None] * PLACES`` takes longer)."""
+        """By the number of the place (:attr:`Place.number`), the nearest first (written out: that is faster)."""
         self.transfer: Transfer | None = None
         self.ahead = False
         """Cached before the step that computes it has run: matchable, but neither copied out nor trusted."""
@@ -174,6 +171,28 @@ def from_end(ids: IntArray, count: int) -> IntArray:
     return array("i", np.frombuffer(ids, np.int32)[: -count - 1 : -1].tobytes())
 
 
+class Side:
+    """What a request has of a side group."""
+
+    __slots__ = ("begin", "settled", "table")
+
+    def __init__(self) -> None:
+        self.table: IntArray = array("i")
+        """Block ids of the group; -1 where there is nothing (any more)."""
+        self.begin = 0
+        """Leading entries that never had a block: what it hit there is not cached for this group."""
+        self.settled = 0
+        """Tokens whose settling was told; what the window has left by then is given up."""
+
+    def blocks(self, start: int = 0, stop: int = ALL) -> IntArray:
+        """The blocks that stand between two positions of the table, in order."""
+        return array("i", [block for block in self.table[start:stop] if block >= 0])
+
+
+NO_SIDES: list[Side] = []
+"""Of all requests of a ledger without side groups; never written."""
+
+
 class Request:
     """A live request: its path in the tree, its words beyond the path, its block table."""
 
@@ -188,6 +207,7 @@ class Request:
         "matched",
         "namespace",
         "replaced",
+        "sides",
         "table",
         "waits",
         "words",
@@ -216,6 +236,12 @@ class Request:
         """Transfer → first position of the block table that is not usable before its end."""
         self.computed = ALL
         """So many leading blocks are computed; what is cached beyond is :attr:`Node.ahead`."""
+        self.sides: list[Side] = NO_SIDES
+        """What it has of the side groups, in their order."""
+
+    def fixed(self, block_size: int) -> int:
+        """Leading blocks that no trim gives back: they are cached, or windows have passed on what is in them."""
+        return max([self.leaf.end, *[-(-side.settled // block_size) for side in self.sides]])
 
     def private(self) -> IntArray:
         """Ids of the request's own blocks, in token order."""

@@ -12,6 +12,11 @@ from statemachine.state.state import State
 def owners(state: State, place: Place) -> Iterator[tuple[str, IntArray]]:
     """Every owner in a place with its blocks, in no particular order."""
     yield "free list", place.pool.free
+    if place.group:
+        for request in state.requests.values():
+            for side in request.sides[place.group - 1 : place.group]:
+                yield f"request {request.key!r} ({request.id})", side.blocks()
+        return
     for node in state.nodes.values():
         copy = node.copies[place.number]
         if copy is not None:

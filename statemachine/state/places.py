@@ -1,7 +1,8 @@
 """Places: a pool of blocks with what lives there. A place is named by its tier and its group of layers.
 
 What one place does, every place does: code takes a place as a value and asks nowhere which tier it is. Group 0 are the
-layers with full attention; there is no other group so far.
+layers with full attention; another group (:mod:`.groups`) has a place on the device, where requests have blocks and no
+run has a copy.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from statemachine.events import ROUTES, Direction, HostPolicy, LedgerOpened, Tier
-from statemachine.state.nodes import PLACES, Node, Request, Transfer
+from statemachine.state.groups import Group, impossible_groups, parse
+from statemachine.state.nodes import Node, Request, Transfer
 from statemachine.state.places import Place, Pool
 
 MOST_BLOCKS = 1 << 26
@@ -23,7 +24,9 @@ def impossible(opened: LedgerOpened) -> str:
         return "whether the model can begin inside an item is 0 or 1"
     if max(opened.device_blocks, opened.host_blocks + opened.host_staging_blocks) > MOST_BLOCKS:
         return f"a pool has {MOST_BLOCKS} blocks at most"
-    return ""
+    if opened.groups and opened.host_policy != HostPolicy.OFF:
+        return "layer groups are on the device alone: a ledger that has some has no host tier"
+    return impossible_groups(opened.groups, MOST_BLOCKS)
 
 
 class State:
@@ -36,6 +39,7 @@ class State:
         "duplicating",
         "epoch",
         "generation",
+        "groups",
         "host",
         "keys",
         "next_node",
@@ -49,6 +53,7 @@ class State:
         "requests",
         "retired",
         "roots",
+        "sides",
         "transfers",
         "weights",
         "workers",
@@ -66,7 +71,13 @@ class State:
         self.device = Place(0, Tier.DEVICE, 0, opened.device_blocks, 0, orders=2)
         self.host = Place(1, Tier.HOST, 0, opened.host_blocks, opened.host_staging_blocks, orders=1)
         self.places = (self.device, self.host)
-        """By number: all tiers of group 0, the nearest first; those of another group would follow."""
+        """By number: all tiers of group 0, the nearest first."""
+        self.groups: tuple[Group, ...] = ()
+        """The side groups; group ``g`` is ``groups[g - 1]``."""
+        self.sides: tuple[Place, ...] = ()
+        """Their places on the device. Nothing of them is in the tree."""
+        if opened.groups:
+            self.open_groups(opened.groups)
         self.roots: dict[bytes, Node] = {}
         """By namespace."""
         self.retired: dict[Node, None] = {}
@@ -86,9 +97,16 @@ class State:
         """Rank → incarnation of its worker."""
         self.counters = Counters()
 
+    def open_groups(self, text: str) -> None:
+        """Make the places of side groups (:attr:`LedgerOpened.groups`)."""
+        self.groups = parse(text)
+        self.sides = tuple(
+            Place(g, Tier.DEVICE, g, group.blocks, 0, orders=1) for g, group in enumerate(self.groups, 1)
+        )
+
     def place(self, tier: Tier, group: int = 0) -> Place:
         """The place of that name. Raises :class:`IndexError`: there is none."""
-        return self.places[group * PLACES + tier]
+        return self.sides[group - 1] if group else self.places[tier]
 
     def route(self, direction: Direction) -> tuple[Place, Place]:
         """The places that a copy in that direction reads and writes."""

@@ -30,6 +30,8 @@ from tests.data import ledgers
 
 FOLDER = Path(__file__).parent
 STEPS = 320
+GROUPS = "window near 12 9 0 9\nchunk part 13 8 0 0\nscratch ring 6 1 0 0\nstatic words 4 0 0 0"
+"""Layer groups whose windows are small, and not of whole blocks."""
 
 
 def drive(engine: Engine, rng: random.Random) -> None:
@@ -40,6 +42,10 @@ def drive(engine: Engine, rng: random.Random) -> None:
         engine.step += 1
         engine.now += 1_000_000
         _try(engine, _command(engine, rng, number))
+        if engine.state.groups:
+            _try(engine, settled(engine, rng))
+            if engine.state.keys and not number % 8:
+                rejected_drafts(engine, rng.choice(sorted(engine.state.keys)))
     for id, transfer in list(engine.state.transfers.items()):
         if transfer.quarantined:
             _try(engine, commands.EndQuarantine(id))
@@ -52,6 +58,21 @@ def drive(engine: Engine, rng: random.Random) -> None:
     _try(engine, commands.Admit("last", memoryview(bytes(range(16))), b"", 99, 4))
     _try(engine, commands.StartEpoch(2, engine.sequence))
     _try(engine, commands.TakeDigest(engine.sequence, True))
+
+
+def rejected_drafts(engine: Engine, key: str) -> None:
+    """A request gets a block for drafts, and gives it back."""
+    table = engine.state.requests[engine.state.keys[key]].table
+    _try(engine, commands.Allocate([key], [1]))
+    _try(engine, commands.Trim(key, len(table) - 1))
+
+
+def settled(engine: Engine, rng: random.Random) -> commands.Settle:
+    """One or two requests have settled what they have room for, or a little less."""
+    keys = sorted(rng.sample(sorted(engine.state.keys), min(len(engine.state.keys), rng.randrange(1, 3))))
+    size = engine.state.opened.block_size
+    room = [len(engine.state.requests[engine.state.keys[key]].table) * size for key in keys]
+    return commands.Settle(keys, [max(tokens - rng.randrange(3) * size, 0) for tokens in room])
 
 
 def chunks(engine: Engine) -> None:
@@ -97,7 +118,10 @@ def _command(engine: Engine, rng: random.Random, number: int) -> commands.Comman
         items = [Item(rng.choice((b"image", b"other")), 5, rng.choice((1, 7)))] * rng.randrange(1 + (len(prompt) >= 12))
         words, watermark = words_of(prompt, items=items), rng.choice((0, 0, 3))
         namespace, blocks = rng.choice((b"", b"", b"salt")), len(prompt) // 4 + 1
-        return commands.Admit(f"r{number}", words, namespace, 99, blocks, item_records(items), watermark)
+        static = number % 3 if state.groups else 0
+        return commands.Admit(
+            f"r{number}", words, namespace, 99, blocks, item_records(items), watermark, static_tokens=static
+        )
     key = rng.choice(keys)
     request = state.requests[state.keys[key]]
     if kind < 9:
@@ -152,6 +176,12 @@ def main() -> None:
         engine.close()
         path.chmod(0o644)
         events[path.name] = {"events": engine.sequence, "digests": {}}
+    path = folder / "groups.kvlog"
+    engine = Engine(path, 14, 0, 0, HostPolicy.OFF, groups=GROUPS)
+    drive(engine, random.Random(7))
+    engine.close()
+    path.chmod(0o644)
+    events[path.name] = {"events": engine.sequence, "digests": {}}
     (folder / "digests.json").write_text(json.dumps(events))
     ledger(folder)
     for told in sorted(FOLDER.glob("*/digests.json")):

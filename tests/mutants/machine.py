@@ -8,6 +8,7 @@ ANY = "tests/statemachine/test_machine.py::test_machine"
 ONE_TIER = f"{ANY}[OneTierMachine]"
 EXCLUSIVE = f"{ANY}[ExclusiveMachine]"
 THROUGH = f"{ANY}[WriteThroughMachine]"
+GROUPS = "tests/statemachine/test_groups.py::TestGroups"
 
 MUTANTS = [
     # pins and orders
@@ -653,5 +654,69 @@ MUTANTS = [
         '    return b"".join(len(part).to_bytes(4, "little") + part for part in parts)\n',
         '    return b"".join(parts)\n',
         "tests/statemachine/test_content.py::test_namespaces_differ",
+    ),
+    # layer groups
+    mutant(
+        "a window is passed one token early",
+        "statemachine/state/groups.py",
+        "            return max(settled - self.size + 1, 0)\n",
+        "            return max(settled - self.size + 2, 0)\n",
+        GROUPS,
+    ),
+    mutant(
+        "a window that passes frees its sinks",
+        "statemachine/state/groups.py",
+        "        return -(-self.sinks // block_size)\n",
+        "        return self.sinks // block_size\n",
+        GROUPS,
+    ),
+    mutant(
+        "a hit is replayed from inside a chunk",
+        "statemachine/state/groups.py",
+        "            return tokens // self.size * self.size\n        return 0 if",
+        "            return max(tokens - self.size, 0)\n        return 0 if",
+        GROUPS,
+    ),
+    mutant(
+        "an admission takes no room in a layer group into account",
+        "statemachine/decide/sides.py",
+        "        if least > available:\n",
+        "        if count > available:\n",
+        GROUPS,
+    ),
+    mutant(
+        "a batch is told that would fit what a layer group has no room for",
+        "statemachine/decide/requests.py",
+        "    while state.groups and short_of(state, sums[fitting]):\n        fitting -= 1\n",
+        "",
+        "tests/statemachine/test_groups.py::test_a_batch_is_told_what_fits_in_every_group",
+    ),
+    mutant(
+        "what is settled may be trimmed",
+        "statemachine/state/nodes.py",
+        "        return max([self.leaf.end, *[-(-side.settled // block_size) for side in self.sides]])\n",
+        "        return self.leaf.end\n",
+        GROUPS,
+    ),
+    mutant(
+        "a successor leaves the dead requests their layer groups",
+        "statemachine/decide/ledger.py",
+        "        for event in released(trial, trial.requests[id]):\n            do(event)\n",
+        "",
+        GROUPS,
+    ),
+    mutant(
+        "the check does not look at windows",
+        "statemachine/check/statements.py",
+        "    yield from _sides(state, request)\n",
+        "",
+        "tests/statemachine/test_groups.py::test_what_is_broken_is_told",
+    ),
+    mutant(
+        "commits settle nothing",
+        "kvledger/manager/tokens.py",
+        "                    self._settle([*same, *full])\n",
+        "                    pass\n",
+        "tests/manager/test_groups.py::test_decoding_holds_a_window_and_no_more",
     ),
 ]

@@ -44,24 +44,30 @@ from statemachine.events import (
     PoolResized,
     QuarantineEnded,
     RequestExtended,
+    SideAllocated,
+    SideFreed,
     Tier,
     TransferFinished,
     TransferStarted,
     WeightsLoaded,
+    WindowPassed,
 )
 from statemachine.mentions import FINDERS
 from statemachine.records.snapshot import state_digest
-from tests.data.generate import drive
+from tests.data.generate import GROUPS, drive
 
 EVERY: set[type[Event]] = set(KINDS.values())
 
 
-@pytest.fixture(scope="module", params=list(HostPolicy), ids=lambda policy: policy.name.lower())
+@pytest.fixture(
+    scope="module", params=[*HostPolicy, GROUPS], ids=lambda param: getattr(param, "name", "groups").lower()
+)
 def log(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
     path = tmp_path_factory.mktemp("every") / "every.kvlog"
-    host = (0, 0) if request.param == HostPolicy.OFF else (10, 5)
-    engine = Engine(path, 14, *host, request.param, backup_after=2)
-    drive(engine, random.Random(request.param))
+    policy, groups = (HostPolicy.OFF, GROUPS) if request.param == GROUPS else (request.param, "")
+    host = (0, 0) if policy == HostPolicy.OFF else (10, 5)
+    engine = Engine(path, 14, *host, policy, backup_after=1 if groups else 2, groups=groups)
+    drive(engine, random.Random(7 if groups else policy))
     engine.close()
     with open_source(str(path)) as source:
         assert state_digest(source.at(source.last)) == state_digest(engine.state)
@@ -73,7 +79,8 @@ def test_every_table_has_every_event() -> None:
         assert set(table) == EVERY
     assert set(DERIVERS) == EVERY - {LedgerOpened}, "nobody commands a ledger's first event"
     uncounted = {LedgerOpened, BlocksReassigned, BlocksTrimmed, QuarantineEnded, PoolResized, EpochStarted, DigestTaken}
-    assert set(OBSERVERS) == EVERY - uncounted - {BlocksComputed, BlocksDistrusted, WeightsLoaded}
+    of_groups = {SideAllocated, WindowPassed, SideFreed}
+    assert set(OBSERVERS) == EVERY - uncounted - {BlocksComputed, BlocksDistrusted, WeightsLoaded} - of_groups
 
 
 def test_the_log_has_every_event(log: Source) -> None:
@@ -81,6 +88,10 @@ def test_the_log_has_every_event(log: Source) -> None:
     missing = EVERY - kinds
     if log.at(1).policy == HostPolicy.OFF:
         missing -= {TransferStarted, TransferFinished, QuarantineEnded}
+    if log.at(1).groups:
+        missing &= {SideAllocated, WindowPassed, SideFreed, BlocksTrimmed}
+    else:
+        missing -= {SideAllocated, WindowPassed, SideFreed}
     assert not missing
 
 
@@ -107,7 +118,10 @@ def test_all_are_checked_derived_and_explained(log: Source) -> None:
         told.update(fact.text for fact in explain_request(log, f"#{number}", log.last).history)
     for number in range(1, state.next_transfer):
         told.update(fact.text for fact in explain_transfer(log, number, log.last).history)
-    for phrase in ("goes on with what others have cached", "finds it between two chunks", "has computed its first"):
+    phrases = ["goes on with what others have cached", "finds it between two chunks", "has computed its first"]
+    if state.groups:
+        phrases = ["the window of group 1 has left", "gives back group 2 blocks", "gets group 3 block"]
+    for phrase in phrases:
         assert any(phrase in text for text in told), phrase
     assert list(differences(log.at(log.last // 2), state))
 

@@ -28,6 +28,7 @@ from statemachine.events import (
 )
 from statemachine.items import item_records
 from statemachine.records.snapshot import SnapshotError, restore, snapshot, state_digest
+from statemachine.state.nodes import Side
 from statemachine.state.state import State
 from tests.statemachine.test_machine import words
 
@@ -125,6 +126,10 @@ def misremember_the_match(state: State) -> None:
     next(request for request in state.requests.values() if request.key == "b").matched = 1
 
 
+def see_what_is_no_group(state: State) -> None:
+    next(iter(state.requests.values())).sides = [Side()]
+
+
 def an_image_of_tokens(state: State) -> None:
     request = next(request for request in state.requests.values() if request.leaf.id)
     node = state.path(request.leaf)[0]
@@ -148,6 +153,7 @@ CORRUPTIONS: list[tuple[Callable[[State], None], str]] = [
     (forget_a_waiter, "transfers end"),
     (permute_a_table, "block tables"),
     (misremember_the_match, "block tables"),
+    (see_what_is_no_group, "windows"),
 ]
 
 

@@ -32,14 +32,18 @@ from statemachine.events import (
     RequestExtended,
     RequestMatched,
     RequestReleased,
+    SideAllocated,
+    SideFreed,
     Tier,
     TierLost,
     TransferFinished,
     TransferStarted,
     WeightsLoaded,
+    WindowPassed,
     WorkerJoined,
     WorkerLost,
 )
+from statemachine.state.groups import parse
 from statemachine.state.state import State
 
 _MOST_RANGES = 8
@@ -125,7 +129,11 @@ class Wording:
             text += f", {event.host_blocks:,} on the host ({policy}, {event.host_staging_blocks:,} for staging)"
         if event.backup_after > 1:
             text += f", backed up at use {event.backup_after}"
-        return text + (f", {count(event.ranks, 'rank')}" if event.ranks else ", no workers")
+        text += f", {count(event.ranks, 'rank')}" if event.ranks else ", no workers"
+        groups = [
+            f"{number} {group.name} ({group.kind.name.lower()})" for number, group in enumerate(parse(event.groups), 1)
+        ]
+        return text + (f"; beside group 0 the layer groups {listed(groups)}" if groups else "")
 
     def _matched(self, event: RequestMatched) -> str:
         hit = []
@@ -153,7 +161,7 @@ class Wording:
 
     def _refused(self, event: AllocationRefused) -> str:
         who = self.name(event.request) if event.request else f"request {event.key!r}"
-        wanted = count(event.wanted, "device block")
+        wanted = count(event.wanted, f"group {event.group} block" if event.group else "device block")
         return f"{who} is refused: {wanted} wanted, {event.available:,} free or evictable"
 
     def _cached(self, event: BlocksCached) -> str:
@@ -208,6 +216,22 @@ class Wording:
         for run, absorbed in zip(event.merged, event.absorbed):
             text += f", run {run} absorbs {count(absorbed, 'run')} above it"
         return text
+
+    def _sides(self, event: SideAllocated) -> str:
+        text = []
+        start = 0
+        for request, number in zip(event.requests, event.counts):
+            text.append(f"{self.name(request)} gets group {event.group} {_noun(event.blocks[start : start + number])}")
+            start += number
+        return "; ".join(text)
+
+    def _passed(self, event: WindowPassed) -> str:
+        tokens = [f"{self.name(id)} has settled {count(n, 'token')}" for id, n in zip(event.requests, event.settled)]
+        return f"{listed(tokens)}: the window of group {event.group} has left {_noun(event.blocks)}"
+
+    def _side_freed(self, event: SideFreed) -> str:
+        end = f", after its first {count(event.length, 'position')}" if event.length else ""
+        return f"{self.name(event.request)} gives back group {event.group} {_noun(event.blocks)}{end}"
 
     def _evicted(self, event: BlocksEvicted) -> str:
         tier, reason = Tier(event.tier).name.lower(), EvictReason(event.reason).name.lower().replace("_", " ")
@@ -306,6 +330,9 @@ WORDS: dict[type[Any], Callable[[Wording, Any], str]] = {
     BlocksComputed: Wording._computed,
     CopiesReplaced: Wording._replaced,
     BlocksDistrusted: Wording._distrusted,
+    SideAllocated: Wording._sides,
+    WindowPassed: Wording._passed,
+    SideFreed: Wording._side_freed,
 }
 """Event → its line."""
 

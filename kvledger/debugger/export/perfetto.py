@@ -42,11 +42,14 @@ from statemachine.events import (
     RequestExtended,
     RequestMatched,
     RequestReleased,
+    SideAllocated,
+    SideFreed,
     Tier,
     TierLost,
     TransferFinished,
     TransferStarted,
     WeightsLoaded,
+    WindowPassed,
     WorkerJoined,
     WorkerLost,
 )
@@ -225,6 +228,8 @@ class _Timeline:
             case LedgerOpened() | BlocksDistrusted() | CacheCleared() | CopiesReplaced() | PoolResized() | TierLost():
                 pass  # likewise
             case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded():
+                pass
+            case SideAllocated() | WindowPassed() | SideFreed():
                 pass
             case _:
                 assert_never(entry.event)

@@ -32,11 +32,14 @@ from statemachine.events import (
     RequestExtended,
     RequestMatched,
     RequestReleased,
+    SideAllocated,
+    SideFreed,
     Tier,
     TierLost,
     TransferFinished,
     TransferStarted,
     WeightsLoaded,
+    WindowPassed,
     WorkerJoined,
     WorkerLost,
 )
@@ -214,6 +217,8 @@ def _asks(state: State, event: Event, begun: set[int]) -> Iterator[Ask]:
             pass
         case BlocksComputed() | BlocksEvicted() | PoolResized() | WeightsLoaded() | CopiesReplaced():
             pass
+        case SideAllocated() | WindowPassed() | SideFreed():
+            pass  # they follow from what is asked of group 0
         case TransferStarted() | TransferFinished() | QuarantineEnded():
             pass
         case _:
