@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kvledger import CacheConfig, CacheManager, CommandRejected, HostPolicy, InvalidCommand, OutOfBlocks, Tier
+from tests.waiting import wait_until
 from workers.followers.events import Batches
 
 BLOCK = 4
@@ -150,9 +151,11 @@ def test_what_is_on_its_way_between_tiers_leaves_no_hole(name: str, policy: Host
     in_flight = 0
     with CacheManager.create(name, config) as manager:
         router, batches = Router(), Batches(name, since=0)
-        for prompt in traffic(manager, 7, 1500):
+        for step, prompt in enumerate(traffic(manager, 7, 1500)):
             manager.poll()
             in_flight += bool(manager.state.transfers)
+            if not step % 5:  # on a busy machine copies would be in flight all the time, and nothing could be told
+                wait_until("no copy is in flight", lambda: not manager.state.transfers, meanwhile=manager.poll)
             for number, payload in batches.poll():
                 for event in router.take(number, payload):
                     for data in held.told(event, dynamo.compute_block_hash_for_seq):
