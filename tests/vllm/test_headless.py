@@ -20,10 +20,17 @@ from kvledger.adapters.vllm import LedgerAsyncScheduler, LedgerScheduler
 from kvledger.adapters.vllm.manager import LedgerKVCacheManager
 from kvledger.adapters.vllm.settings import expect_version, settings
 from statemachine.check import check
-from tests.vllm.headless import Engine, Shape, Told, conversations, scheduler_of
+from tests.vllm import duplicates
+from tests.vllm.headless import Engine, Shape, Told, config_of, conversations, scheduler_of
 from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment() -> None:
+    """Let vLLM set its variables of the environment, once, before each test is watched for what it leaves."""
+    config_of(Shape())
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +86,17 @@ def test_it_decides_alike(shape: Shape, aborts: bool) -> None:
         assert (sum(told.hits.values()) > 0) == shape.caching
     finally:
         scheduler.shutdown()
+
+
+@pytest.mark.parametrize("block_size", duplicates.SIZES)
+def test_what_is_computed_twice_costs_no_room(block_size: int) -> None:
+    """Equal prompts together, in small pools; each request for room sees that no block is held that nobody uses."""
+    shapes = [duplicates.shape_of(seed, block_size) for seed in range(6)]
+    theirs = [duplicates.serve(seed, shape, ours=False) for seed, shape in enumerate(shapes)]
+    told = [duplicates.serve(seed, shape, ours=True) for seed, shape in enumerate(shapes)]
+    assert sum(cost.refusals for cost in theirs) > 20, "they are short of room"
+    assert sum(cost.steps for cost in told) <= 1.01 * sum(cost.steps for cost in theirs)
+    assert sum(cost.refusals for cost in told) <= 1.05 * sum(cost.refusals for cost in theirs)
 
 
 def test_preemption_was_met() -> None:
