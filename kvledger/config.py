@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ipc import writer
 from kvledger.groups import full
@@ -28,14 +30,31 @@ class ConfigError(ValueError):
     """A setting is impossible, alone or beside another; the message says what to change."""
 
 
+_Member = TypeVar("_Member", bound=IntEnum)
+
+
+def member_of(kind: type[_Member], value: object) -> _Member | None:
+    """The member of an enumeration that is meant, itself or its name as text; ``None``: there is none of that name."""
+    if isinstance(value, str):
+        return kind.__members__.get(value.upper().replace("-", "_"))
+    return value if isinstance(value, kind) else None
+
+
+def names_of(kind: type[IntEnum]) -> str:
+    """The names of an enumeration's members, for messages."""
+    return ", ".join(f"{member.name.lower().replace('_', '-')!r}" for member in kind)
+
+
 def _expect_whole(name: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ConfigError(f"{name} must be a whole number from {least} to {most}, not {value!r:.80}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CacheConfig:
     """Sizes and policies of one KV cache.
+
+    Settings are what they mean once the configuration is made: a name has become a member, a share a number of blocks.
 
     Raises:
         ConfigError: at construction, naming the setting.
@@ -47,13 +66,16 @@ class CacheConfig:
     """Blocks of the device pool."""
     host_blocks: int = 0
     """Blocks that may reside in the host pool; 0 = no host tier."""
-    host_policy: HostPolicy = HostPolicy.OFF
+    host_policy: HostPolicy | str = HostPolicy.OFF
+    """When blocks get a copy on the host; or its name, ``"exclusive"`` or ``"write-through"``."""
     host_staging_blocks: int | None = None
     """Host blocks on top for copies in transit; default: an eighth of ``host_blocks``."""
     backup_after: int = 1
     """Write-through copies a block out at this use of it, from 1; caching is the first. 2 or more: selective."""
-    watermark_blocks: int = 0
-    """Blocks that an admission leaves for the growth of requests that run already (nobody runs: it may take all)."""
+    watermark_blocks: int | float = 0
+    """Blocks that an admission leaves for the growth of requests that run already (nobody runs: it may take all).
+
+    A number between 0 and 1 is a share of ``device_blocks``, rounded up: ``0.01``."""
     chunked_multimodal: bool = True
     """Whether the model can begin inside a multimodal item. If not, a match that would end in one ends before it."""
     weights: str | None = None
@@ -87,9 +109,20 @@ class CacheConfig:
     """Workers have this long to start."""
 
     def __post_init__(self) -> None:
+        policy = member_of(HostPolicy, self.host_policy)
+        if policy is None:
+            raise ConfigError(f"host_policy must be one of {names_of(HostPolicy)}, not {self.host_policy!r:.80}")
+        object.__setattr__(self, "host_policy", policy)
+        _expect_whole("device_blocks", self.device_blocks, 1, MOST_BLOCKS)
+        if isinstance(self.watermark_blocks, float):
+            if not 0 <= self.watermark_blocks < 1:
+                share = "a share of device_blocks is less than 1, and a number of blocks is a whole one"
+                raise ConfigError(f"watermark_blocks {self.watermark_blocks}: {share}")
+            object.__setattr__(
+                self, "watermark_blocks", math.ceil(round(self.watermark_blocks * self.device_blocks, 6))
+            )
         for name, least, most in (
             ("block_size", 1, MOST_BLOCKS),
-            ("device_blocks", 1, MOST_BLOCKS),
             ("host_blocks", 0, MOST_BLOCKS // 2),
             ("backup_after", 1, _LARGEST),
             ("watermark_blocks", 0, MOST_BLOCKS),
@@ -113,8 +146,6 @@ class CacheConfig:
             namespace_key(weights="" if self.weights is None else self.weights)
         except InvalidCommand as error:
             raise ConfigError(f"weights is the version of the model's weights, a text: {error}") from error
-        if not isinstance(self.host_policy, HostPolicy):
-            raise ConfigError(f"host_policy must be one of HostPolicy, not {self.host_policy!r:.80}")
         if self.block_bytes % 8:
             raise ConfigError(f"block_bytes must be a multiple of 8, not {self.block_bytes}")
         if not isinstance(self.backend, str) or self.backend not in BACKENDS:
@@ -123,9 +154,9 @@ class CacheConfig:
             raise ConfigError(f"tensors must be a tuple of KVTensor, not {self.tensors!r:.80}")
         if self.tensors:
             self._follow_tensors()
-        if (self.host_policy == HostPolicy.OFF) != (self.host_blocks == 0):
+        if (policy == HostPolicy.OFF) != (self.host_blocks == 0):
             raise ConfigError(
-                f"host_policy {self.host_policy.name.lower()} does not go with {self.host_blocks} host_blocks: "
+                f"host_policy {policy.name.lower().replace('_', '-')} does not go with {self.host_blocks} host_blocks: "
                 "give the host tier blocks and a policy (exclusive, write-through), or neither"
             )
         if self.groups:
@@ -135,7 +166,7 @@ class CacheConfig:
                 f"watermark_blocks {self.watermark_blocks} of {self.device_blocks} device_blocks: nothing could be "
                 "admitted while a request runs; make it smaller"
             )
-        if self.backup_after > 1 and self.host_policy != HostPolicy.WRITE_THROUGH:
+        if self.backup_after > 1 and policy != HostPolicy.WRITE_THROUGH:
             raise ConfigError(f"backup_after {self.backup_after} needs host_policy write-through")
         for name in ("transfer_timeout_s", "ready_timeout_s"):
             value = getattr(self, name)
@@ -165,6 +196,16 @@ class CacheConfig:
     def side_groups(self) -> str:
         """The groups beside the first one, as the ledger's first event has them."""
         return "\n".join(group.text() for group in self.groups[1:])
+
+    def __repr__(self) -> str:
+        """The settings that are not the defaults."""
+        told = []
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.default is MISSING or value != setting.default:
+                text = f"HostPolicy.{value.name}" if isinstance(value, HostPolicy) else repr(value)
+                told.append(f"{setting.name}={text}")
+        return f"CacheConfig({', '.join(told)})"
 
     def _follow_tensors(self) -> None:
         try:
@@ -294,7 +335,7 @@ class CacheConfig:
             self.device_blocks,
             self.host_blocks,
             self.staging_blocks,
-            self.host_policy,
+            member_of(HostPolicy, self.host_policy) or HostPolicy.OFF,
             self.ranks,
             layout,
             pools,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, NamedTuple, TypeVar
 
-from kvledger.manager.ranks import BlockTable
+from kvledger.manager.ranks import BlockTable, table_text
 from statemachine import commands
 from statemachine.errors import OutOfBlocks
 from statemachine.events import Event
@@ -42,6 +42,12 @@ class Admission(NamedTuple):
         """Leading blocks that need not be computed."""
         return self.device_blocks + self.host_blocks
 
+    def __repr__(self) -> str:
+        where = f"{self.device_blocks} blocks on the device, {self.host_blocks} on the host"
+        end = f", {self.replay_tokens} of them replayed" if self.replay_tokens else ""
+        end += "" if self.ready else ", not ready"
+        return f"<admitted to {table_text(self.block_table)}: {self.cached_tokens} tokens cached ({where}){end}>"
+
 
 class Prospect(NamedTuple):
     """What an admission would come to; true where it fits. Give it to :meth:`CacheManager.admit` for the tokens."""
@@ -64,6 +70,10 @@ class Prospect(NamedTuple):
     def __bool__(self) -> bool:
         return self.fits
 
+    def __repr__(self) -> str:
+        found = f"{self.cached_tokens} tokens cached"
+        return f"<fits: {found}>" if self.fits else f"<does not fit: {found}; {self.refusal}>"
+
 
 class Started(NamedTuple, Generic[_Manager]):
     """How an engine has started: see :meth:`CacheManager.open_or_create`."""
@@ -75,3 +85,8 @@ class Started(NamedTuple, Generic[_Manager]):
     """Why it is new, or what did not agree; empty: everything is as it was."""
     dropped_blocks: int
     """Cached blocks that did not fit."""
+
+    def __repr__(self) -> str:
+        end = f"; {self.dropped_blocks} blocks did not fit" if self.dropped_blocks else ""
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"<started {'warm' if self.warm else 'anew'}{reason}{end}: {self.manager!r}>"

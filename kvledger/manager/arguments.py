@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from operator import index
 from typing import SupportsIndex
 
+from kvledger.config import member_of, names_of
 from statemachine.errors import InvalidCommand
-from statemachine.events import IntArray, Tier
+from statemachine.events import IntArray, ReleaseReason, Tier
 from statemachine.state.state import State
 
 
@@ -46,10 +47,20 @@ def expect_bool(name: str, value: object) -> None:
         raise InvalidCommand(f"{name} is a bool, not {value!r:.80}")
 
 
-def expect_tier(tier: object) -> None:
-    """Refuse what is no tier, also a tier's name or number."""
-    if not isinstance(tier, Tier):
-        raise InvalidCommand(f"tier is a Tier, not {tier!r:.80}")
+def tier_of(tier: object) -> Tier:
+    """Take a tier, or its name; refuse anything else, also a number."""
+    found = member_of(Tier, tier)
+    if found is None:
+        raise InvalidCommand(f"tier is a Tier, or one of {names_of(Tier)}, not {tier!r:.80}")
+    return found
+
+
+def reason_of(reason: object) -> ReleaseReason:
+    """Take a reason to release a request, or its name; refuse anything else, also a number."""
+    found = member_of(ReleaseReason, reason)
+    if found is None:
+        raise InvalidCommand(f"reason is a ReleaseReason, or one of {names_of(ReleaseReason)}, not {reason!r:.80}")
+    return found
 
 
 def expect_group(state: State, group: SupportsIndex) -> int:

@@ -433,6 +433,16 @@ class Ledger:
             handoff.disown()
         self._writer.disown()
 
+    def __repr__(self) -> str:
+        """Its ledger, and what is in use; never what users wrote."""
+        name = f"{type(self).__name__} {self.name!r}"
+        if self._transactions.closed:
+            return f"<{name}: {printable(self._transactions.closed)}>"
+        device = self._state.device
+        used = device.pool.capacity - len(device.pool.free) - device.evictable
+        requests = len(self._state.requests)
+        return f"<{name}: {requests} requests, {used} of {device.pool.capacity} device blocks in use>"
+
     def __enter__(self) -> Self:
         return self
 

@@ -16,7 +16,7 @@ from kvledger.config import CacheConfig, ConfigError
 from kvledger.errors import CallTooLarge, CannotContinue, Paused
 from kvledger.manager import lifecycle
 from kvledger.manager.answers import Admission, Prospect, Started
-from kvledger.manager.arguments import expect_bool, expect_group, expect_namespace, expect_seconds, whole
+from kvledger.manager.arguments import expect_bool, expect_group, expect_namespace, expect_seconds, reason_of, whole
 from kvledger.manager.blocks import BlockCalls
 from kvledger.manager.prompts import Told, full_blocks, prompt_of
 from kvledger.manager.ranks import Progress, sides_of, table_of
@@ -290,7 +290,7 @@ class CacheManager(BlockCalls):
         if new_tokens is not None and blocks is not None:
             raise InvalidCommand("give blocks or new_tokens: both say how much room there has to be")
         chunk = -1 if new_tokens is None else whole("new_tokens", new_tokens)
-        kept = self.config.watermark_blocks
+        kept = int(self.config.watermark_blocks)  # a share has become a number
         if reserve is not None:
             kept = -(-whole("reserve", reserve) // self.config.block_size)
         fit = all_blocks if must_fit else 0
@@ -335,7 +335,7 @@ class CacheManager(BlockCalls):
     def release(
         self,
         request_id: str,
-        reason: ReleaseReason = ReleaseReason.FINISHED,
+        reason: ReleaseReason | str = ReleaseReason.FINISHED,
         *,
         final: bool = False,
         hold: bool = False,
@@ -345,6 +345,7 @@ class CacheManager(BlockCalls):
         From a thread that does not own the manager the release is queued and applied at the owner's next call.
 
         Args:
+            reason: or its name, ``"aborted"``.
             final: nobody is expected to continue it: what only it used is evicted first.
             hold: a step that is still running may write its blocks. The request ends and its name is free, but what is
                 not cached is nobody else's before the name that this call returns is released, too.
@@ -356,10 +357,10 @@ class CacheManager(BlockCalls):
             InvalidCommand: ``hold`` from another thread, or for a request that was cached ahead of its step.
             UnknownRequest
         """
-        if type(reason) is not ReleaseReason or type(final) is not bool or type(hold) is not bool:
-            raise InvalidCommand(
-                f"reason is a ReleaseReason, final and hold are bools, not {reason!r:.80}, {final!r:.80}, {hold!r:.80}"
-            )
+        if type(reason) is not ReleaseReason:
+            reason = reason_of(reason)
+        if type(final) is not bool or type(hold) is not bool:
+            raise InvalidCommand(f"final and hold are bools, not {final!r:.80}, {hold!r:.80}")
         command = commands.Release(request_id, reason, final)
         if get_ident() != self._owner:
             request_named(self._state, request_id)

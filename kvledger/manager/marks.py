@@ -25,8 +25,9 @@ from kvledger.manager.manager import CacheManager
 FORMAT: Final = "kvledger marks 1"
 CALLS: Final = frozenset(
     {
-        *("match", "admit", "allocate", "grow", "cache", "commit", "extend", "append", "retract", "trim", "give_back"),
-        *("reassign", "release", "preempt", "clear", "evict", "forget", "resize", "pause", "resume", "make_room"),
+        *("match", "admit", "allocate", "grow", "cache", "commit", "extend", "append", "retract", "distrust", "trim"),
+        *("give_back", "reassign", "release", "preempt", "clear", "evict", "forget", "resize", "pause", "resume"),
+        "make_room",
     }
 )
 """Calls that change something."""

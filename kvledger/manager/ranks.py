@@ -42,6 +42,12 @@ def back_off(failures: int) -> float:
     return min(_BACK_OFF_S * float(2 ** min(failures, 16)), _LONGEST_BACK_OFF_S)
 
 
+def table_text(table: BlockTable, most: int = 8) -> str:
+    """The first ids of a block table, and how many follow."""
+    ids = ", ".join(str(block) for block in table[:most].tolist())
+    return f"[{ids}]" if len(table) <= most else f"[{ids}, and {len(table) - most} more]"
+
+
 def table_of(request: Request) -> BlockTable:
     """The block table of a request."""
     return np.array(request.table, np.int32)
@@ -61,6 +67,12 @@ class Progress(NamedTuple):
     """Leading blocks whose KV is valid; fewer than promised if ``shortened``."""
     shortened: bool
     """A swap-in failed: allocate what is missing, and compute from ``cached_blocks`` on."""
+
+    def __repr__(self) -> str:
+        end = ", shortened" if self.shortened else ""
+        return (
+            f"<{self.request_id!r} goes on: {self.cached_blocks} blocks cached of {table_text(self.block_table)}{end}>"
+        )
 
 
 class _Order(NamedTuple):

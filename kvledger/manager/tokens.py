@@ -16,7 +16,7 @@ from ipc import LedgerError
 from kvledger.errors import Paused
 from kvledger.manager.arguments import whole
 from kvledger.manager.prompts import Told
-from kvledger.manager.ranks import BlockTable
+from kvledger.manager.ranks import BlockTable, table_text
 from kvledger.manager.upkeep import WholeCache
 from statemachine import commands
 from statemachine.content import InvalidTokens, Item, Tokens, words_of
@@ -43,6 +43,13 @@ class Growth(NamedTuple):
     new_side_blocks: dict[str, tuple[BlockTable, ...]]
     """For the requests that got blocks: the ids to append to their tables of the layer groups beside group 0; without
     such groups it is empty."""
+
+    def __repr__(self) -> str:
+        told = [f"{request_id!r} gets {table_text(table)}" for request_id, table in self.new_blocks.items()]
+        for what, names in (("not ready", self.not_ready), ("refused", self.refused), ("gone", self.gone)):
+            if names:
+                told.append(f"{what}: {', '.join(repr(name) for name in names)}")
+        return f"<{'; '.join(told) or 'all have room'}>"
 
 
 class TokenCalls(WholeCache):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import SupportsIndex
 
 from ipc import SharedMemoryFull
-from kvledger.manager.arguments import expect_bool, expect_group, expect_namespace, expect_seconds, expect_tier, whole
+from kvledger.manager.arguments import expect_bool, expect_group, expect_namespace, expect_seconds, tier_of, whole
 from kvledger.manager.execution import Ledger
 from kvledger.manager.lifecycle import Beginning
 from kvledger.manager.wait import loop
@@ -140,13 +140,13 @@ class WholeCache(Ledger):
                 given_up += len(event.sources)
         return given_up
 
-    def evict(self, tier: Tier, blocks: SupportsIndex) -> int:
+    def evict(self, tier: Tier | str, blocks: SupportsIndex) -> int:
         """Drop so many unused cached blocks of one tier for good, in eviction order. Returns how many.
 
         Fewer only where no more can go: what is held or in flight stays, and so does what something that stays hangs
         below (blocks of the other tier, too, where nothing else is above them).
         """
-        expect_tier(tier)
+        tier = tier_of(tier)
         events = self._execute(commands.Evict(tier, whole("blocks", blocks)))
         return sum(len(event.blocks) for event in events if isinstance(event, BlocksEvicted))
 
@@ -157,7 +157,7 @@ class WholeCache(Ledger):
         """
         return bool(self._execute(commands.Forget(whole("a run's number", node))))
 
-    def resize(self, tier: Tier, blocks: SupportsIndex) -> None:
+    def resize(self, tier: Tier | str, blocks: SupportsIndex) -> None:
         """Change the number of blocks of a tier. Shrinking drops what is cached in the highest ids.
 
         The pools themselves are not moved: with workers a tier can only shrink below its first size and grow back.
@@ -167,7 +167,7 @@ class WholeCache(Ledger):
             ipc.SharedMemoryFull: in the middle of a long way down; what was dropped stays dropped: call it again.
             InvalidCommand
         """
-        expect_tier(tier)
+        tier = tier_of(tier)
         wanted = whole("blocks", blocks)
         if tier == Tier.HOST and self._state.policy == HostPolicy.OFF:
             raise InvalidCommand("there is no host tier: give a new ledger host_blocks and a host_policy")

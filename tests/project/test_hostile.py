@@ -273,7 +273,7 @@ REFUSED: list[tuple[type[Exception], Callable[[CacheManager], object]]] = [
     (InvalidCommand, lambda m: m.wait("a", "soon")),
     (InvalidCommand, lambda m: m.clear(force=1)),
     (Busy, lambda m: m.clear()),
-    (InvalidCommand, lambda m: m.resize("DEVICE", 5)),
+    (InvalidCommand, lambda m: m.resize("DISK", 5)),
     (InvalidCommand, lambda m: m.resize(Tier.DEVICE, 0)),
     (InvalidCommand, lambda m: m.resize(Tier.DEVICE, 2**40)),
     (Busy, lambda m: m.resize(Tier.DEVICE, 3)),
