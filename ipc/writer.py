@@ -56,7 +56,7 @@ class LogWriter:
         retain_bytes: int | None,
         epoch: int,
         base_sequence: int,
-        kept: list[tuple[int, int, int]] | None = None,
+        kept: list[tuple[int, int, int, int]] | None = None,
     ) -> None:
         if segment_bytes < LEAST_SEGMENT_BYTES or segment_bytes % 4096:
             raise LedgerError(
@@ -70,12 +70,14 @@ class LogWriter:
         self._control = control
         self._segment_bytes = segment_bytes
         self._retain_bytes = retain_bytes
+        self._retain_ns = 0
+        self._next_look_ns = 0
         self._config_hash = config_hash
         self._epoch = epoch
         self._index = 0
         self._crc = 0
         self._kept = kept or []
-        """``(epoch, index, base sequence)`` of the segments that exist. One thread appends, the other removes."""
+        """``(epoch, index, base sequence, begun at)`` of all segments. One thread appends, the other removes."""
         self.on_rotation: Callable[[], None] | None = None
         """Called in the writer's own thread after each rotation. If there is one, a segment must also be older than the
         newest snapshot (:mod:`ipc.snapshots`) before it goes; seeing to snapshots is the callee's job."""
@@ -164,7 +166,7 @@ class LogWriter:
                 continue
             with contextlib.suppress(LedgerError):
                 mapped = segment.MappedSegment(ledger, *place)
-                kept.append((*place, mapped.header.base_sequence))
+                kept.append((*place, mapped.header.base_sequence, mapped.header.created_ns))
                 mapped.close()
         return cls(
             control,
@@ -312,6 +314,24 @@ class LogWriter:
         """Keep so much of the log from now on."""
         self._retain_bytes = retain_bytes
 
+    def keep_for(self, seconds: float) -> None:
+        """Keep no event for longer than this from now on, as far as nobody needs it: see :meth:`look_at_age`."""
+        self._retain_ns = int(seconds * 1e9)
+
+    def look_at_age(self) -> None:
+        """Seal this segment after a quarter of the time of :meth:`keep_for`, and drop others after half of it.
+
+        The rest is for those who still have to read it, and for the snapshot that has to cover it. Call it often.
+        """
+        if not self._retain_ns or (now := time.time_ns()) < self._next_look_ns:
+            return
+        self._next_look_ns = now + self._retain_ns // 8
+        if self._offset > HEADER_BYTES and now - self._kept[-1][3] > self._retain_ns // 4:
+            with contextlib.suppress(SharedMemoryFull):  # counted and logged where it is prepared; tried again
+                self._rotate(self._next_segment())
+                return
+        self._helper.submit(self._drop_what_is_due)
+
     @property
     def segment_bytes(self) -> int:
         """Size of a segment."""
@@ -344,7 +364,7 @@ class LogWriter:
         return map
 
     def _begin_segment(self, map: mmap.mmap) -> tuple[mmap.mmap, memoryview[int], memoryview[int], memoryview[int]]:
-        buffer = memoryview(map)
+        buffer, now = memoryview(map), time.time_ns()
         segment.write_header(
             buffer,
             Header(
@@ -355,11 +375,11 @@ class LogWriter:
                 self._crc,
                 self._segment_bytes,
                 self._config_hash,
-                time.time_ns(),
+                now,
                 self._control.owner,
             ),
         )
-        self._kept.append((self._epoch, self._index, self.next_sequence))
+        self._kept.append((self._epoch, self._index, self.next_sequence, now))
         self._release()
         self._acquire()
         self._control.current = self._epoch, self._index
@@ -398,14 +418,17 @@ class LogWriter:
             map.close()
             if self.on_rotation is not None:
                 self.on_rotation()
-            if self._retain_bytes is not None:
-                self._drop(self._retain_bytes)
+            self._drop_what_is_due()
         except Exception:  # nobody asks what became of it
             _log.exception("ledger %s: what a sealed segment leaves was not put away", self.ledger)
 
+    def _drop_what_is_due(self) -> None:
+        if self._retain_bytes is not None or self._retain_ns:
+            self._drop(1 << 63 if self._retain_bytes is None else self._retain_bytes)
+
     def _drop(self, limit: int) -> None:
-        """Remove the oldest segments that nobody needs any more while there are more than ``limit`` bytes of them."""
-        if len(self._kept) < 2 or self.log_bytes <= limit:
+        """Remove the oldest segments that nobody needs any more while there are too many bytes, or they are too old."""
+        if not self._is_over(limit):
             return
         passed = self._needed_from
         for reader in self._control.readers():
@@ -413,9 +436,15 @@ class LogWriter:
                 passed = min(passed, reader.cursor)
         if self.on_rotation is not None:
             passed = min(passed, snapshots.newest_sequence(self.ledger) + 1)
-        while self.log_bytes > limit and len(self._kept) > 1 and self._kept[1][2] <= passed:
-            epoch, index, _ = self._kept.pop(0)
+        while self._is_over(limit) and self._kept[1][2] <= passed:
+            epoch, index, *_ = self._kept.pop(0)
             remove_object(segment_name(self.ledger, epoch, index), self._control.identity)
+
+    def _is_over(self, limit: int) -> bool:
+        """Whether the oldest of several segments should go: there is too much, or half of its time is over."""
+        return len(self._kept) > 1 and (
+            self.log_bytes > limit or 0 < self._retain_ns < 2 * (time.time_ns() - self._kept[0][3])
+        )
 
     @property
     def log_bytes(self) -> int:
@@ -426,7 +455,7 @@ class LogWriter:
         """By process id of each worker: how many bytes of sealed segments it has not read to their end."""
         kept = self._kept.copy()
         return {
-            reader.pid: sum(base > reader.cursor for _, _, base in kept) * self._segment_bytes
+            reader.pid: sum(base > reader.cursor for _, _, base, _ in kept) * self._segment_bytes
             for reader in self._control.readers()
             if reader.worker
         }

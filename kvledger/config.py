@@ -99,6 +99,10 @@ class CacheConfig:
     """Size of one log segment in shared memory."""
     retain_bytes: int | None = 256 << 20
     """The log may keep this much before old segments go; ``None``: it keeps everything."""
+    retain_seconds: float | None = None
+    """No event stays in the log for longer than this, and no older state in a snapshot; ``None``: bytes alone decide.
+
+    Holds while the engine calls ``poll()`` and workers read. What is cached is in the state, and stays there."""
     worker_backlog_bytes: int = 128 << 20
     """A transfer worker that keeps the log from giving back more than this is declared lost and replaced.
 
@@ -137,6 +141,8 @@ class CacheConfig:
             _expect_whole("host_staging_blocks", self.host_staging_blocks, 0, MOST_BLOCKS // 2)
         if self.retain_bytes is not None:
             _expect_whole("retain_bytes", self.retain_bytes, 0, 2**63)
+        if self.retain_seconds is not None:
+            self._expect_seconds("retain_seconds", 1)
         if self.segment_bytes % 4096:
             raise ConfigError(f"segment_bytes must be a multiple of 4096, not {self.segment_bytes}")
         for name in ("checksums", "chunked_multimodal"):
@@ -169,9 +175,13 @@ class CacheConfig:
         if self.backup_after > 1 and policy != HostPolicy.WRITE_THROUGH:
             raise ConfigError(f"backup_after {self.backup_after} needs host_policy write-through")
         for name in ("transfer_timeout_s", "ready_timeout_s"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
-                raise ConfigError(f"{name} must be more than 0 seconds, not {value!r:.80}")
+            self._expect_seconds(name, 0)
+
+    def _expect_seconds(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not max(least, 1e-9) <= value <= _LARGEST:
+            wanted = f"at least {least} second" if least else "more than 0 seconds"
+            raise ConfigError(f"{name} must be {wanted}, not {value!r:.80}")
 
     def _expect_groups(self) -> None:
         groups = self.groups
@@ -271,7 +281,7 @@ class CacheConfig:
 
     @classmethod
     def of(cls, opened: LedgerOpened, segment_bytes: int) -> CacheConfig:
-        """What a ledger says about itself. Time-outs and ``retain_bytes`` are not in it: they get their defaults."""
+        """What a ledger says about itself. Time-outs and what is retained are not in it: they get their defaults."""
         layout = PoolLayout.parse(opened.layout) if opened.ranks else None
         sizes: dict[str, Any] = {}
         if layout is not None:

@@ -94,7 +94,7 @@ class Ledger:
         """
         self._writer = writer
         self._state = state
-        self._retention = Retention(writer, beginning.config.retain_bytes)
+        self._retention = Retention(writer, beginning.config.retain_bytes, beginning.config.retain_seconds)
         self._ranks: Ranks | None = None
         self._handoffs: list[Handoff] = []
         """Sender and receiver of a split instance."""
@@ -278,6 +278,7 @@ class Ledger:
         Never blocks. Call it once per scheduler step.
         """
         self._expect_owner()
+        self._writer.look_at_age()
         return self._ranks.poll() if self._ranks is not None else []
 
     def fold(self) -> None:

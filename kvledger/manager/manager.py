@@ -76,9 +76,10 @@ class CacheManager(BlockCalls):
         flight stay in flight: they end when all ranks have answered.
 
         Args:
-            config: must agree with the ledger, except for ``segment_bytes``, ``retain_bytes``, the time-outs and
-                ``weights``; default: what the ledger says. ``weights`` are those that the engine has loaded now: where
-                they are not the ones in force in the ledger, nothing cached before matches, as after :meth:`resume`.
+            config: must agree with the ledger, except for ``segment_bytes``, ``retain_bytes``, ``retain_seconds``, the
+                time-outs and ``weights``; default: what the ledger says. ``weights`` are those that the engine has
+                loaded now: where they are not the ones in force in the ledger, nothing cached before matches, as after
+                :meth:`resume`.
             publish: as for :meth:`create`; called where the device pools did not outlive their process.
 
         Raises:

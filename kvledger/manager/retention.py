@@ -33,10 +33,11 @@ _log = logging.getLogger(__name__)
 class Retention:
     """The auditor of one manager; from now on the log keeps what no snapshot covers."""
 
-    def __init__(self, writer: LogWriter, limit: int | None) -> None:
+    def __init__(self, writer: LogWriter, limit: int | None, seconds: float | None = None) -> None:
         self._writer = writer
         self._ledger = writer.ledger
         self._limit = limit if limit is None else min(limit, max(writer.room() // 2, writer.segment_bytes))
+        self._seconds = seconds
         self._is_tight = self._limit != limit
         """Half of the room is less than the log was allowed to take: snapshots come sooner, and more often."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -52,20 +53,25 @@ class Retention:
             writer.keep(self._limit)
             tell(logging.INFO, "log_limit_follows_room", ledger=self._ledger, log_limit_bytes=self._limit)
             self._rotated()
+        if seconds is not None:
+            writer.keep_for(seconds)
+            self._rotated()
 
     def _rotated(self) -> None:
         """In the log writer's thread: start the auditor where it is needed, and again where it died."""
         with self._lock:
-            if self._limit is None or self._stopped:
+            if (self._limit is None and self._seconds is None) or self._stopped:
                 return
-            self._look_at_size(self._limit)
+            if self._limit is not None:
+                self._look_at_size(self._limit)
             if self._verdict:
                 return
             if self._process is None:
                 found = auditor.progress(self._ledger)
                 if found is not None and found.alive:
                     return  # started by somebody else, or by the engine before this one
-                if 2 * self._writer.log_bytes >= self._limit or self._writer.refused_segments:
+                filled = self._limit is not None and 2 * self._writer.log_bytes >= self._limit
+                if filled or self._seconds is not None or self._writer.refused_segments:
                     self._start()
             elif self._process.poll() is not None:
                 self._died(self._process.returncode)
@@ -96,7 +102,8 @@ class Retention:
         self._next_start = 0.0
         try:
             # exec, never fork: an inherited descriptor would keep the engine's lock; see the supervisor on sessions
-            often = [f"{self._writer.segment_bytes // _TIGHT_SNAPSHOTS}"] if self._is_tight else []
+            often = [f"{self._writer.segment_bytes // (_TIGHT_SNAPSHOTS if self._is_tight else 1)}"]
+            often += [] if self._seconds is None else [f"{self._seconds / 8}"]
             self._process = subprocess.Popen(
                 python("-m", "workers.followers.auditor", self._ledger, *often),
                 env=environment(),

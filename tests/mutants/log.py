@@ -283,6 +283,20 @@ MUTANTS = [
         "tests/workers/test_auditor.py::test_nothing_goes_that_no_snapshot_covers",
     ),
     mutant(
+        "the log keeps what is too old",
+        "ipc/writer.py",
+        "0 < self._retain_ns < 2 * (time.time_ns() - self._kept[0][3])",
+        "False",
+        "tests/manager/test_retain_seconds.py::test_a_prompt_that_is_not_cached_any_more_is_gone_in_time",
+    ),
+    mutant(
+        "a snapshot of before is kept although its time is over",
+        "workers/followers/auditor.py",
+        "_SNAPSHOTS_KEPT if snapshot_s is None else 1",
+        "_SNAPSHOTS_KEPT",
+        "tests/manager/test_retain_seconds.py::test_a_prompt_that_is_not_cached_any_more_is_gone_in_time",
+    ),
+    mutant(
         "a full shared memory stops those that give something back",
         "ipc/writer.py",
         "        if fits and giving_back:\n            return\n",

@@ -121,6 +121,8 @@ class Auditor:
         ledger: its name.
         check_every: check all invariants after so many events; ``None``: as often as takes half of the time.
         snapshot_bytes: write a snapshot after so many bytes of log; ``None``: after a segment's worth.
+        snapshot_s: write one after so many seconds too, if anything was logged, and keep no older one: what they hold
+            of prompts that are not cached any more goes with them.
         publish: write snapshots and signals. One auditor per ledger does; others only check.
 
     Raises:
@@ -134,6 +136,7 @@ class Auditor:
         *,
         check_every: int | None = None,
         snapshot_bytes: int | None = None,
+        snapshot_s: float | None = None,
         publish: bool = True,
     ) -> None:
         self.follower = Follower(ledger)
@@ -147,12 +150,14 @@ class Auditor:
         self._publisher: _Publisher | None = None
         try:
             if publish:
-                self._publisher = _Publisher(self.follower)
+                self._publisher = _Publisher(self.follower, _SNAPSHOTS_KEPT if snapshot_s is None else 1)
         except BaseException:
             self.follower.close()
             raise
         self._check_every = check_every
         self._snapshot_bytes = snapshot_bytes or self.follower.reader.segment_bytes
+        self._snapshot_s = snapshot_s
+        self._saved_at = time.monotonic()
         self._sound: bytes | None = None
         """The state after the last check, as a snapshot; ``None``: before the first event."""
         self._since: list[Record] = []
@@ -185,7 +190,7 @@ class Auditor:
         except LogCorrupt as error:
             self._conclude(self.follower.sequence + 1, str(error))
             return 0
-        if not records and self._since:
+        if not records and (self._since or self._is_late()):
             self.check()  # there is time for it now
         size = self._check_every or _SLICE
         for start in range(0, len(records), size):
@@ -215,11 +220,17 @@ class Auditor:
             self.check()
 
     def _is_due(self) -> bool:
-        if self._since_bytes >= self._snapshot_bytes:
+        if self._since_bytes >= self._snapshot_bytes or self._is_late():
             return True
         if self._check_every is not None:
             return len(self._since) >= self._check_every
         return self._checking_s <= self._replaying_s
+
+    def _is_late(self) -> bool:
+        """Whether it is time for a snapshot, though not much was logged."""
+        if self._snapshot_s is None or not self._since_bytes + self._unsaved_bytes:
+            return False
+        return time.monotonic() - self._saved_at >= self._snapshot_s
 
     def check(self) -> None:
         """Check all invariants now, and write a snapshot if it is time for one."""
@@ -233,13 +244,15 @@ class Auditor:
             self._find_first()
             return
         self._sound = snapshot(state)
+        late = self._is_late()
         self._unsaved_bytes += self._since_bytes
         self._since = []
         self._since_bytes = 0
         self._checking_s += time.perf_counter() - begun
-        if self._publisher is not None and self._unsaved_bytes >= self._snapshot_bytes:
+        if self._publisher is not None and (late or self._unsaved_bytes >= self._snapshot_bytes):
             if self._publisher.save(self.follower.sequence, self._sound):
                 self._unsaved_bytes = 0
+                self._saved_at = time.monotonic()
 
     def _explain(self, failed: str, records: list[Record], applied: int) -> None:
         """An event does not fit, or a digest differs: unless an earlier event broke an invariant, that is the first."""
@@ -306,8 +319,9 @@ def _told(error: Exception) -> str:
 class _Publisher:
     """The signals and snapshots of the one auditor of a ledger; a lock on the signals says who that is."""
 
-    def __init__(self, follower: Follower) -> None:
+    def __init__(self, follower: Follower, kept: int) -> None:
         self._follower = follower
+        self._kept = kept
         name, identity = signals_name(follower.ledger), follower.reader.identity
         try:
             self._signals = Signals(name, create=True, identity=identity)
@@ -347,7 +361,7 @@ class _Publisher:
             snapshots.remove(ledger, sequence, self._signals.identity)  # the ledger was removed meanwhile
             return True
         self._signals.words[SNAPSHOT] = sequence
-        for number in snapshots.sequences(ledger)[:-_SNAPSHOTS_KEPT]:
+        for number in snapshots.sequences(ledger)[: -self._kept]:
             snapshots.remove(ledger, number)
         return True
 
@@ -366,7 +380,7 @@ class _Publisher:
 
 
 def main(arguments: list[str]) -> int:
-    """``ledger [snapshot_bytes]``: audits until SIGTERM, a verdict (exit status 1), or until the engine is gone."""
+    """``ledger [snapshot_bytes [snapshot_s]]``: audits until SIGTERM, a verdict (status 1), or the engine is gone."""
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -377,7 +391,12 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which then stops its auditor
     os.nice(5)  # the engine and its workers come first
     try:
-        auditor = Auditor(arguments[0], snapshot_bytes=int(arguments[1]) if len(arguments) > 1 else None)
+        name, often, seconds = [*arguments, "", ""][:3]
+        auditor = Auditor(
+            name,
+            snapshot_bytes=int(often) if often else None,
+            snapshot_s=float(seconds) if seconds else None,
+        )
     except LedgerError as error:
         print(error, file=sys.stderr)
         return 2
