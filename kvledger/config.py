@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ipc import writer
 from kvledger.groups import full
-from kvledger.models import ModelError, shape_of, size
+from kvledger.models import Layers, ModelError, shape_of, size
 from statemachine.content import namespace_key
 from statemachine.errors import InvalidCommand
 from statemachine.events import HostPolicy, LedgerOpened
@@ -24,6 +24,11 @@ MOST_RANKS = 64
 """Each has a reader line in the log's control segment, and others need some too."""
 _LARGEST_SEGMENT = 256 << 20
 _OF_POOLS = ("layers", "block_bytes", "tensors", "backend", "checksums")
+
+
+def _described(layers: Layers) -> str:
+    """The layer group of layers of one kind, as it is written."""
+    return f"window({layers.window}, blocks=...)" if layers.kind == "window" else "full()"
 
 
 class ConfigError(ValueError):
@@ -265,7 +270,8 @@ class CacheConfig:
             kinds = ", ".join(f"{layers.number} {layers.kind}" for layers in shape.layers)
             raise ConfigError(
                 f"{shape.model_type!r} has layers of several kinds ({kinds}); one block table covers them all only if "
-                "each keeps every token: give the configuration by hand if the engine does that (docs/pools.md)"
+                "each keeps every token: give the configuration by hand if the engine does that (docs/pools.md), or "
+                f"with groups=({', '.join(_described(layers) for layers in shape.layers)}), docs/groups.md"
             )
         if sizing.host_blocks:
             settings = {"host_policy": HostPolicy.EXCLUSIVE, **settings}
