@@ -120,3 +120,16 @@ def test_a_swap_in_that_nobody_waits_for_uses_nothing_above_it() -> None:
     *_, replaced = do(state, Release("c", ReleaseReason.ABORTED, False))
     assert state.transfers[2].leaf is not None
     assert isinstance(replaced, CopiesReplaced) and not state.duplicating
+
+
+def test_a_copy_that_is_replaced_before_its_step_is_cached_ahead_until_that_is_over() -> None:
+    state = machine(HostPolicy.WRITE_THROUGH)
+    do(state, Admit("a", words([1, 2]), b"", 0, 2))
+    do(state, Cache("a", 2, b""))
+    do(state, Release("a", ReleaseReason.FINISHED, False))
+    do(state, Admit("b", words([1, 2]), b"", 1, 2))
+    assert isinstance(do(state, Cache("b", 2, b"", 1))[-1], CopiesReplaced)
+    leaf = state.requests[2].leaf
+    assert leaf.ahead and [list(event.sources) for event in do(state, Backup(leaf.id))] == [[0]]  # type: ignore[union-attr]
+    do(state, Cache("b", 2, b"", 2))
+    assert not leaf.ahead

@@ -220,7 +220,7 @@ MUTANTS = [
         "statemachine/apply/cache.py",
         "        node.ahead = node.end > request.computed\n    for node in nodes:\n",
         "    for node in nodes:\n",
-        ONE_TIER,
+        "tests/manager/test_duplicates.py::test_a_copy_that_is_replaced_before_its_step_is_cached_ahead_until_that_is_over",
     ),
     mutant(
         "a snapshot forgets which copies were replaced",
