@@ -139,12 +139,13 @@ class TokenCalls(WholeCache):
         first = whole("from_token", from_token)
         self._expect_owner()
         told = self._told_of(request_id)
-        computed = self._computed(told)
+        published = told.request.leaf.end * self.config.block_size
+        computed = max(self._computed(told), published)  # what is cached ahead matches, too
         if first >= computed:
             raise InvalidCommand(f"only {computed} tokens of request {request_id!r} are computed, none from {first} on")
         if self._execute(commands.Distrust(request_id, first // self.config.block_size)):
             self._drop_unused(distrusted=True)
-        told.computed = max(min(told.computed, first), told.request.leaf.end * self.config.block_size)
+        told.computed = max(min(told.computed, first), published)
 
     def grow(self, tokens: Mapping[str, SupportsIndex], *, lookahead: SupportsIndex = 0) -> Growth:
         """Give each request room for its first so many tokens, and ``lookahead`` more. Most important first.

@@ -96,6 +96,14 @@ def test_what_is_not_published_is_computed_once_more() -> None:
         assert cached(manager, [*range(12)]) == 3
 
 
+def test_what_was_cached_ahead_of_its_step_can_be_bad() -> None:
+    with ledger() as manager:
+        manager.admit("a", range(12))
+        manager.cache("a", 3, computed=1)
+        manager.distrust("a", 8)
+        assert cached(manager, [*range(12)]) == 2
+
+
 def test_only_what_is_computed_can_be_bad() -> None:
     with ledger() as manager:
         manager.admit("a", range(11))
