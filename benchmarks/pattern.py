@@ -98,7 +98,8 @@ def lap(entry: Entry, running: int) -> Lap:
                 with turn(number):
                     for handle in ended:
                         contestant.finish(handle)
-                    contestant.step(handles)
+                    if handles:
+                        contestant.step(handles)
                     for handle in begun:
                         hits += contestant.admit(handle)
                         contestant.cache(handle)
@@ -134,7 +135,7 @@ def figures(quick: bool) -> tuple[list[f.Figure], list[str]]:
     with Field((*_OURS, *_PEERS)) as field:
         for running in (1, 64) if quick else _RUNNING:
             laps: dict[str, list[Lap]] = {}
-            for _ in range(1 if quick else 5):
+            for _ in range(1 if quick else 5 if running <= 64 else 3):
                 for who, result in field.turn(lap, running).items():
                     laps.setdefault(who, []).append(result)
             made += _figures_of(running, laps)

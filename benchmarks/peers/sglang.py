@@ -13,7 +13,9 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
+from transformers.utils import is_torchvision_available
 
+is_torchvision_available()  # transformers remembers that it is not there, before something pretends to be it
 # SGLang's configurations of vision models import torchvision, whose wheels do not go with a CPU build of torch. Nothing
 # that is used here needs it, so something empty takes its place.
 for _name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
