@@ -16,6 +16,8 @@ Each room uses those below it, and ``workers``, ``ipc`` and ``statemachine``, wh
 ``lint-imports`` holds that. The rooms in one picture: ``docs/architecture.md``. Words: ``docs/glossary.md``.
 """
 
+import sys
+from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +71,16 @@ except ImportError as error:
 
         def __getattr__(name: str) -> Any:
             raise ImportError(
-                f"kvledger is not whole here ({_broken}): run kvledger doctor", name=_broken.name, path=_broken.path
+                f"kvledger is not whole here ({_broken}): {_advice()}", name=_broken.name, path=_broken.path
             ) from _broken
+
+        def _advice() -> str:
+            """What to do: mostly there is a ``workers.py`` or the like beside the script that is run."""
+            for part in ("ipc", "statemachine", "workers"):
+                file = getattr(sys.modules.get(part), "__file__", None)
+                if file and Path(file).resolve().parents[1] != Path(__file__).resolve().parents[1]:
+                    return f"{file} has the name of one of its packages: rename or remove it, or run kvledger doctor"
+            return "run kvledger doctor"
 
 
 __all__ = [

@@ -64,7 +64,23 @@ def packages() -> Finding:
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         return problem(f"missing, or not as it was installed: {damaged[0]}{more}", _REINSTALL)
+    beside = _beside_scripts()
+    if beside:
+        return note(
+            f"{beside} takes the place of kvledger's own package in every script that lies there",
+            "rename it, or keep scripts that use kvledger elsewhere",
+        )
     return ok(f"{', '.join(_PACKAGES)} are kvledger's own, in {ROOT}")
+
+
+def _beside_scripts() -> Path | None:
+    """What has the name of one of our packages in this folder, which is where Python looks first for a script in it."""
+    here = Path.cwd()
+    for name in _PACKAGES if here.resolve() != ROOT else ():
+        for file in (here / f"{name}.py", here / name / "__init__.py"):
+            if file.exists():
+                return file
+    return None
 
 
 def _place(package: str) -> Path | None:

@@ -106,6 +106,27 @@ def test_a_healthy_machine() -> None:
 # The installation
 
 
+@pytest.mark.parametrize("name", ["workers", "ipc", "statemachine"])
+def test_a_module_of_that_name_beside_a_users_script(tmp_path: Path, name: str) -> None:
+    """The script says which file it is, and the doctor finds it where the script lies, before the script is run."""
+    stranger = tmp_path / f"{name}.py"
+    script = tmp_path / "script.py"
+    script.write_text("import kvledger\nprint(kvledger.CacheManager)\n")
+    command = [sys.executable, str(script)]
+    environment = os.environ | python_path((ROOT,))
+    for broken in (False, True):
+        if broken:
+            stranger.write_text("mine = 1\n")
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+        )
+        assert (done.returncode != 0) == broken
+        code, found = doctor(cwd=tmp_path)
+        assert code == 0 and found["packages"]["status"] == ("note" if broken else "ok")
+    assert f"{stranger} has the name of one of its packages: rename or remove it" in done.stderr
+    assert str(stranger) in found["packages"]["found"] and "rename it" in found["packages"]["advice"]
+
+
 def install(site: Path) -> None:
     """What pip makes of kvledger: files, and a RECORD with their hashes."""
     for package in PACKAGES:
