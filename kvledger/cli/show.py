@@ -16,7 +16,7 @@ from kvledger.cli.terminal import line, output
 from kvledger.cli.tiers import TierName
 from kvledger.debugger import Source, SourceError
 from kvledger.debugger.explain.owners import content, describe, holders, owners_of, short
-from kvledger.debugger.explain.wording import DIRECTIONS, count, ids
+from kvledger.debugger.explain.wording import DIRECTIONS, count, ids, namespace_name
 from kvledger.debugger.export.plain import node_fields, request_fields, state_fields
 from kvledger.debugger.source.filters import request_numbers
 from kvledger.debugger.source.places import date
@@ -92,7 +92,7 @@ def _overview(state: State, rows: int | None) -> None:
         _limited(table, len(state.transfers), rows)
     left = [len(state.nodes) if rows is None else rows]
     for root in state.all_roots():
-        name = f"namespace {root.words!r}" if root.words else "prefix tree"
+        name = namespace_name(root.words) if root.words else "prefix tree"
         if root in state.retired:
             name += ", cleared: matches nothing"
         runs = count(sum(1 for _ in _below(root)), "run")
@@ -174,7 +174,7 @@ def _order(title: str, order: EvictionOrder, tier: Tier, rows: int | None) -> st
 
 
 def _request(state: State, request: Request) -> Iterator[str]:
-    yield f"request {request.key!r} (number {request.id}), namespace {request.namespace!r}"
+    yield f"request {request.key!r} (number {request.id}), {namespace_name(request.namespace)}"
     yield f"block table: {ids(request.table, 64) if request.table else 'empty'}"
     for node in state.path(request.leaf):
         yield f"  positions {node.start}..{node.end - 1} are cached: {_run(node)}"
@@ -190,7 +190,7 @@ def _request(state: State, request: Request) -> Iterator[str]:
 def _node(state: State, node: Node) -> Iterator[str]:
     assert node.parent is not None
     yield _run(node)
-    above = f"below run {node.parent.id}" if node.parent.id else f"at the root of namespace {node.parent.words!r}"
+    above = f"below run {node.parent.id}" if node.parent.id else f"at the root of {namespace_name(node.parent.words)}"
     yield f"{above}, positions {node.start}..{node.end - 1} of its path"
     if node.children:
         yield f"above runs {ids(sorted(child.id for child in node.children.values()))}"

@@ -28,7 +28,7 @@ def explain(source: Source, type: str, id: int, at: int, *, words: bool) -> dict
     if type in ("device", "host"):
         found = explain_block(source, id, Tier[type.upper()], at, words=words)
     elif type == "request":
-        found = explain_request(source, f"#{id}", at)
+        found = explain_request(source, f"#{id}", at, words=words)
     elif type == "transfer":
         found = explain_transfer(source, id, at)
     else:

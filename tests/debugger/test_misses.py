@@ -205,3 +205,39 @@ def test_a_namespace_is_read_back_in_its_parts() -> None:
             assert parts_of(versioned("v7", made)) == (lora, salt, "v7")
     for raw in (b"tenant", b"\x01\0\0\0", b"\xff" * 9, namespace_key(salt="A") + b"x", b"\x01\0\0\0\xff" + b"\0" * 8):
         assert parts_of(raw) is None
+
+
+def told(*words: object) -> str:
+    return CliRunner().invoke(app, [str(word) for word in words]).stdout
+
+
+def test_who_ended_how_and_in_which_namespace_is_never_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "salt.kvlog"
+    engine = Engine(path, 12, 0, 0, HostPolicy.OFF)
+    whole(engine, "a", PROMPT, namespace_key(salt="A", lora="sql"))
+    begin(engine, "b", PROMPT, namespace_key(salt="A", lora="sql"))
+    engine.do(Release("b", ReleaseReason.ABORTED, False))
+    (block,) = {int(engine.state.nodes[1].device.ids[0])} if engine.state.nodes[1].device else set()
+    own = engine.do(Admit("c", memoryview(array("i", [1, 2])).cast("B"), b"", 0, 1))[-1].blocks[0]  # type: ignore[union-attr]
+    engine.do(Release("c", ReleaseReason.PREEMPTED, False))
+    engine.close()
+    story = told("explain", path, "block", block)
+    assert "under LoRA 'sql' and salt 'A'" in story and "request 'b' ends (aborted) and lets go of it" in story
+    assert "request 'c' ends (preempted)" in told("explain", path, "block", own)
+    assert "it matches under LoRA 'sql' and salt 'A' only" in told("explain", path, "request", "b")
+    assert "'a' (number 1), LoRA 'sql' and salt 'A'" in told("show", path, "--request", "a", "--at", 3)
+
+
+def test_the_one_request_that_is_never_released_is_marked(tmp_path: Path) -> None:
+    path = tmp_path / "leak.kvlog"
+    engine = Engine(path, 40, 0, 0, HostPolicy.OFF)
+    begin(engine, "forgotten", PROMPT)
+    for number in range(120):
+        whole(engine, f"r{number}", [number, *range(200, 209)])
+    begin(engine, "running", PROMPT)
+    engine.close()
+    done = CliRunner().invoke(app, ["leaks", str(path), "--json"])
+    assert done.exit_code == 1
+    first, second = json.loads(done.stdout)["leaks"]
+    assert first["name"] == "forgotten" and first["why"].startswith("120 requests have begun and ended since")
+    assert second["name"] == "running" and not second["why"]

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable
 
 from kvledger.debugger.explain.owners import Owner, content, describe, owners_of, short, tokens
 from kvledger.debugger.explain.story import Explanation, Story, backwards
-from kvledger.debugger.explain.wording import DIRECTIONS, Wording, block_name, count, listed
+from kvledger.debugger.explain.wording import (
+    DIRECTIONS,
+    Wording,
+    block_name,
+    count,
+    listed,
+    namespace_name,
+    reason_name,
+)
 from kvledger.debugger.source.filters import request_numbers
 from kvledger.debugger.source.hashes import Content, find_hash
 from kvledger.debugger.source.source import Entry, Source, SourceError
@@ -84,8 +92,10 @@ def explain_transfer(source: Source, transfer: int, at: int, most: int = MOST_FA
     return backwards(source, f"transfer {transfer}", now, _TransferStory(source, transfer), at, most)
 
 
-def explain_request(source: Source, text: str, at: int, most: int = MOST_FACTS) -> Explanation:
+def explain_request(source: Source, text: str, at: int, most: int = MOST_FACTS, *, words: bool = True) -> Explanation:
     """The life of the newest request of that name (``#12``: of that number), and what its blocks are.
+
+    Without ``words`` its namespace is left out: it may hold a secret salt.
 
     Raises:
         SourceError
@@ -107,7 +117,7 @@ def explain_request(source: Source, text: str, at: int, most: int = MOST_FACTS) 
         for id, position in request.waits.items():
             now.append(f"it waits for transfer {id}: nothing from position {position} on may be used before that ends")
     del state
-    return backwards(source, name, now, _RequestStory(source, number, text), at, most)
+    return backwards(source, name, now, _RequestStory(source, number, text, words), at, most)
 
 
 def explain_hash(
@@ -145,6 +155,7 @@ class _BlockStory(Story):
         self.grants = 0
         self.owners: list[Owner] = []
         self.holder = ""
+        self.ending = "its request"
         self.named = self.involved = False
         """Whether the present event names the block, and whether it may move it."""
 
@@ -172,6 +183,7 @@ class _BlockStory(Story):
         if isinstance(event, RequestReleased | RequestExtended) and event.request in state.requests:
             request = state.requests[event.request]
             self.holder = request.key if self._holds(state, event.request) else ""
+            self.ending = f"request {request.key!r}"
 
     def _involved(self, event: Event) -> bool:
         """Whether an event that names no block moves it."""
@@ -197,7 +209,7 @@ class _BlockStory(Story):
         if isinstance(event, RequestExtended) and not self.holder and self._holds(state, event.request):
             return f"request {state.requests[event.request].key!r} finds it between two chunks and holds it"
         if isinstance(event, RequestReleased) and self.holder and not self.named:
-            return f"request {self.holder!r} ends and lets go of it"
+            return f"request {self.holder!r} ends ({reason_name(event)}) and lets go of it"
         if not self.involved:
             return ""
         owners = owners_of(state, self.tier, self.block)
@@ -233,7 +245,7 @@ class _BlockStory(Story):
         if isinstance(event, BlocksTrimmed):
             return f"request {name[event.request]!r} gives it back; {now}"
         if isinstance(event, RequestReleased):
-            return f"its request ends; {now}"
+            return f"{self.ending} ends ({reason_name(event)}); {now}"
         if isinstance(event, BlocksEvicted):
             run = short(self.owners[0]) if self.owners else "a run"
             why = EvictReason(event.reason).name.lower().replace("_", " ")
@@ -273,10 +285,11 @@ def _for(state: State, purpose: Event) -> str:
 
 
 class _RequestStory(Story):
-    def __init__(self, source: Source, number: int, key: str) -> None:
+    def __init__(self, source: Source, number: int, key: str, spaces: bool) -> None:
         super().__init__(source)
         self.number = number
         self.key = key
+        self.spaces = spaces
         self.words = Wording()
         self.waits: set[int] = set()
 
@@ -302,6 +315,8 @@ class _RequestStory(Story):
         if isinstance(event, RequestMatched):
             self.key = event.key
             self.complete = True
+            if self.spaces and event.namespace:
+                text += f"; it matches under {namespace_name(event.namespace)} only"
             if request is not None and event.device_blocks + event.host_blocks:
                 runs = [f"{run.id} ({count(run.size, 'block')})" for run in state.path(request.leaf)]
                 text += f"; its path is run {listed(runs)}"

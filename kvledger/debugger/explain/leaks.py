@@ -13,6 +13,9 @@ from statemachine.state.nodes import Request
 from statemachine.state.ownership import owners
 from statemachine.state.state import State
 
+_OVERTAKEN = 100
+"""So many whole lives of others without a word of a request are no coincidence."""
+
 
 class Leak(NamedTuple):
     """Something that may have been forgotten."""
@@ -47,7 +50,10 @@ def leaks(source: Source, at: int) -> list[Leak]:
     state = source.at(at)
     lives = _lives(source, state, at)
     now = next(source.entries(at, at)).time_ns
-    found = [_request(state, request, lives, now) for request in state.requests.values()]
+    found = [
+        _request(state, request, lives, now, _overtaken(source, state, lives["request", request.id].last))
+        for request in state.requests.values()
+    ]
     for transfer in state.transfers.values():
         kind = "quarantined " if transfer.quarantined else ""
         held = f"{kind}{DIRECTIONS[transfer.direction]} of {count(len(transfer.targets), 'block')}"
@@ -104,7 +110,7 @@ def _lives(source: Source, state: State, at: int) -> dict[tuple[str, int], _Life
 _KINDS: dict[str, Kind] = {"request": "request", "transfer": "transfer"}
 
 
-def _request(state: State, request: Request, lives: dict[tuple[str, int], _Life], now: int) -> Leak:
+def _request(state: State, request: Request, lives: dict[tuple[str, int], _Life], now: int, overtaken: int) -> Leak:
     life = lives["request", request.id]
     own = len(request.private())
     pinned = request.leaf.end
@@ -112,7 +118,18 @@ def _request(state: State, request: Request, lives: dict[tuple[str, int], _Life]
     why = ""
     if life.refused is not None:
         why = f"refused at event {life.refused.sequence} and never heard of again, still pins its path"
+    elif overtaken >= _OVERTAKEN:
+        why = f"{overtaken:,} requests have begun and ended since anything mentioned it: probably never released"
     return _leak("request", request.key, holds, life, now, why)
+
+
+def _overtaken(source: Source, state: State, last: Entry | None) -> int:
+    """How many requests have both begun and ended since an event."""
+    if last is None or state.next_request - 1 - len(state.requests) < _OVERTAKEN:
+        return 0
+    begun = source.at(last.sequence).next_request
+    living = sum(number >= begun for number in state.requests)
+    return state.next_request - begun - living
 
 
 def _leak(kind: str, name: str, holds: str, life: _Life | None, now: int, why: str) -> Leak:

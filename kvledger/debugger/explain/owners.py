@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvledger.debugger.explain.wording import block_name, count, listed
+from kvledger.debugger.explain.wording import block_name, count, listed, namespace_name
 from kvledger.debugger.source.hashes import hash_of
 from kvledger.debugger.source.source import SourceError
 from statemachine.events import Tier
 from statemachine.state.nodes import Node, Request, Transfer
 from statemachine.state.state import State
+from statemachine.state.tree import root_of
 
 _SHOWN_TOKENS = 8
 _SHOWN_NAMES = 6
@@ -100,10 +101,12 @@ def tokens(words: bytes) -> str:
 
 
 def content(state: State, node: Node, place: int, words: bool = True) -> str:
-    """What a cached block holds: its tokens, unless ``words`` is false (they are users' prompts), and its hash."""
+    """What a cached block holds: its hash, and its tokens and namespace unless ``words`` is false (they are users')."""
     size = state.block_bytes
     held = f"tokens {tokens(node.words[place * size : (place + 1) * size])}; " if words else ""
-    return f"{held}hash {hash_of(state, node, place).hex()}"
+    namespace = root_of(node).words
+    space = f", under {namespace_name(namespace)}" if words and namespace else ""
+    return f"{held}hash {hash_of(state, node, place).hex()}{space}"
 
 
 def describe(state: State, tier: Tier, block: int, words: bool = True) -> list[str]:

@@ -207,8 +207,7 @@ class Wording:
         return f"{self.name(event.request)} gives back device {_noun(event.blocks)}"
 
     def _released(self, event: RequestReleased) -> str:
-        reason = ReleaseReason(event.reason).name.lower().replace("_", " ")
-        text = f"{self.name(event.request)} ends ({reason})"
+        text = f"{self.name(event.request)} ends ({reason_name(event)})"
         if event.blocks:
             text += f", which frees device {_noun(event.blocks)}"
         if event.final:
@@ -340,6 +339,11 @@ WORDS: dict[type[Any], Callable[[Wording, Any], str]] = {
 def block_name(tier: Tier, block: int) -> str:
     """``device block 7``."""
     return f"{tier.name.lower()} block {block}"
+
+
+def reason_name(event: RequestReleased) -> str:
+    """Why a request ended: ``finished``, ``aborted``."""
+    return ReleaseReason(event.reason).name.lower().replace("_", " ")
 
 
 def namespace_name(namespace: bytes) -> str:
