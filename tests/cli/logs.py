@@ -46,7 +46,7 @@ def _changed(event: Event, text: Callable[[str], str]) -> Event:
     hints = get_type_hints(type(event))
     values = dict(zip(event._fields, event))
     for name, value in values.items():
-        if hints[name] is str:
+        if hints[name] is str and name != "groups":  # that is a description, and has to be one
             values[name] = text(value)
         elif name == "namespace" and value:
             values[name] = text(value.hex()).encode()
