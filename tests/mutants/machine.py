@@ -510,8 +510,8 @@ MUTANTS = [
     mutant(
         "decide changes the state",
         "statemachine/decide/requests.py",
-        "    blocks = request.table[command.blocks :][::-1]\n    return",
-        "    blocks = request.table[command.blocks :][::-1]\n    request.words = request.words[:4]\n    return",
+        "    blocks = request.table[command.blocks :][::-1]\n    if not blocks:",
+        "    blocks = request.table[command.blocks :][::-1]\n    request.words = request.words[:4]\n    if not blocks:",
         ONE_TIER,
     ),
     mutant(
