@@ -195,13 +195,13 @@ def _drive(policy: HostPolicy, rng: random.Random, moves: Moves) -> None:
 
 def _command(state: State, rng: random.Random, number: int) -> commands.Command | None:
     kind = rng.randrange(20)
-    keys = list(state.keys)
+    keys = list(state.numbers)
     if kind < 7 or not keys:
         prompt = [rng.choice((1, 1, 1, 2)) for _ in range(rng.randrange(1, 9))]
         words = memoryview(struct.pack(f"<{len(prompt)}i", *prompt))
         return commands.Admit(f"r{number}", words, b"", rng.choice((99, 99, len(prompt) - 1)), len(prompt))
     key = rng.choice(keys)
-    request = state.requests[state.keys[key]]
+    request = state.requests[state.numbers[key]]
     if kind < 10:
         blocks = min(len(request.table), request.leaf.end + len(request.words) // 4)
         ahead = rng.random() < 0.3

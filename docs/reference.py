@@ -39,7 +39,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "kvledger.telemetry.collectors": ("ManagerCollector",),
         "kvledger.telemetry.derivation": ("Derivation",),
         "kvledger.telemetry.spans": ("RequestSpans",),
-        "kvledger.manager.notices": ("notice",),
+        "kvledger.manager.notices": ("log_notices",),
     },
     "Reading a log": {
         "kvledger": ("LogReader", "KvlogReader", "Record", "Outcome"),

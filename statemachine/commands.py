@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from statemachine.events import IntArray, Outcome, ReleaseReason, Tier
+from statemachine.events import DigestScope, IntArray, Outcome, ReleaseReason, Tier
 
 
 class Match(NamedTuple):
     """Begin a request: pin what is cached of its ``words`` (at most ``limit`` blocks) and swap in the host part."""
 
-    key: str
+    request_id: str
     words: memoryview
     namespace: bytes
     limit: int
@@ -21,7 +21,7 @@ class Match(NamedTuple):
 class Admit(NamedTuple):
     """Match, and allocate what is missing to ``blocks`` blocks in all, in one transaction or not at all."""
 
-    key: str
+    request_id: str
     words: memoryview
     namespace: bytes
     limit: int
@@ -40,21 +40,21 @@ class Admit(NamedTuple):
 class Extend(NamedTuple):
     """Match again, behind what a request has cached: use what others cached meanwhile, up to ``limit`` blocks."""
 
-    key: str
+    request_id: str
     limit: int
 
 
 class Allocate(NamedTuple):
-    """Append ``counts[i]`` free blocks to the block table of ``keys[i]``, for all or for none."""
+    """Append ``counts[i]`` free blocks to the block table of ``request_ids[i]``, for all or for none."""
 
-    keys: list[str]
+    request_ids: list[str]
     counts: list[int]
 
 
 class Cache(NamedTuple):
     """Publish the first ``blocks`` blocks of a request. ``words``: content of generated blocks; ``items`` in it."""
 
-    key: str
+    request_id: str
     blocks: int
     words: bytes
     computed: int | None = None
@@ -65,35 +65,35 @@ class Cache(NamedTuple):
 class Distrust(NamedTuple):
     """What stands on a request's path after its first ``blocks`` blocks is bad: it and all below never match again."""
 
-    key: str
+    request_id: str
     blocks: int
 
 
 class Settle(NamedTuple):
-    """The first ``tokens[i]`` tokens of ``keys[i]`` are computed and settled: free what their windows have left."""
+    """Settle the first ``tokens[i]`` tokens of ``request_ids[i]``, which are computed: free what windows have left."""
 
-    keys: list[str]
+    request_ids: list[str]
     tokens: list[int]
 
 
 class Trim(NamedTuple):
     """Give back all but the first ``blocks`` blocks of a block table."""
 
-    key: str
+    request_id: str
     blocks: int
 
 
 class GiveBack(NamedTuple):
     """Free these private ``blocks`` of a request, wherever they stand in its block table."""
 
-    key: str
+    request_id: str
     blocks: IntArray
 
 
 class Reassign(NamedTuple):
     """Move private ``blocks`` to the end of ``target``'s block table."""
 
-    key: str
+    request_id: str
     target: str
     blocks: IntArray
 
@@ -101,7 +101,7 @@ class Reassign(NamedTuple):
 class Release(NamedTuple):
     """End a request. ``final``: nobody is expected to continue it."""
 
-    key: str
+    request_id: str
     reason: ReleaseReason
     final: bool
 
@@ -208,7 +208,7 @@ class TakeDigest(NamedTuple):
     """Write the digest of the counters, or of the whole state, into the log."""
 
     sequence: int
-    whole: bool
+    scope: DigestScope
 
 
 Command = (

@@ -142,11 +142,11 @@ def serve(engine: Engine, turns: Iterator[list[int]], in_flight: int = 4) -> Non
                 _finish(engine, begun, engine.step)
                 if running:
                     engine.do(Release(running.pop(0), ReleaseReason.PREEMPTED, False))
-                if key in engine.state.keys:  # only a broken state machine knows a request that it has refused
+                if key in engine.state.numbers:  # only a broken state machine knows a request that it has refused
                     key = f"chat-{number}-retry-{attempt}"
         for transfer in engine.state.transfers:
             begun.setdefault(transfer, engine.step)
-        for id in sorted(engine.state.requests[engine.state.keys[key]].waits):
+        for id in sorted(engine.state.requests[engine.state.numbers[key]].waits_for):
             engine.do(FinishTransfer(id, Outcome.DONE, len(engine.state.transfers[id].targets)))
         engine.do(Cache(key, len(prompt) // BLOCK, b""))
         running.append(key)

@@ -99,7 +99,7 @@ def early(engine: Engine) -> None:
         real(state, event, nodes)
         if engine.step > 20 and not engine.guilty:
             engine.watch = lambda written: isinstance(written, BlocksCached)  # computed on top of it at once
-            state.requests[event.request].waits.clear()
+            state.requests[event.request].waits_for.clear()
             state.transfers[event.transfer].waiters.clear()
             for node in nodes:
                 copy = node.device

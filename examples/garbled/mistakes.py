@@ -85,7 +85,7 @@ class _Computing:
         self.marks.step = self.engine.step
         words = memoryview(array("i", prompt)).cast("B")
         self.engine.do(Admit(key, words, b"", (len(prompt) - 1) // BLOCK, -(-len(prompt) // BLOCK)))
-        request = self.engine.state.requests[self.engine.state.keys[key]]
+        request = self.engine.state.requests[self.engine.state.numbers[key]]
         self.tables[key] = list(request.table)
         self.written[key] = request.leaf.end * BLOCK
 

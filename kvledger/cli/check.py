@@ -40,7 +40,7 @@ def check(
     were ready, published without being computed, not (or no more) in the block table, used after the release.
     Exit code 1 if anything is wrong; 2 if nothing is and the log is damaged or cut off.
     """
-    with reading(src, whole=True) as (source, report):
+    with reading(src, to_the_end=True) as (source, report):
         start, stop = span(source, begin, end)
         checked = check_log(source, start, stop, every_event_in_full=full, progress=report)
         violation = checked.violation
@@ -132,7 +132,7 @@ def leaks_command(
 
     Exit code 1 if something is suspicious by itself, whatever its age; else 2 if the log is damaged or cut off.
     """
-    with reading(src, whole=True) as (source, _):
+    with reading(src, to_the_end=True) as (source, _):
         sequence = place(source, at)
         found = [leak for leak in leaks(source, sequence) if leak.idle_s >= idle]
         if as_json:

@@ -38,7 +38,7 @@ def misses(
     """
     from kvledger.debugger.misses.misses import misses as found_in
 
-    with reading(src, whole=True) as (source, report):
+    with reading(src, to_the_end=True) as (source, report):
         start, stop = span(source, begin, end)
         stop = min(stop, source.last_state)
         if start > stop:

@@ -43,7 +43,7 @@ def replay(
     stops at the first that is different: it proves determinism, or shows what a change of the code changes.
     Exit code 1 if something differs; 2 if nothing does and the log is damaged or cut off.
     """
-    with reading(src, whole=True) as (source, report):
+    with reading(src, to_the_end=True) as (source, report):
         start, stop = span(source, begin, end)
         (_decide if decide else _evolve)(source, start, stop, report, as_json)
 
@@ -124,8 +124,8 @@ def diff(
     """
     (one, here), (other, there) = _with_place(first), _with_place(second)
     with ExitStack() as stack:
-        left, report = stack.enter_context(reading(one, whole=here is None and there is None))
-        right, _ = stack.enter_context(reading(other, whole=here is None and there is None))
+        left, report = stack.enter_context(reading(one, to_the_end=here is None and there is None))
+        right, _ = stack.enter_context(reading(other, to_the_end=here is None and there is None))
         if here is None and there is None:
             parted = diverge(left, right, report)
             if parted is None:

@@ -78,16 +78,18 @@ def _overview(state: State, rows: int | None) -> None:
     if state.requests:
         table = _table("request", "number", "blocks", "cached", "own", "waits for")
         for request in islice(state.requests.values(), rows):
-            waits = ", ".join(f"transfer {id}" for id in request.waits)
+            waits = ", ".join(f"transfer {id}" for id in request.waits_for)
             own = len(request.private())
-            table.add_row(request.key, *map(str, (request.id, len(request.table), request.leaf.end, own)), waits)
+            table.add_row(
+                request.request_id, *map(str, (request.number, len(request.table), request.leaf.end, own)), waits
+            )
         _limited(table, len(state.requests), rows)
     if state.transfers:
         table = _table("transfer", "kind", "blocks", "from → to", "waiting")
         for transfer in islice(state.transfers.values(), rows):
             kind = ("quarantined " if transfer.quarantined else "") + DIRECTIONS[transfer.direction]
             moved = f"{ids(transfer.sources)} → {ids(transfer.targets)}"
-            names = ", ".join(state.requests[id].key for id in transfer.waiters)
+            names = ", ".join(state.requests[id].request_id for id in transfer.waiters)
             table.add_row(str(transfer.id), kind, str(len(transfer.targets)), moved, names)
         _limited(table, len(state.transfers), rows)
     left = [len(state.nodes) if rows is None else rows]
@@ -163,7 +165,7 @@ def _run(run: Node) -> str:
         if copy is not None:
             copies.append(f"{tier.name.lower()} {ids(copy.ids, 4)}" + ("" if copy.ready else " (arriving)"))
     pins = f", {count(run.pins, 'pin')}" if run.pins else ""
-    ahead = ", distrusted" if run.distrusted else ", not computed yet" if run.ahead else ""
+    ahead = ", distrusted" if run.distrusted else ", not computed yet" if run.uncomputed else ""
     return f"run {run.id}: {count(run.size, 'block')}{pins}{ahead}, {'; '.join(copies)}"
 
 
@@ -174,16 +176,16 @@ def _order(title: str, order: EvictionOrder, tier: Tier, rows: int | None) -> st
 
 
 def _request(state: State, request: Request) -> Iterator[str]:
-    yield f"request {request.key!r} (number {request.id}), {namespace_name(request.namespace)}"
+    yield f"request {request.request_id!r} (number {request.number}), {namespace_name(request.namespace)}"
     yield f"block table: {ids(request.table, 64) if request.table else 'empty'}"
     for node in state.path(request.leaf):
         yield f"  positions {node.start}..{node.end - 1} are cached: {_run(node)}"
-    for start, stop in request.duplicates:
+    for start, stop in request.duplicate_ranges:
         yield f"  positions {start}..{stop - 1} are copies of its own of what was cached already"
     own = len(request.table) - request.leaf.end
     if own > 0:
         yield f"  positions from {request.leaf.end} on are its own: {count(own, 'block')}"
-    for transfer, position in request.waits.items():
+    for transfer, position in request.waits_for.items():
         yield f"  nothing from position {position} on may be used before transfer {transfer} ends"
 
 
@@ -194,7 +196,7 @@ def _node(state: State, node: Node) -> Iterator[str]:
     yield f"{above}, positions {node.start}..{node.end - 1} of its path"
     if node.children:
         yield f"above runs {ids(sorted(child.id for child in node.children.values()))}"
-    names = [repr(request.key) for request in holders(state, node)]
+    names = [repr(request.request_id) for request in holders(state, node)]
     yield f"held by {', '.join(names)}" if names else "held by no request"
     if state.opened.backup_after > 1 and node.host is None:
         yield f"used {count(node.hits, 'time')} of the {state.opened.backup_after} after which it is backed up"

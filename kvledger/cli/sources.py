@@ -65,12 +65,12 @@ def in_json(source: Source, fields: dict[str, Any]) -> str:
 
 
 @contextmanager
-def reading(src: str | None, *, whole: bool = False) -> Iterator[tuple[Source, Report]]:
+def reading(src: str | None, *, to_the_end: bool = False) -> Iterator[tuple[Source, Report]]:
     """The source, and how to report progress. Of a log that contradicts itself each command says so: exit code 1.
 
     Args:
-        whole: the answer is about all of the log. Of one that is damaged or cut off there is none: exit code 2 after
-            what could be read, unless that was enough to say no (1).
+        to_the_end: the answer is about all of the log. Of one that is damaged or cut off there is none: exit code 2
+            after what could be read, unless that was enough to say no (1).
     """
     src = the_one(src, "SRC")
     console = errors()
@@ -92,20 +92,20 @@ def reading(src: str | None, *, whole: bool = False) -> Iterator[tuple[Source, R
 
     try:
         with open_source(src, report) as source:
-            yield from _told(source, report, whole)
+            yield from _told(source, report, to_the_end)
     finally:
         if bar.live.is_started:
             bar.stop()
 
 
-def _told(source: Source, report: Report, whole: bool) -> Iterator[tuple[Source, Report]]:
+def _told(source: Source, report: Report, to_the_end: bool) -> Iterator[tuple[Source, Report]]:
     """Hand out a source, and say before and after what is wrong with it."""
     damage = source.damage
     if damage:
         note_damage(damage)
-    elif whole and source.unfinished:
+    elif to_the_end and source.unfinished:
         note(f"note: {source.name} {_NO_END}")
-    if whole:
+    if to_the_end:
         _expect_events(source)
     contradiction = contradiction_of(source)
     if contradiction:
@@ -123,7 +123,7 @@ def _told(source: Source, report: Report, whole: bool) -> Iterator[tuple[Source,
             note_damage(source.damage)
     if contradiction:
         raise typer.Exit(FAILED)
-    if whole and source.damage:
+    if to_the_end and source.damage:
         raise typer.Exit(BAD_INPUT)
 
 

@@ -71,7 +71,7 @@ def what_if(
     machine. Lists multiply: every combination is a scenario, all of them run in one pass.
     Exit code 2, after the answer, if the log is damaged or cut off.
     """
-    with reading(src, whole=True) as (source, report):
+    with reading(src, to_the_end=True) as (source, report):
         log = Log(source, reached(source, report))
         if not curve:
             if sample is not None:

@@ -44,7 +44,7 @@ from statemachine.events import (
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.records.replay import MISFITS, said
+from statemachine.records.replay import MISFITS, reason_of
 from statemachine.state.state import State
 from workers.processes import acknowledgements, loop
 
@@ -208,7 +208,7 @@ class Top:
                     try:
                         apply(self._state, entry.event)
                     except MISFITS as error:
-                        raise Contradiction(entry.sequence, f"event {entry.sequence}: {said(error)}") from error
+                        raise Contradiction(entry.sequence, f"event {entry.sequence}: {reason_of(error)}") from error
                     self._sequence = entry.sequence
                     self._note(entry)
                 seen += len(entries)
@@ -284,7 +284,7 @@ class Top:
             total=HitRate(counters.queried_blocks, counters.device_hit_blocks, counters.host_hit_blocks),
             minute=HitRate(*self._hits.sums(now)),
             requests=len(state.requests),
-            waiting=sum(bool(request.waits) for request in state.requests.values()),
+            waiting=sum(bool(request.waits_for) for request in state.requests.values()),
             oldest=self._oldest(now),
             transfers=[
                 InFlight(
@@ -306,8 +306,8 @@ class Top:
         request = next(iter(self._state.requests.values()), None)
         if request is None:
             return None
-        age = self._age(self._request_times.get(request.id), now)
-        return OldestPin(request.key, age, len(request.table), bool(request.waits))
+        age = self._age(self._request_times.get(request.number), now)
+        return OldestPin(request.request_id, age, len(request.table), bool(request.waits_for))
 
     def _readers(self, now: int) -> list[Reader]:
         heartbeats = {f"transfer {rank}": self._heartbeat(rank, now) for rank in self._state.workers}

@@ -132,7 +132,7 @@ class Receiver:
                     manager.release(own)
                     raise
         except BaseException:
-            self._tickets.give_up(slot)  # nobody has been told of it
+            self._tickets.free(slot)  # nobody has been told of it
             raise
         self._rooms[ticket] = room
         state = manager.state
@@ -203,7 +203,7 @@ class Receiver:
         manager.reassign(room.own, room.request_id, manager.block_table(room.own).tolist())
         del self._rooms[room.ticket]
         self._tickets.revoke(room.slot)
-        self._tickets.give_up(room.slot)
+        self._tickets.free(room.slot)
         self._told.append(Received(room.request_id, Outcome.DONE, "", table_of(request)))
         manager.release(room.own)
 
@@ -226,7 +226,7 @@ class Receiver:
             if ticket not in writing:
                 self._manager.release(room.own, ReleaseReason.FAILED)
                 del self._quarantined[ticket]
-                self._tickets.give_up(room.slot)
+                self._tickets.free(room.slot)
 
     @property
     def quarantined_blocks(self) -> int:

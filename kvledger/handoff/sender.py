@@ -143,8 +143,10 @@ class Sender:
         if type(step) is not int or not 0 <= step < 1 << 47:
             raise InvalidCommand(f"a step is a whole number from 0, not {step!r:.80}")
         request = request_named(self._manager.state, request_id)
-        if request.waits:
-            raise RequestNotReady(f"request {request_id!r} still waits for transfers {[*request.waits]}: poll() first")
+        if request.waits_for:
+            raise RequestNotReady(
+                f"request {request_id!r} still waits for transfers {[*request.waits_for]}: poll() first"
+            )
         self._expect_fitting(address)
         stop = address.first + len(address.blocks)
         if stop > len(request.table):

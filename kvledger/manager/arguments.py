@@ -16,7 +16,7 @@ from statemachine.events import IntArray, ReleaseReason, Tier
 from statemachine.state.state import State
 
 
-def whole(name: str, value: SupportsIndex) -> int:
+def expect_count(name: str, value: SupportsIndex) -> int:
     """Take a whole number from 0, Python's or NumPy's; refuse anything else, a bool too."""
     if type(value) is int and value >= 0:
         return value
@@ -65,7 +65,7 @@ def reason_of(reason: object) -> ReleaseReason:
 
 def expect_group(state: State, group: SupportsIndex) -> int:
     """Take the number of a layer group that the ledger has."""
-    number = whole("group", group)
+    number = expect_count("group", group)
     if number > len(state.groups):
         raise InvalidCommand(f"this ledger has the layer groups 0 to {len(state.groups)}, not {number}")
     return number

@@ -12,7 +12,7 @@ import numpy as np
 
 from ipc import LedgerError
 from kvledger.errors import Paused
-from kvledger.manager.arguments import block_ids, expect_namespace, whole
+from kvledger.manager.arguments import block_ids, expect_count, expect_namespace
 from kvledger.manager.prompts import full_blocks, prompt_of
 from kvledger.manager.ranks import BlockTable, Progress, table_of
 from kvledger.manager.tokens import TokenCalls
@@ -70,7 +70,7 @@ class BlockCalls(TokenCalls):
         if self._gone:
             counts = {request_id: count for request_id, count in counts.items() if not self._is_gone(request_id)}
         numbers = [
-            count if type(count) is int and count >= 0 else whole(f"blocks for request {request_id!r}", count)
+            count if type(count) is int and count >= 0 else expect_count(f"blocks for request {request_id!r}", count)
             for request_id, count in counts.items()
         ]
         if self._paused:
@@ -110,30 +110,30 @@ class BlockCalls(TokenCalls):
             InvalidCommand, UnknownRequest
         """
         self._expect_owner()
-        told = self._told_of(request_id)
-        request = told.request
+        live = self._live_request(request_id)
+        request = live.request
         size = self._state.block_bytes
-        words, tail = b"", self._tail(told)
+        words, tail = b"", self._tail(live)
         known = tail
         if generated is not None:
             words = tail + words_of(generated)
             end = full_blocks(words, size)
             words, tail = words[:end], words[end:]
-        sampled = told.sampled or (generated is not None and len(words) + len(tail) > len(known))
+        sampled = live.sampled or (generated is not None and len(words) + len(tail) > len(known))
         if blocks is None:
             full = len(request.words) + len(words)
             count = request.leaf.end + min(max(full + len(tail) - 4 * sampled, 0), full) // size
         else:
-            count = whole("blocks", blocks)
-        ready = None if computed is None else whole("computed", computed)
-        items, later = self._items_before(told, len(words))
-        told.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
+            count = expect_count("blocks", blocks)
+        ready = None if computed is None else expect_count("computed", computed)
+        items, later = self._items_before(live, len(words))
+        live.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
         try:
             self._execute(commands.Cache(request_id, count, words, ready, items))
         except (CommandRejected, LedgerError):  # nothing has changed
-            told.tail = known
+            live.tail = known
             raise
-        told.tail, told.items, told.sampled = tail, later, sampled
+        live.tail, live.items, live.sampled = tail, later, sampled
         if request.sides:
             settled = min(request.leaf.end, request.computed) * self.config.block_size
             self._execute(commands.Settle([request_id], [settled]))
@@ -152,10 +152,10 @@ class BlockCalls(TokenCalls):
         """
         if self._paused:
             raise Paused(f"ledger {self.name!r} is paused: resume() first")
-        told = self._told_of(request_id)
-        request = told.request
+        live = self._live_request(request_id)
+        request = live.request
         self._expect_still(request_id)
-        known = len(request.words) + len(self._tail(told))
+        known = len(request.words) + len(self._tail(live))
         limit = request.leaf.end + max(known // 4 - 1, 0) // self.config.block_size
         if self._execute(commands.Extend(request_id, limit)) and self.config.backup_after > 1:
             self._back_up(request_id)
@@ -163,7 +163,7 @@ class BlockCalls(TokenCalls):
 
     def trim(self, request_id: str, blocks: SupportsIndex) -> None:
         """Give back all but the first ``blocks`` blocks of a request (a rejected speculation, an undone chunk)."""
-        kept = whole("blocks", blocks)
+        kept = expect_count("blocks", blocks)
         self._expect_still(request_id)
         self._execute(commands.Trim(request_id, kept))
         self._lost(request_id, kept)

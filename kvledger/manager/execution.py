@@ -19,11 +19,11 @@ from typing import Self, SupportsIndex
 from ipc import SharedMemoryFull
 from kvledger.errors import CallTooLarge, ManagerClosed, WrongThread
 from kvledger.manager import forks
-from kvledger.manager.arguments import whole
+from kvledger.manager.arguments import expect_count
 from kvledger.manager.handoffs import Handoff
 from kvledger.manager.lifecycle import Beginning
-from kvledger.manager.notices import notice
-from kvledger.manager.prompts import Told
+from kvledger.manager.notices import log_notices
+from kvledger.manager.prompts import LiveRequest
 from kvledger.manager.ranks import BlockTable, Progress, Ranks, sides_of, table_of
 from kvledger.manager.retention import Retention
 from kvledger.manager.transactions import Transactions
@@ -31,7 +31,7 @@ from kvledger.text import printable
 from statemachine import commands
 from statemachine.decide import decide, request_named
 from statemachine.errors import InvalidCommand, OutOfBlocks, RequestNotReady
-from statemachine.events import Event, HostPolicy, Outcome, Tier
+from statemachine.events import DigestScope, Event, HostPolicy, Outcome, Tier
 from statemachine.records.snapshot import state_digest
 from statemachine.state.nodes import Request
 from statemachine.state.state import State
@@ -98,8 +98,8 @@ class Ledger:
         self._ranks: Ranks | None = None
         self._handoffs: list[Handoff] = []
         """Sender and receiver of a split instance."""
-        self._told: dict[str, Told] = {}
-        """By live request: what its engine has told, beside the state."""
+        self._live: dict[str, LiveRequest] = {}
+        """What the engine has said of each live request, beside the state."""
         self._evict_step = writer.max_transaction_bytes // _EVICTED_BYTES // 2
         self._transactions = Transactions(writer, state)
         self._step = Step(self._transactions, self._expect_owner)
@@ -122,7 +122,7 @@ class Ledger:
                 self._ranks.start()
             return
         self._transactions.commit(beginning.events)
-        notice(self.name, beginning.events)
+        log_notices(self.name, beginning.events)
         if self.config.weights not in (None, self._state.weights):
             self._transactions.commit(decide(self._state, commands.LoadWeights(self.config.weights or "")))
         lost = beginning.lost
@@ -164,7 +164,7 @@ class Ledger:
 
     def _execute_for_ranks(self, command: commands.Command) -> list[Event]:
         events = self._execute(command)
-        notice(self.name, events)
+        log_notices(self.name, events)
         return events
 
     def _follow(self, events: list[Event]) -> None:
@@ -226,13 +226,13 @@ class Ledger:
         try:
             while self._releases:
                 command = self._releases[0]
-                if command.key in self._state.keys:
+                if command.request_id in self._state.numbers:
                     self._end(command)
-                    self._gone[command.key] = None
+                    self._gone[command.request_id] = None
                     if len(self._gone) > _MOST_GONE:
                         del self._gone[next(iter(self._gone))]
                 else:
-                    _log.warning("ledger %s: request %r was released twice", self.name, command.key)
+                    _log.warning("ledger %s: request %r was released twice", self.name, command.request_id)
                 self._releases.popleft()
         finally:
             self._applying = False
@@ -242,11 +242,11 @@ class Ledger:
         if type(request_id) is not str or request_id not in self._gone:
             return False
         del self._gone[request_id]
-        return request_id not in self._state.keys
+        return request_id not in self._state.numbers
 
     def _end(self, command: commands.Release) -> None:
         """End a request, in the owner's thread."""
-        request_id = command.key
+        request_id = command.request_id
         request = request_named(self._state, request_id)
         if self._state.policy == HostPolicy.WRITE_THROUGH:
             self._cover(request)
@@ -261,14 +261,14 @@ class Ledger:
                 self._execute(commands.Trim(request_id, max(kept, len(request.table) - step)))
             self._execute(command)
         if self._ranks is not None:
-            self._ranks.told(request)
-        self._told.pop(request_id, None)  # none, if a signal handler has interrupted its admission
+            self._ranks.take_news(request)
+        self._live.pop(request_id, None)  # none, if a signal handler has interrupted its admission
 
     def _cover(self, request: Request) -> None:
         """What a request cached ahead counts as computed when it ends, and may be backed up."""
         if request.computed < request.leaf.end:
-            self._execute(commands.Cache(request.key, request.leaf.end, b"", None))
-            self._back_up(request.key)
+            self._execute(commands.Cache(request.request_id, request.leaf.end, b"", None))
+            self._back_up(request.request_id)
 
     # What moves in the background
 
@@ -350,7 +350,7 @@ class Ledger:
 
     def take_digest(self) -> bytes:
         """Digest of the whole state, also written into the log: any replay can prove that it agrees."""
-        self._execute(commands.TakeDigest(self._transactions.next_sequence - 1, True))
+        self._execute(commands.TakeDigest(self._transactions.next_sequence - 1, DigestScope.STATE))
         return self.digest()
 
     def worker_pid(self, rank: int) -> int | None:
@@ -385,7 +385,7 @@ class Ledger:
         Raises:
             InvalidCommand: it was called inside a step.
         """
-        value = whole("a step", number) & 0xFFFFFFFF
+        value = expect_count("a step", number) & 0xFFFFFFFF
         self.expect_published("step()")
         self._transactions.step = value
         return self._step
@@ -414,7 +414,7 @@ class Ledger:
         with contextlib.suppress(Exception):  # inside a step: its calls have answered
             self._transactions.end()
         self._transactions.closed = "closed"
-        forks.forget(self)
+        forks.unwatch(self)
         self.pools = []  # their memory goes as soon as nobody else holds them
         with contextlib.ExitStack() as last_first:
             last_first.callback(self._writer.close, unlink=not keep)

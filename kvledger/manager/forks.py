@@ -28,7 +28,7 @@ def watch(manager: Owned) -> None:
     _living[id(manager)] = manager
 
 
-def forget(manager: Owned) -> None:
+def unwatch(manager: Owned) -> None:
     """Leave out what was closed."""
     _living.pop(id(manager), None)
 

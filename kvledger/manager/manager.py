@@ -16,9 +16,16 @@ from kvledger.config import CacheConfig, ConfigError
 from kvledger.errors import CallTooLarge, CannotContinue, Paused
 from kvledger.manager import lifecycle
 from kvledger.manager.answers import Admission, Prospect, Started
-from kvledger.manager.arguments import expect_bool, expect_group, expect_namespace, expect_seconds, reason_of, whole
+from kvledger.manager.arguments import (
+    expect_bool,
+    expect_count,
+    expect_group,
+    expect_namespace,
+    expect_seconds,
+    reason_of,
+)
 from kvledger.manager.blocks import BlockCalls
-from kvledger.manager.prompts import Told, full_blocks, prompt_of
+from kvledger.manager.prompts import LiveRequest, full_blocks, prompt_of
 from kvledger.manager.ranks import Progress, sides_of, table_of
 from kvledger.manager.wait import loop, loop_async
 from statemachine import commands
@@ -287,26 +294,26 @@ class CacheManager(BlockCalls):
             expect_bool("must_fit", must_fit)
         words, limit, records = prompt_of(self.config, tokens, items, max_blocks)
         all_blocks = -(-len(words) // self._state.block_bytes)
-        count = all_blocks if blocks is None else whole("blocks", blocks)
+        count = all_blocks if blocks is None else expect_count("blocks", blocks)
         if new_tokens is not None and blocks is not None:
             raise InvalidCommand("give blocks or new_tokens: both say how much room there has to be")
-        chunk = -1 if new_tokens is None else whole("new_tokens", new_tokens)
+        chunk = -1 if new_tokens is None else expect_count("new_tokens", new_tokens)
         kept = int(self.config.watermark_blocks)  # a share has become a number
         if reserve is not None:
-            kept = -(-whole("reserve", reserve) // self.config.block_size)
+            kept = -(-expect_count("reserve", reserve) // self.config.block_size)
         fit = all_blocks if must_fit else 0
         namespace = self._namespace(namespace)
-        fixed = whole("static_tokens", static_tokens)
+        fixed = expect_count("static_tokens", static_tokens)
         return commands.Admit(request_id, words, namespace, limit, count, records, kept, chunk, fit, fixed)
 
     def _admit_prospect(self, request_id: str, prospect: Prospect) -> Admission:
         self._expect_owner()
         command, events = prospect.command, prospect.events
-        if events and request_id == command.key and prospect.sequence == self._transactions.next_sequence:
+        if events and request_id == command.request_id and prospect.sequence == self._transactions.next_sequence:
             self._namespace(prospect.namespace)  # it may have been paused since
             self._commit(events)
             return self._admission(events[0], None, prospect.rest)
-        command = command._replace(key=request_id, namespace=self._namespace(prospect.namespace))
+        command = command._replace(request_id=request_id, namespace=self._namespace(prospect.namespace))
         return self._admission(self._execute(command)[0], command.words)
 
     def preempt(self, blocks: SupportsIndex, candidates: Sequence[str], *, group: SupportsIndex = 0) -> list[str]:
@@ -321,7 +328,7 @@ class CacheManager(BlockCalls):
             UnknownRequest
         """
         self._expect_owner()
-        wanted = whole("blocks", blocks)
+        wanted = expect_count("blocks", blocks)
         if isinstance(candidates, str | bytes) or not isinstance(candidates, Sequence):
             raise InvalidCommand(f"candidates are a sequence of requests, not {type(candidates).__name__}")
         if self._gone:
@@ -380,7 +387,7 @@ class CacheManager(BlockCalls):
 
     def _release_in_two_steps(self, command: commands.Release) -> str:
         """Move what may still be written to a request of its own, and end the one that had it."""
-        request_id = command.key
+        request_id = command.request_id
         request = request_named(self._state, request_id)
         if request.computed < request.leaf.end:
             raise InvalidCommand(
@@ -392,14 +399,14 @@ class CacheManager(BlockCalls):
             raise InvalidCommand(
                 f"request {request_id!r} has blocks of layer groups: release it when the step has ended"
             )
-        holder = f"(held {request.id})"
+        holder = f"(held {request.number})"
         with self._together():
-            first = min(request.waits.values(), default=len(request.table))
+            first = min(request.waits_for.values(), default=len(request.table))
             if request.leaf.end <= first < len(request.table):
                 self._execute(commands.Trim(request_id, first))  # nobody could write these yet
             self._execute(commands.Match(holder, memoryview(b""), b"", 0))
             try:
-                if not request.waits:
+                if not request.waits_for:
                     self._execute(commands.Reassign(request_id, holder, request.table[request.leaf.end :]))
                 self._end(command)
             except (LedgerError, CallTooLarge):
@@ -409,7 +416,7 @@ class CacheManager(BlockCalls):
 
     def ready(self, request_id: str) -> bool:
         """Whether every block of a request may be used."""
-        return not request_named(self._state, request_id).waits
+        return not request_named(self._state, request_id).waits_for
 
     def wait(self, request_id: str, timeout: float | None = None) -> Progress:
         """Fold answers in until a request is ready; what happened to others stays for :meth:`poll`.
@@ -448,22 +455,24 @@ class CacheManager(BlockCalls):
 
     def _settled(self, request: Request) -> bool:
         """Whether a request is ready, after what the workers have answered."""
-        if request.waits:
+        if request.waits_for:
             self.fold()
-        if self._state.requests.get(request.id) is not request:
-            raise UnknownRequest(f"request {request.key!r} was released while somebody waited for it")
-        return not request.waits
+        if self._state.requests.get(request.number) is not request:
+            raise UnknownRequest(f"request {request.request_id!r} was released while somebody waited for it")
+        return not request.waits_for
 
     def _outcome(self, request: Request, promised: int) -> Progress:
         """What a request has got, now that it is ready; :meth:`poll` need not report it any more."""
-        shortened = self._ranks is not None and self._ranks.told(request)
-        return Progress(request.key, table_of(request), request.leaf.end, shortened or request.leaf.end < promised)
+        shortened = self._ranks is not None and self._ranks.take_news(request)
+        return Progress(
+            request.request_id, table_of(request), request.leaf.end, shortened or request.leaf.end < promised
+        )
 
     def _limit(self, timeout: float | None) -> float:
         return 2 * self.config.transfer_timeout_s if timeout is None else timeout
 
     def _late(self, request: Request) -> TimeoutError:
-        return TimeoutError(f"request {request.key!r} still waits for {[*request.waits]}")
+        return TimeoutError(f"request {request.request_id!r} still waits for {[*request.waits_for]}")
 
     # From arguments to commands
 
@@ -482,10 +491,10 @@ class CacheManager(BlockCalls):
         assert isinstance(matched, RequestMatched)
         request = self._state.requests[matched.request]
         cached = (matched.device_blocks + matched.host_blocks) * self.config.block_size
-        self._told[matched.key] = Told(request, rest if words is None else self._rest(words), cached)
+        self._live[matched.key] = LiveRequest(request, rest if words is None else self._rest(words), cached)
         if self.config.backup_after > 1:
             self._back_up(matched.key)
         if request.sides:
             replay = cached - resumption(self._state.groups, cached)
             return Admission(table_of(request), matched.device_blocks, 0, True, cached, sides_of(request), replay)
-        return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits, cached)
+        return Admission(table_of(request), matched.device_blocks, matched.host_blocks, not request.waits_for, cached)

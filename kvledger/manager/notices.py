@@ -16,26 +16,28 @@ from statemachine.events import EpochStarted, Event, Outcome, Tier, TierLost, Tr
 _log = logging.getLogger(__name__)
 
 
-def notice(ledger: str, events: Iterable[Event]) -> None:
+def log_notices(ledger: str, events: Iterable[Event]) -> None:
     """Log those of these events that an operator should hear of."""
     for event in events:
         match event:
             case WorkerLost(rank, incarnation, reason):
-                tell(logging.WARNING, "worker_lost", ledger=ledger, rank=rank, incarnation=incarnation, reason=reason)
+                log_notice(
+                    logging.WARNING, "worker_lost", ledger=ledger, rank=rank, incarnation=incarnation, reason=reason
+                )
             case WorkerJoined(rank, incarnation, pid):
                 level = logging.WARNING if incarnation > 1 else logging.INFO
                 name = "worker_replaced" if incarnation > 1 else "worker_joined"
-                tell(level, name, ledger=ledger, rank=rank, incarnation=incarnation, pid=pid)
+                log_notice(level, name, ledger=ledger, rank=rank, incarnation=incarnation, pid=pid)
             case TransferFinished(transfer, outcome, valid) if outcome != Outcome.DONE:
                 name = f"transfer_{Outcome(outcome).name.lower()}"
-                tell(logging.WARNING, name, ledger=ledger, transfer=transfer, valid_blocks=valid)
+                log_notice(logging.WARNING, name, ledger=ledger, transfer=transfer, valid_blocks=valid)
             case TierLost(tier, reason):
-                tell(logging.ERROR, "tier_lost", ledger=ledger, tier=Tier(tier).name.lower(), reason=reason)
+                log_notice(logging.ERROR, "tier_lost", ledger=ledger, tier=Tier(tier).name.lower(), reason=reason)
             case EpochStarted(epoch, last_sequence):
-                tell(logging.WARNING, "epoch_started", ledger=ledger, epoch=epoch, last_sequence=last_sequence)
+                log_notice(logging.WARNING, "epoch_started", ledger=ledger, epoch=epoch, last_sequence=last_sequence)
 
 
-def tell(level: int, name: str, **fields: object) -> None:
+def log_notice(level: int, name: str, **fields: object) -> None:
     """Log a notice with its fields."""
     if _log.isEnabledFor(level):
         texts = {key: str(value) for key, value in fields.items()}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import SupportsIndex
 
 from kvledger.config import CacheConfig
-from kvledger.manager.arguments import whole
+from kvledger.manager.arguments import expect_count
 from statemachine.content import Item, Tokens, words_of
 from statemachine.items import item_records
 from statemachine.state.nodes import Request
@@ -19,7 +19,7 @@ def prompt_of(
     words = words_of(tokens, items=items)
     most = max(len(words) // 4 - 1, 0) // config.block_size
     if max_blocks is not None:
-        most = whole("max_blocks", max_blocks)
+        most = expect_count("max_blocks", max_blocks)
     return words, most, item_records(items) if items else b""
 
 
@@ -28,8 +28,8 @@ def full_blocks(words: memoryview | bytes, block_bytes: int) -> int:
     return len(words) - len(words) % block_bytes
 
 
-class Told:
-    """What a manager knows of a live request beside the state."""
+class LiveRequest:
+    """What the engine has said of a live request, beside what the state knows."""
 
     def __init__(self, request: Request, tail: bytes | None, computed: int = 0) -> None:
         self.request = request

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ipc import LedgerError, LogWriter
 from kvledger.config import CacheConfig
-from kvledger.manager.notices import tell
+from kvledger.manager.notices import log_notice
 from statemachine import commands
 from statemachine.errors import OutOfOrder
 from statemachine.events import Event, HostPolicy, Outcome, Tier
@@ -148,7 +148,7 @@ class Ranks:
                 continue
             if rank in self._state.workers:
                 self._execute(commands.LoseWorker(rank, "it did not outlive the engine, or its pools"))
-            self._give_up_overtaken(self._state.transfers)
+            self._abandon_overtaken(self._state.transfers)
             self._never_again(rank)
             if not without_host:
                 self._restarts[rank] = 0.0
@@ -195,16 +195,16 @@ class Ranks:
         progress = []
         for number, shortened in list(self._news.items()):
             request = requests.get(number)
-            if request is not None and request.waits and not shortened:
+            if request is not None and request.waits_for and not shortened:
                 continue  # for other blocks now
             del self._news[number]
             if request is not None:
-                progress.append(Progress(request.key, table_of(request), request.leaf.end, shortened))
+                progress.append(Progress(request.request_id, table_of(request), request.leaf.end, shortened))
         return progress
 
-    def told(self, request: Request) -> bool:
+    def take_news(self, request: Request) -> bool:
         """Take the news of one request, which :meth:`poll` need not report then. Returns whether it was shortened."""
-        return self._news.pop(request.id, False)
+        return self._news.pop(request.number, False)
 
     def fold(self) -> None:
         """Fold the answers into the log; the next :meth:`poll` reports which requests can go on. Never blocks."""
@@ -227,10 +227,10 @@ class Ranks:
                 else:
                     self._failures[answer.rank] = 0
                 if answer.status == Status.CORRUPT:
-                    tell(logging.ERROR, "host_block_corrupt", ledger=self._ledger, reason=answer.error)
+                    log_notice(logging.ERROR, "host_block_corrupt", ledger=self._ledger, reason=answer.error)
         self._watch_workers()
         if self._giving_up:
-            self._give_up()
+            self._drop_host_tier()
         if not transfers:
             return
         now = time.monotonic()
@@ -262,7 +262,7 @@ class Ranks:
                 if transfer.quarantined and self._orders[id].sequence < self._epoch_began:
                     self._no_more(id, answer.rank, "done before this epoch")
 
-    def _give_up_laggards(self) -> None:
+    def _replace_laggards(self) -> None:
         """A worker that does not read holds the whole log; that can only get worse at a rotation."""
         if self._writer.rotations == self._rotations:
             return
@@ -275,7 +275,7 @@ class Ranks:
 
     def _watch_workers(self) -> None:
         """Log who came and who went, and start a dead rank's worker again."""
-        self._give_up_laggards()
+        self._replace_laggards()
         self._changes.extend(self.supervisor.changes())
         while self._changes:  # what cannot be logged now is not forgotten
             self._note(self._changes[0])
@@ -310,9 +310,9 @@ class Ranks:
         # What it answered is done again by its successor, except what it can no longer touch.
         answered = {id for id, answers in self._answers.items() if rank in answers}
         if change.answered is None or self._config.layout.on_gpu:  # on a GPU a copy begins before the last is answered
-            self._give_up_overtaken(self._state.transfers)
+            self._abandon_overtaken(self._state.transfers)
         else:
-            self._give_up_overtaken(answered | change.answered)
+            self._abandon_overtaken(answered | change.answered)
         for answers in self._answers.values():
             answers.pop(rank, None)
         self._never_again(rank)
@@ -336,7 +336,7 @@ class Ranks:
             for each in range(self._config.ranks):
                 self.supervisor.kill(each, "the host tier is given up")
 
-    def _give_up(self) -> None:
+    def _drop_host_tier(self) -> None:
         """Once no worker is left: end all transfers, and go on without a host tier."""
         if self.supervisor.idle():
             self._end_transfers()
@@ -354,14 +354,16 @@ class Ranks:
         self._answers.clear()
         self._orders.clear()
 
-    def _give_up_overtaken(self, done: Container[int]) -> None:
+    def _abandon_overtaken(self, done: Container[int]) -> None:
         """A worker is dead: give up what its successor cannot do again, of what it may have ``done``.
 
         It may have begun a transfer that writes where an earlier one has read, before the other ranks had done their
         part of that earlier one. To copy it once more would be to copy what the later one has written.
         """
         transfers = self._state.transfers
-        overtaken = {id for transfer in transfers.values() for id in transfer.after if id in transfers and id in done}
+        overtaken = {
+            id for transfer in transfers.values() for id in transfer.waits_for if id in transfers and id in done
+        }
         for id in sorted(overtaken):
             if not transfers[id].quarantined:
                 self._finish(transfers[id], Outcome.TIMED_OUT, 0)
@@ -384,5 +386,5 @@ class Ranks:
         waiters = [(state.requests[id], state.requests[id].leaf.end) for id in transfer.waiters]
         self._execute(commands.FinishTransfer(transfer.id, outcome, valid))
         for request, before in waiters:
-            if request.leaf.end < before or not request.waits:
-                self._news[request.id] = self._news.get(request.id, False) or request.leaf.end < before
+            if request.leaf.end < before or not request.waits_for:
+                self._news[request.number] = self._news.get(request.number, False) or request.leaf.end < before

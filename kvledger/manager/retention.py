@@ -15,7 +15,7 @@ import threading
 import time
 
 from ipc import LogWriter
-from kvledger.manager.notices import tell
+from kvledger.manager.notices import log_notice
 from kvledger.text import printable
 from workers.followers import auditor
 from workers.processes.programs import environment, python
@@ -51,7 +51,7 @@ class Retention:
         writer.on_rotation = self._rotated
         if self._is_tight and self._limit is not None:
             writer.keep(self._limit)
-            tell(logging.INFO, "log_limit_follows_room", ledger=self._ledger, log_limit_bytes=self._limit)
+            log_notice(logging.INFO, "log_limit_follows_room", ledger=self._ledger, log_limit_bytes=self._limit)
             self._rotated()
         if seconds is not None:
             writer.keep_for(seconds)
@@ -80,7 +80,7 @@ class Retention:
         size = self._writer.log_bytes
         over = size > _FAR_OVER * limit
         if over and not self._over:
-            tell(logging.WARNING, "log_over_limit", ledger=self._ledger, log_bytes=size, log_limit_bytes=limit)
+            log_notice(logging.WARNING, "log_over_limit", ledger=self._ledger, log_bytes=size, log_limit_bytes=limit)
         self._over = over
 
     def _died(self, code: int) -> None:

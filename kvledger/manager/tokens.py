@@ -14,8 +14,8 @@ import numpy as np
 
 from ipc import LedgerError
 from kvledger.errors import Paused
-from kvledger.manager.arguments import whole
-from kvledger.manager.prompts import Told
+from kvledger.manager.arguments import expect_count
+from kvledger.manager.prompts import LiveRequest
 from kvledger.manager.ranks import BlockTable, table_text
 from kvledger.manager.upkeep import WholeCache
 from statemachine import commands
@@ -57,15 +57,15 @@ class TokenCalls(WholeCache):
 
     def known(self, request_id: str) -> int:
         """How many tokens of a request were told."""
-        told = self._told_of(request_id)
-        return self._known(told, self._tail(told))
+        live = self._live_request(request_id)
+        return self._known(live, self._tail(live))
 
     def computed(self, request_id: str) -> int:
         """How many leading tokens of a request have their KV, by being cached or committed.
 
         Fewer than before where a swap-in has failed.
         """
-        return self._computed(self._told_of(request_id))
+        return self._computed(self._live_request(request_id))
 
     def room(self, request_id: str) -> int:
         """How many tokens the block table of a request has slots for."""
@@ -84,17 +84,17 @@ class TokenCalls(WholeCache):
             statemachine.content.InvalidTokens, UnknownRequest
         """
         self._expect_thread()
-        told = self._told_of(request_id)
-        tail = self._tail(told)
+        live = self._live_request(request_id)
+        tail = self._tail(live)
         if type(tokens) is int:
             if not 0 <= tokens < 1 << 31:
                 raise InvalidTokens(f"token {tokens} is not from 0 to 2^31 - 1")
-            told.tail = tail + tokens.to_bytes(4, "little")
+            live.tail = tail + tokens.to_bytes(4, "little")
         else:
             words = words_of(tokens, items=items)
             if items:
-                told.items += item_records(items, self._known(told, tail))
-            told.tail = tail + words
+                live.items += item_records(items, self._known(live, tail))
+            live.tail = tail + words
 
     def retract(self, request_id: str, tokens: SupportsIndex) -> None:
         """Take back the last so many known tokens, which are not computed: rejected drafts, a session's last token.
@@ -105,11 +105,11 @@ class TokenCalls(WholeCache):
             InvalidCommand: some of them are computed, or came with the admission, or an item would be cut.
             UnknownRequest
         """
-        count = whole("tokens", tokens)
+        count = expect_count("tokens", tokens)
         self._expect_thread()
-        told = self._told_of(request_id)
-        tail = self._tail(told)
-        free = self._known(told, tail) - self._computed(told)
+        live = self._live_request(request_id)
+        tail = self._tail(live)
+        free = self._known(live, tail) - self._computed(live)
         if count > free:
             raise InvalidCommand(f"only the last {free} tokens of request {request_id!r} are not computed, not {count}")
         if 4 * count > len(tail):
@@ -117,11 +117,11 @@ class TokenCalls(WholeCache):
                 f"only the last {len(tail) // 4} tokens of request {request_id!r} were appended: to take back what it "
                 "was admitted with, release it and admit it again"
             )
-        left = self._known(told, tail) - count
-        kept, _ = divided(told.items, left)
+        left = self._known(live, tail) - count
+        kept, _ = divided(live.items, left)
         if any(offset + length > left for offset, length, _ in each(kept)):
             raise InvalidCommand(f"an image or sound of request {request_id!r} would be cut: take all of it back")
-        told.tail, told.items = tail[: len(tail) - 4 * count], kept
+        live.tail, live.items = tail[: len(tail) - 4 * count], kept
 
     def distrust(self, request_id: str, from_token: SupportsIndex) -> None:
         """Say that the KV of a request turned out bad from a token on: nobody ever matches it again, nor what is below.
@@ -136,16 +136,16 @@ class TokenCalls(WholeCache):
             ipc.SharedMemoryFull: there is no room for more log; nothing changed.
             UnknownRequest
         """
-        first = whole("from_token", from_token)
+        first = expect_count("from_token", from_token)
         self._expect_owner()
-        told = self._told_of(request_id)
-        published = told.request.leaf.end * self.config.block_size
-        computed = max(self._computed(told), published)  # what is cached ahead matches, too
+        live = self._live_request(request_id)
+        published = live.request.leaf.end * self.config.block_size
+        computed = max(self._computed(live), published)  # what is cached ahead matches, too
         if first >= computed:
             raise InvalidCommand(f"only {computed} tokens of request {request_id!r} are computed, none from {first} on")
         if self._execute(commands.Distrust(request_id, first // self.config.block_size)):
             self._drop_unused(distrusted=True)
-        told.computed = max(min(told.computed, first), published)
+        live.computed = max(min(live.computed, first), published)
 
     def grow(self, tokens: Mapping[str, SupportsIndex], *, lookahead: SupportsIndex = 0) -> Growth:
         """Give each request room for its first so many tokens, and ``lookahead`` more. Most important first.
@@ -157,22 +157,24 @@ class TokenCalls(WholeCache):
         Raises:
             InvalidCommand, Paused
         """
-        more = whole("lookahead", lookahead)
+        more = expect_count("lookahead", lookahead)
         if type(tokens) is not dict and not isinstance(tokens, Mapping):
             raise InvalidCommand(f"tokens are a mapping from request to tokens, not {type(tokens).__name__}")
         self._expect_owner()
         size = self.config.block_size
-        told = self._told
+        all_live = self._live
         wanted: list[str] = []
         counts: list[int] = []
         not_ready: list[str] = []
         gone: list[str] = []
         for request_id, value in tokens.items():
-            count = value if type(value) is int and value >= 0 else whole(f"tokens of request {request_id!r}", value)
-            live = told.get(request_id)
+            count = (
+                value if type(value) is int and value >= 0 else expect_count(f"tokens of request {request_id!r}", value)
+            )
+            live = all_live.get(request_id)
             if live is None:
-                if request_id in self._state.keys:
-                    live = self._told_of(request_id)
+                if request_id in self._state.numbers:
+                    live = self._live_request(request_id)
                 else:
                     gone.append(request_id)
                     continue
@@ -181,7 +183,7 @@ class TokenCalls(WholeCache):
             if missing > 0:
                 wanted.append(request_id)
                 counts.append(missing)
-            elif request.waits:
+            elif request.waits_for:
                 not_ready.append(request_id)
         if not wanted:
             return Growth({}, not_ready, [], None, gone, {})
@@ -210,13 +212,13 @@ class TokenCalls(WholeCache):
             for request_id, count in zip(wanted, counts):
                 new_blocks[request_id] = granted[start : start + count]
                 start += count
-                if self._told[request_id].request.waits:
+                if self._live[request_id].request.waits_for:
                     not_ready.append(request_id)
         return Growth(new_blocks, not_ready, refused, refusal, gone, sides)
 
     def _new_sides(self, request_id: str, count: int) -> Iterator[BlockTable]:
         """The last blocks of a request in each side group: as many as group 0 got, or none that go by positions."""
-        for group, side in zip(self._state.groups, self._told[request_id].request.sides):
+        for group, side in zip(self._state.groups, self._live[request_id].request.sides):
             yield np.array(side.table[len(side.table) - count :] if group.windowed else side.table[:0], np.int32)
 
     def commit(self, computed: Mapping[str, SupportsIndex]) -> list[str]:
@@ -234,16 +236,18 @@ class TokenCalls(WholeCache):
             raise InvalidCommand(f"computed is a mapping from request to tokens, not {type(computed).__name__}")
         self._expect_owner()
         size = self.config.block_size
-        told = self._told
+        all_live = self._live
         gone: list[str] = []
-        same: list[tuple[Told, int]] = []
-        full: list[tuple[Told, int]] = []
+        same: list[tuple[LiveRequest, int]] = []
+        full: list[tuple[LiveRequest, int]] = []
         for request_id, value in computed.items():
-            count = value if type(value) is int and value >= 0 else whole(f"tokens of request {request_id!r}", value)
-            live = told.get(request_id)
+            count = (
+                value if type(value) is int and value >= 0 else expect_count(f"tokens of request {request_id!r}", value)
+            )
+            live = all_live.get(request_id)
             if live is None:
-                if request_id in self._state.keys:
-                    live = self._told_of(request_id)
+                if request_id in self._state.numbers:
+                    live = self._live_request(request_id)
                 else:
                     gone.append(request_id)
                     continue
@@ -252,7 +256,7 @@ class TokenCalls(WholeCache):
             if (
                 count > (request.leaf.end * self._state.block_bytes + len(request.words) + len(tail)) >> 2
                 or count > len(request.table) * size
-                or request.waits
+                or request.waits_for
                 or count < max(live.computed, request.leaf.end * size)
             ):
                 self._expect_computable(live, count)
@@ -268,82 +272,88 @@ class TokenCalls(WholeCache):
                     self._settle([*same, *full])
         return gone
 
-    def _settle(self, computed: list[tuple[Told, int]]) -> None:
+    def _settle(self, computed: list[tuple[LiveRequest, int]]) -> None:
         """Free what the windows of requests have left: what was committed is settled."""
-        keys = [live.request.key for live, _ in computed]
-        self._execute(commands.Settle(keys, [count for _, count in computed]))
+        request_ids = [live.request.request_id for live, _ in computed]
+        self._execute(commands.Settle(request_ids, [count for _, count in computed]))
 
-    def _publish(self, told: Told, blocks: int) -> None:
+    def _publish(self, live: LiveRequest, blocks: int) -> None:
         """Publish the first ``blocks`` blocks of a request, whose content is known."""
-        request = told.request
+        request = live.request
         size = self._state.block_bytes
-        tail = self._tail(told)
+        tail = self._tail(live)
         missing = max((blocks - request.leaf.end) * size - len(request.words), 0)
-        items, later = self._items_before(told, missing)
-        told.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
+        items, later = self._items_before(live, missing)
+        live.tail = None  # not known while it is not certain: what interrupts this call must not garble the next
         try:
-            self._execute(commands.Cache(request.key, blocks, tail[:missing], None, items))
+            self._execute(commands.Cache(request.request_id, blocks, tail[:missing], None, items))
         except (CommandRejected, LedgerError):  # nothing has changed
-            told.tail = tail
+            live.tail = tail
             raise
-        told.tail, told.items = tail[missing:], later
+        live.tail, live.items = tail[missing:], later
         if self._state.policy == HostPolicy.WRITE_THROUGH:
-            self._back_up(request.key)
+            self._back_up(request.request_id)
 
-    def _items_before(self, told: Told, length: int) -> tuple[bytes, bytes]:
+    def _items_before(self, live: LiveRequest, length: int) -> tuple[bytes, bytes]:
         """Of the items that the state does not know yet, those in the next so many bytes of words, and the others."""
-        if not told.items:
+        if not live.items:
             return b"", b""
-        return divided(told.items, self._known(told, b"") + length // 4)
+        return divided(live.items, self._known(live, b"") + length // 4)
 
-    def _expect_computable(self, told: Told, count: int) -> None:
+    def _expect_computable(self, live: LiveRequest, count: int) -> None:
         """Refuse to commit so many tokens if they cannot be computed."""
-        request = told.request
-        known = self._known(told, self._tail(told))
+        request = live.request
+        known = self._known(live, self._tail(live))
         if count > known:
-            raise InvalidCommand(f"{count} tokens of request {request.key!r} are not known, {known} are: append first")
+            raise InvalidCommand(
+                f"{count} tokens of request {request.request_id!r} are not known, {known} are: append first"
+            )
         room = len(request.table) * self.config.block_size
         if count > room:
-            raise InvalidCommand(f"request {request.key!r} has room for {room} tokens, not for {count}: grow first")
-        computed = self._computed(told)
+            raise InvalidCommand(
+                f"request {request.request_id!r} has room for {room} tokens, not for {count}: grow first"
+            )
+        computed = self._computed(live)
         if count < computed:
             raise InvalidCommand(
-                f"{computed} tokens of request {request.key!r} are computed already, not only {count}: what turned out "
-                "bad has to be released"
+                f"{computed} tokens of request {request.request_id!r} are computed already, not only {count}: what "
+                "turned out bad has to be released"
             )
-        first = min(request.waits.values(), default=None)
+        first = min(request.waits_for.values(), default=None)
         if first is not None and count > max(first * self.config.block_size, computed):
-            raise RequestNotReady(f"request {request.key!r} still waits for transfers {[*request.waits]}: poll() first")
+            raise RequestNotReady(
+                f"request {request.request_id!r} still waits for transfers {[*request.waits_for]}: poll() first"
+            )
 
     # The numbers
 
     def _lost(self, request_id: str, kept: int) -> None:
         """Count no more tokens as computed than are in the first ``kept`` blocks: the others were given back."""
-        told = self._told.get(request_id)
-        if told is not None:
-            told.computed = min(told.computed, kept * self.config.block_size)
+        live = self._live.get(request_id)
+        if live is not None:
+            live.computed = min(live.computed, kept * self.config.block_size)
 
-    def _told_of(self, request_id: str) -> Told:
+    def _live_request(self, request_id: str) -> LiveRequest:
         request = request_named(self._state, request_id)
-        told = self._told.get(request_id)
-        if told is None:
-            told = self._told[request_id] = Told(request, None)
-        return told
+        live = self._live.get(request_id)
+        if live is None:
+            live = self._live[request_id] = LiveRequest(request, None)
+        return live
 
-    def _tail(self, told: Told) -> bytes:
+    def _tail(self, live: LiveRequest) -> bytes:
         """The words after those that the state has."""
-        tail = told.tail
+        tail = live.tail
         if tail is None:
             why = "a call was interrupted; release it"
-            raise InvalidCommand(f"the last tokens of request {told.request.key!r} are not known: {why}")
+            raise InvalidCommand(f"the last tokens of request {live.request.request_id!r} are not known: {why}")
         return tail
 
-    def _known(self, told: Told, tail: bytes) -> int:
-        request = told.request
+    def _known(self, live: LiveRequest, tail: bytes) -> int:
+        request = live.request
         return (request.leaf.end * self._state.block_bytes + len(request.words) + len(tail)) // 4
 
-    def _computed(self, told: Told) -> int:
-        return computed_tokens(told.request, told.computed, self.config.block_size)
+    def _computed(self, live: LiveRequest) -> int:
+        return computed_tokens(live.request, live.computed, self.config.block_size)
 
 
 def computed_tokens(request: Request, committed: int, size: int) -> int:

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from typing import SupportsIndex
 
 from ipc import SharedMemoryFull
-from kvledger.manager.arguments import expect_bool, expect_group, expect_namespace, expect_seconds, tier_of, whole
+from kvledger.manager.arguments import (
+    expect_bool,
+    expect_count,
+    expect_group,
+    expect_namespace,
+    expect_seconds,
+    tier_of,
+)
 from kvledger.manager.execution import Ledger
 from kvledger.manager.lifecycle import Beginning
 from kvledger.manager.wait import loop
@@ -133,7 +140,7 @@ class WholeCache(Ledger):
         Returns how many. Those that are swapped out for it are free once :meth:`poll` has seen the end of the copy.
         """
         given_up = 0
-        for event in self._execute(commands.MakeRoom(whole("blocks", blocks))):
+        for event in self._execute(commands.MakeRoom(expect_count("blocks", blocks))):
             if isinstance(event, BlocksEvicted) and event.tier == Tier.DEVICE:
                 given_up += len(event.blocks)
             elif isinstance(event, TransferStarted):
@@ -147,7 +154,7 @@ class WholeCache(Ledger):
         below (blocks of the other tier, too, where nothing else is above them).
         """
         tier = tier_of(tier)
-        events = self._execute(commands.Evict(tier, whole("blocks", blocks)))
+        events = self._execute(commands.Evict(tier, expect_count("blocks", blocks)))
         return sum(len(event.blocks) for event in events if isinstance(event, BlocksEvicted))
 
     def forget(self, node: SupportsIndex) -> bool:
@@ -155,7 +162,7 @@ class WholeCache(Ledger):
 
         ``node``: its number in the log and in :attr:`state`. Returns whether it was dropped.
         """
-        return bool(self._execute(commands.Forget(whole("a run's number", node))))
+        return bool(self._execute(commands.Forget(expect_count("a run's number", node))))
 
     def resize(self, tier: Tier | str, blocks: SupportsIndex) -> None:
         """Change the number of blocks of a tier. Shrinking drops what is cached in the highest ids.
@@ -168,7 +175,7 @@ class WholeCache(Ledger):
             InvalidCommand
         """
         tier = tier_of(tier)
-        wanted = whole("blocks", blocks)
+        wanted = expect_count("blocks", blocks)
         if tier == Tier.HOST and self._state.policy == HostPolicy.OFF:
             raise InvalidCommand("there is no host tier: give a new ledger host_blocks and a host_policy")
         if self.pools:
@@ -184,4 +191,6 @@ class WholeCache(Ledger):
 
     def can_allocate(self, blocks: SupportsIndex, group: SupportsIndex = 0) -> bool:
         """Whether so many blocks of a layer group can be had now; counts what can be evicted, and evicts nothing."""
-        return can_allocate(self._state, whole("blocks", blocks), expect_group(self._state, group) if group else 0)
+        return can_allocate(
+            self._state, expect_count("blocks", blocks), expect_group(self._state, group) if group else 0
+        )

@@ -99,8 +99,8 @@ class Postings:
         numbers["transfer"] += found.transfers
         for id in found.requests:
             request = state.requests.get(id)
-            if request is not None and request.waits:
-                for transfer in request.waits:
+            if request is not None and request.waits_for:
+                for transfer in request.waits_for:
                     self._waiting.setdefault(transfer, set()).add(id)
         self._origins.add(event, state)
         if isinstance(event, RequestMatched | RequestExtended | BlocksCached):

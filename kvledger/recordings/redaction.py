@@ -260,8 +260,8 @@ def _redact_state(state: State, names: Pseudonyms) -> None:
         request.words = names.follow(chain, request.words, request.items, leaf.end)[1]
         request.items = names.items(request.items)
         request.namespace = names.namespace(request.namespace)
-        request.key = names.name(request.key)
-    state.keys = {request.key: request.id for request in state.requests.values()}
+        request.request_id = names.name(request.request_id)
+    state.numbers = {request.request_id: request.number for request in state.requests.values()}
     for root in state.all_roots():
         ends[id(root)] = names.root(root.words)
         root.words = names.namespace(root.words)

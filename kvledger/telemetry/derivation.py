@@ -337,7 +337,7 @@ class Derivation:
             "kvledger_quarantined_transfers": len(state.transfers) - flying.total(),
             "kvledger_runs": len(state.nodes),
             "kvledger_live_requests": len(state.requests),
-            "kvledger_waiting_requests": sum(bool(request.waits) for request in state.requests.values()),
+            "kvledger_waiting_requests": sum(bool(request.waits_for) for request in state.requests.values()),
             "kvledger_oldest_pin_seconds": max(now_ns - oldest, 0) / 1e9,
             "kvledger_workers": len(self._workers),
             "kvledger_expected_workers": state.opened.ranks,
@@ -381,7 +381,7 @@ def _owners(state: State, tier: Tier) -> dict[str, int]:
     found = {"free": len(pool.free)}
     if tier == Tier.DEVICE:
         found["private"] = sum(
-            len(request.table) - request.leaf.end + sum(stop - start for start, stop in request.duplicates)
+            len(request.table) - request.leaf.end + sum(stop - start for start, stop in request.duplicate_ranges)
             for request in state.requests.values()
         )
         found["evictable"] = state.device.evictable

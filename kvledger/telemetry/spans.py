@@ -172,7 +172,7 @@ class RequestSpans:
             live = self._live.get(id)
             if live is None:
                 continue
-            if state.requests[id].waits:
+            if state.requests[id].waits_for:
                 if id not in self._waiting:
                     self._phase(live, live.phase(), now)
                     self._waiting[id] = None

@@ -305,14 +305,14 @@ class Memory:
 
         To be called before a command tells that they are computed, whoever had cached them, and when.
         """
-        for node in state.path(state.requests[state.keys[key]].leaf):
-            if node.ahead and node.device is not None:
+        for node in state.path(state.requests[state.numbers[key]].leaf):
+            if node.uncomputed and node.device is not None:
                 for position in range(node.start, min(node.end, blocks)):
                     self.write(node.device.ids[position - node.start], (root, *content[: position + 1]))
 
     def wrong(self, state: State, key: str, root: Any, content: list[Any]) -> str:
         """The first block of a request's cached path that holds something else; empty if all is well."""
-        request = state.requests[state.keys[key]]
+        request = state.requests[state.numbers[key]]
         for i in range(request.leaf.end):
             want = (root, *content[: i + 1])
             if self.device.get(request.table[i]) != want:

@@ -211,7 +211,7 @@ class Schedule:
             other.refresh(rng)
         self._left -= 1
         if self._left <= 0:
-            self._give_up_turn(process)
+            self._pass_turn(process)
 
     def strike(self, process: Process) -> NoReturn:
         """Kill the running process where it stands."""
@@ -236,7 +236,7 @@ class Schedule:
         process.buffer.collect()
         process.waits_for = condition
         process.wake_ns = self.now_ns + int(seconds * 1e9)
-        self._give_up_turn(process)
+        self._pass_turn(process)
         process.waits_for = None
         process.wake_ns = 0
 
@@ -266,7 +266,7 @@ class Schedule:
                 self.kill(other)
         self._start_next()
 
-    def _give_up_turn(self, process: Process) -> None:
+    def _pass_turn(self, process: Process) -> None:
         chosen = self._choose()
         if chosen is not process:
             chosen.turn.release()

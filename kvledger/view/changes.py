@@ -49,7 +49,7 @@ def _request(state: State, found: Changes, id: int) -> None:
     request = state.requests.get(id)
     found.requests.add(id)
     if request is not None:
-        found.transfers.update(request.waits)
+        found.transfers.update(request.waits_for)
         _path(found, request.leaf)
 
 

@@ -195,8 +195,8 @@ def _run_blocks(node: Node) -> Iterator[Paint]:
 def _request(request: Request) -> tuple[Row, list[Paint]]:
     """Key, leaf (0: the root), blocks of the path, blocks of the table, own blocks, transfers it waits for."""
     private = request.private()
-    name = printable(request.key)
-    row = [name, request.leaf.id, request.leaf.end, len(request.table), len(private), list(request.waits)]
+    name = printable(request.request_id)
+    row = [name, request.leaf.id, request.leaf.end, len(request.table), len(private), list(request.waits_for)]
     return row, [(Tier.DEVICE, private, Kind.PRIVATE)] if private else []
 
 

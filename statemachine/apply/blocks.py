@@ -29,7 +29,7 @@ def take_granted(state: State, plain: int, after: IntArray, held: IntArray) -> N
 
 def give_back(state: State, request: Request, blocks: IntArray) -> None:
     """Free private blocks; those that a copy still reads belong to its transfer until it ends."""
-    for id in request.waits:
+    for id in request.waits_for:
         transfer = state.transfers[id]
         if transfer.direction != SWAP_IN:
             busy = set(transfer.sources)
@@ -72,8 +72,8 @@ def _wait_for_held(
     for id, held in zip(event.after, event.held):
         begin, end = max(first, position), min(first + held, stop)
         if begin < end:
-            request.waits.setdefault(id, len(request.table) + begin - position)
-            state.transfers[id].waiters[request.id] = None
+            request.waits_for.setdefault(id, len(request.table) + begin - position)
+            state.transfers[id].waiters[request.number] = None
         first += held
 
 
@@ -84,8 +84,8 @@ def allocation_refused(state: State, event: AllocationRefused) -> None:
 def blocks_reassigned(state: State, event: BlocksReassigned) -> None:
     """Private blocks change their request."""
     source, target = request_of(state, event, event.request), request_of(state, event, event.target)
-    if source is target or source.waits:
-        violated(event, f"blocks cannot move from request {source.key!r} to {target.key!r}")
+    if source is target or source.waits_for:
+        violated(event, f"blocks cannot move from request {source.request_id!r} to {target.request_id!r}")
     tail = source.table[source.leaf.end :]
     if event.blocks == tail[len(tail) - len(event.blocks) :]:
         del source.table[len(source.table) - len(event.blocks) :]
@@ -94,7 +94,9 @@ def blocks_reassigned(state: State, event: BlocksReassigned) -> None:
     moved = set(event.blocks)
     if len(moved) != len(event.blocks) or not moved.issubset(tail):
         wrong = next((block for block in event.blocks if block not in tail), event.blocks[0])
-        violated(event, f"DEVICE block {wrong} is not request {source.key!r}'s: {owner(state, state.device, wrong)}")
+        violated(
+            event, f"DEVICE block {wrong} is not request {source.request_id!r}'s: {owner(state, state.device, wrong)}"
+        )
     source.table = source.table[: source.leaf.end] + array("i", [block for block in tail if block not in moved])
     target.table.extend(event.blocks)
 
@@ -104,15 +106,15 @@ def blocks_trimmed(state: State, event: BlocksTrimmed) -> None:
     request = request_of(state, event, event.request)
     length = len(request.table) - len(event.blocks)
     if length < request.leaf.end:
-        violated(event, f"only {len(request.table) - request.leaf.end} blocks of {request.key!r} can be trimmed")
+        violated(event, f"only {len(request.table) - request.leaf.end} blocks of {request.request_id!r} can be trimmed")
     if event.blocks != request.table[length:][::-1]:
         _free_some(state, event, request)
         return
     give_back(state, request, event.blocks)
     del request.table[length:]
-    for id in [id for id, position in request.waits.items() if position >= length]:
-        del request.waits[id]
-        del state.transfers[id].waiters[request.id]
+    for id in [id for id, position in request.waits_for.items() if position >= length]:
+        del request.waits_for[id]
+        del state.transfers[id].waiters[request.number]
 
 
 def _free_some(state: State, event: BlocksTrimmed, request: Request) -> None:
@@ -120,8 +122,10 @@ def _free_some(state: State, event: BlocksTrimmed, request: Request) -> None:
     end = request.leaf.end
     tail = request.table[end:]
     gone = set(event.blocks)
-    if request.waits or len(gone) != len(event.blocks) or not gone.issubset(tail):
+    if request.waits_for or len(gone) != len(event.blocks) or not gone.issubset(tail):
         wrong = next((block for block in event.blocks if block not in tail), event.blocks[0])
-        violated(event, f"DEVICE block {wrong} is not request {request.key!r}'s: {owner(state, state.device, wrong)}")
+        violated(
+            event, f"DEVICE block {wrong} is not request {request.request_id!r}'s: {owner(state, state.device, wrong)}"
+        )
     request.table = request.table[:end] + array("i", [block for block in tail if block not in gone])
     state.device.pool.free.extend(event.blocks)

@@ -60,8 +60,8 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
         there = content == bottom.content(block_bytes, cut) if upper else content in bottom.children
         if there or new != state.next_node + bool(upper):
             violated(event, f"run {new} cannot be made below run {bottom.id}")
-    if request.waits and any(position < path_end + total for position in request.waits.values()):
-        violated(event, f"request {request.key!r} still waits for {[*request.waits]}")
+    if request.waits_for and any(position < path_end + total for position in request.waits_for.values()):
+        violated(event, f"request {request.request_id!r} still waits for {[*request.waits_for]}")
     own = request.table[path_end + duplicates : path_end + total]
     if blocks != own:
         expect_blocks(state, event, state.device, blocks, own, "next in the block table of a request")
@@ -78,13 +78,13 @@ def blocks_cached(state: State, event: BlocksCached) -> None:
         leaf.items = within(items, leaf.start, leaf.end)
         leaf.pins = 1
         put_copy(state.device, leaf, blocks[position:], True)
-        leaf.ahead = leaf.end > request.computed
+        leaf.uncomputed = leaf.end > request.computed
         attach(state, leaf)
         state.next_node = new + 1
     if state.opened.backup_after > 1:
         count_use(state, chain if leaf is bottom else [*chain, leaf])
     if duplicates:
-        request.duplicates.append((path_end, path_end + duplicates))
+        request.duplicate_ranges.append((path_end, path_end + duplicates))
         state.duplicating[number] = request
         state.counters.duplicate_blocks += duplicates
     request.leaf = leaf
@@ -134,7 +134,7 @@ def _join(state: State, chain: list[Node], blocks: IntArray, computed: int) -> i
     for run in chain:
         if not run.valid():
             _take_over(state, run, blocks[position : position + run.size])
-            run.ahead = run.end > computed
+            run.uncomputed = run.end > computed
             position += run.size
     return position
 
@@ -144,7 +144,7 @@ def blocks_distrusted(state: State, event: BlocksDistrusted) -> None:
     request = request_of(state, event, event.request)
     node = node_of(state, event, event.node)
     if node not in state.path(request.leaf):
-        violated(event, f"run {node.id} is not on the path of request {request.key!r}")
+        violated(event, f"run {node.id} is not on the path of request {request.request_id!r}")
     if node.distrusted:
         violated(event, f"run {node.id} is distrusted already")
     expect_cut(state, event, node, event.cut, event.upper)
@@ -191,15 +191,18 @@ def copies_replaced(state: State, event: CopiesReplaced) -> None:
     for node in nodes:
         copy = node.device
         if copy is None or not copy.ready or node.start < end or not holds(request.leaf, node):
-            violated(event, f"run {node.id} is not valid on the device on the path of {request.key!r}, or out of order")
+            violated(
+                event,
+                f"run {node.id} is not valid on the device on the path of {request.request_id!r}, or out of order",
+            )
         if not request.keeps(node) or users(state, node):
-            violated(event, f"run {node.id} is used by others, or {request.key!r} has no copy of its own of it")
+            violated(event, f"run {node.id} is used by others, or {request.request_id!r} has no copy of its own of it")
         own.extend(request.table[node.start : node.end])
         old.extend(copy.ids)
         end = node.end
     if not nodes:
         violated(event, "no run takes anything")
-    expect_blocks(state, event, state.device, event.blocks, own, f"a copy of request {request.key!r}")
+    expect_blocks(state, event, state.device, event.blocks, own, f"a copy of request {request.request_id!r}")
     expect_blocks(state, event, state.device, event.freed, old[::-1], "the device copy of these runs")
 
     for node in reversed(nodes):
@@ -207,12 +210,12 @@ def copies_replaced(state: State, event: CopiesReplaced) -> None:
         assert copy is not None
         _out_of_use(state, node).extend(copy.ids[::-1])
         copy.ids = request.table[node.start : node.end]
-        node.ahead = node.end > request.computed
+        node.uncomputed = node.end > request.computed
     for node in nodes:
-        request.duplicates = _without(request.duplicates, node)
-        request.replaced.append((node.start, node.end))
-    if not request.duplicates:
-        del state.duplicating[request.id]
+        request.duplicate_ranges = _without(request.duplicate_ranges, node)
+        request.replaced_ranges.append((node.start, node.end))
+    if not request.duplicate_ranges:
+        del state.duplicating[request.number]
 
 
 def _out_of_use(state: State, node: Node) -> IntArray:
@@ -247,8 +250,8 @@ def blocks_evicted(state: State, event: BlocksEvicted) -> None:
             violated(event, f"{count} blocks of run {id} ({node.pins} pins) are not evictable, or it is named twice")
         if transfer is not None and (transfer.direction != BACKUP or transfer.source != tier):
             violated(event, f"run {id} is in transfer {transfer.id}")
-        whole = count == node.size
-        if not whole and len(victims) != last:
+        emptied = count == node.size
+        if not emptied and len(victims) != last:
             violated(event, f"{count} of the {node.size} blocks of run {id} cannot be evicted")
         if node.children and node.strands(tier, gone):
             violated(event, f"run {id} has a cached child that stays")
@@ -258,20 +261,20 @@ def blocks_evicted(state: State, event: BlocksEvicted) -> None:
             expect_blocks(state, event, place, blocks, end, f"the end of run {id}")
         position += count
         victims.append((node, count, blocks))
-        if whole:
+        if emptied:
             gone.add(node)
     if position != len(named):
         violated(event, f"{position} blocks belong to these runs, the event names {len(named)}")
-    if bool(upper) != (not whole and node.elsewhere(tier)):
+    if bool(upper) != (not emptied and node.elsewhere(tier)):
         violated(event, f"run {node.id} has to be cut exactly if it keeps a copy on the other tier")
     if upper:
         expect_cut(state, event, node, node.size - count, upper)
         split(state, node, node.size - count, upper)
     for node, count, blocks in victims:
-        _give_up(state, place, node, count, blocks)
+        _drop_blocks(state, place, node, count, blocks)
 
 
-def _give_up(state: State, place: Place, node: Node, count: int, blocks: IntArray) -> None:
+def _drop_blocks(state: State, place: Place, node: Node, count: int, blocks: IntArray) -> None:
     """Free the last blocks of a run in one place; those that a back-up still reads when that ends."""
     state.counters.evicted(place.number, count)
     (place.pool.free if node.transfer is None else node.transfer.held_sources).extend(blocks)

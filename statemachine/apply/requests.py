@@ -25,9 +25,9 @@ from statemachine.state.tree import content_of, loosened, part
 
 def request_matched(state: State, event: RequestMatched) -> None:
     """A request begins and pins its path."""
-    number, leaf_id, cut, upper, device_blocks, host_blocks, key, namespace, records, words = event
-    if number != state.next_request or key in state.keys:
-        violated(event, f"request {number} ({key!r}) is not the next new one")
+    number, leaf_id, cut, upper, device_blocks, host_blocks, request_id, namespace, records, words = event
+    if number != state.next_request or request_id in state.numbers:
+        violated(event, f"request {number} ({request_id!r}) is not the next new one")
     namespace_root = state.roots.get(namespace)
     leaf = namespace_root
     nodes: list[Node] = []
@@ -64,7 +64,7 @@ def request_matched(state: State, event: RequestMatched) -> None:
         leaf = root(state, namespace)
     elif upper:
         leaf = nodes[0] = split(state, leaf, cut, upper)
-    request = Request(number, key, namespace, leaf, words)
+    request = Request(number, request_id, namespace, leaf, words)
     request.items = items
     request.sides = sides
     pin(state, leaf)
@@ -78,10 +78,10 @@ def request_matched(state: State, event: RequestMatched) -> None:
         table.extend(copy.ids)
         if not copy.ready:
             assert node.transfer is not None
-            request.waits.setdefault(node.transfer.id, node.start)
-            node.transfer.waiters[request.id] = None
+            request.waits_for.setdefault(node.transfer.id, node.start)
+            node.transfer.waiters[request.number] = None
     state.requests[number] = request
-    state.keys[key] = number
+    state.numbers[request_id] = number
     state.next_request = number + 1
     counters = state.counters
     counters.requests += 1
@@ -96,14 +96,16 @@ def request_extended(state: State, event: RequestExtended) -> None:
     path = request.leaf
     leaf = node_of(state, event, event.leaf) if event.leaf else path
     expect_cut(state, event, leaf, event.cut, event.upper)
-    if request.waits:
-        violated(event, f"request {request.key!r} still waits for {[*request.waits]}")
+    if request.waits_for:
+        violated(event, f"request {request.request_id!r} still waits for {[*request.waits_for]}")
     chain: list[Node] = []
     node = leaf
     while node is not path:
         chain.append(node)
         if not node.valid() or node.parent is None:
-            violated(event, f"run {node.id} is not valid on the device below the path of request {request.key!r}")
+            violated(
+                event, f"run {node.id} is not valid on the device below the path of request {request.request_id!r}"
+            )
         node = node.parent
     chain.reverse()
     end = leaf.start + event.cut if event.upper else leaf.end
@@ -118,7 +120,7 @@ def request_extended(state: State, event: RequestExtended) -> None:
         if request.items or run.items:
             expect_items(event, run, request.items, min(run.end, end))
     expected = request.own_copies(end)[::-1]
-    expect_blocks(state, event, state.device, event.blocks, expected, f"a copy of request {request.key!r}")
+    expect_blocks(state, event, state.device, event.blocks, expected, f"a copy of request {request.request_id!r}")
 
     if event.upper:
         leaf = chain[-1] = split(state, leaf, event.cut, event.upper)
@@ -126,11 +128,11 @@ def request_extended(state: State, event: RequestExtended) -> None:
     if state.opened.backup_after > 1:
         count_use(state, chain)
     request.table = ids_of(state.path(leaf), 0) + request.table[end:]
-    request.joined += request.duplicates
+    request.joined_ranges += request.duplicate_ranges
     if chain:
-        request.joined.append((path.end, end))
-    request.duplicates = []
-    state.duplicating.pop(request.id, None)
+        request.joined_ranges.append((path.end, end))
+    request.duplicate_ranges = []
+    state.duplicating.pop(request.number, None)
     request.leaf = leaf
     request.words = request.words[length:]
     state.device.pool.free.extend(event.blocks)
@@ -143,7 +145,7 @@ def blocks_computed(state: State, event: BlocksComputed) -> None:
     request.computed = event.blocks
     for node in state.path(request.leaf):
         if node.end <= event.blocks:
-            node.ahead = False
+            node.uncomputed = False
 
 
 def request_released(state: State, event: RequestReleased) -> None:
@@ -152,7 +154,7 @@ def request_released(state: State, event: RequestReleased) -> None:
     request = request_of(state, event, number)
     own = request.private()[::-1]
     if blocks != own:
-        expect_blocks(state, event, state.device, blocks, own, f"private to {request.key!r}")
+        expect_blocks(state, event, state.device, blocks, own, f"private to {request.request_id!r}")
     if request.sides:
         expect_no_sides(state, event, request)
     merges: list[tuple[Node, list[Node]]] = []
@@ -164,17 +166,17 @@ def request_released(state: State, event: RequestReleased) -> None:
 
     if request.computed != ALL:
         for node in state.path(request.leaf):
-            node.ahead = False
+            node.uncomputed = False
     unpin(state, request.leaf, final=final)
-    if request.waits:
-        for id in request.waits:
+    if request.waits_for:
+        for id in request.waits_for:
             del state.transfers[id].waiters[number]
         give_back(state, request, blocks)
     else:
         state.device.pool.free.extend(blocks)
     del state.requests[number]
     state.duplicating.pop(number, None)
-    del state.keys[request.key]
+    del state.numbers[request.request_id]
     for lower, ancestors in merges:
         absorb(state, lower, ancestors)
 

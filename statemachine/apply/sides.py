@@ -31,7 +31,7 @@ def expect_no_sides(state: State, event: Event, request: Request) -> None:
     """A request that ends has given back what it had of the layer groups."""
     for place, side in zip(state.sides, request.sides):
         if side.blocks():
-            violated(event, f"request {request.key!r} still has {place} blocks {side.blocks().tolist()!r:.200}")
+            violated(event, f"request {request.request_id!r} still has {place} blocks {side.blocks().tolist()!r:.200}")
 
 
 def side_allocated(state: State, event: SideAllocated) -> None:
@@ -46,9 +46,9 @@ def side_allocated(state: State, event: SideAllocated) -> None:
     group = state.groups[event.group - 1]
     more = dict.fromkeys(event.requests, 0)
     for request, count in zip(requests, event.counts):
-        more[request.id] += count
-        if group.windowed and len(request.sides[event.group - 1].table) + more[request.id] > len(request.table):
-            violated(event, f"request {request.key!r} would have more {place} blocks than device blocks")
+        more[request.number] += count
+        if group.windowed and len(request.sides[event.group - 1].table) + more[request.number] > len(request.table):
+            violated(event, f"request {request.request_id!r} would have more {place} blocks than device blocks")
 
     del free[len(free) - len(blocks) :]
     position = 0
@@ -71,7 +71,9 @@ def window_passed(state: State, event: WindowPassed) -> None:
         request = request_of(state, event, id)
         side = request.sides[event.group - 1]
         if not side.settled < settled <= len(side.table) * size:
-            violated(event, f"{settled} tokens of request {request.key!r} cannot be settled, {side.settled} were")
+            violated(
+                event, f"{settled} tokens of request {request.request_id!r} cannot be settled, {side.settled} were"
+            )
         passed = group.dead(settled) // size
         expected.extend(side.blocks(sinks, max(passed, sinks)))
         left.append((side, settled, passed))
@@ -93,10 +95,11 @@ def side_freed(state: State, event: SideFreed) -> None:
         side.begin, -(-side.settled // state.opened.block_size)
     ):
         violated(
-            event, f"the table of {len(side.table)} {place} blocks of {request.key!r} cannot end at {event.length}"
+            event,
+            f"the table of {len(side.table)} {place} blocks of {request.request_id!r} cannot end at {event.length}",
         )
     expected = side.blocks(event.length)[::-1]
-    expect_blocks(state, event, place, event.blocks, expected, f"at the end of a table of {request.key!r}")
+    expect_blocks(state, event, place, event.blocks, expected, f"at the end of a table of {request.request_id!r}")
 
     del side.table[event.length :]
     if not event.length:

@@ -71,7 +71,7 @@ def _swap_in(state: State, event: TransferStarted, nodes: list[Node]) -> None:
     above = nodes[0].parent
     assert above is not None
     if request.leaf is not nodes[-1] or len(request.table) != nodes[0].start or event.upper:
-        violated(event, f"these runs are not the host part of the path of {request.key!r}")
+        violated(event, f"these runs are not the host part of the path of {request.request_id!r}")
     if above.parent is not None and above.copies[target.number] is None:
         violated(event, f"run {above.id} above has no place on the device")
     expected = array("i")
@@ -96,8 +96,8 @@ def _swap_in(state: State, event: TransferStarted, nodes: list[Node]) -> None:
         position += node.size
     source.resident -= position
     transfer.leaf = nodes[-1]
-    transfer.waiters[request.id] = None
-    request.waits[transfer.id] = len(request.table)
+    transfer.waiters[request.number] = None
+    request.waits_for[transfer.id] = len(request.table)
     request.table.extend(event.targets)
     state.transfers[transfer.id] = transfer
     state.counters.swapped_in_blocks += position
@@ -120,7 +120,13 @@ def _copy_out(state: State, event: TransferStarted, direction: Direction, nodes:
         if count != node.size and node is not partial:
             violated(event, f"run {node.id} is taken in part")
         copy = node.copies[source.number]
-        if copy is None or not copy.ready or node.elsewhere(source.number) or node.transfer is not None or node.ahead:
+        if (
+            copy is None
+            or not copy.ready
+            or node.elsewhere(source.number)
+            or node.transfer is not None
+            or node.uncomputed
+        ):
             violated(event, f"run {node.id} is not at rest on the device alone")
         expected.extend(copy.ids[node.size - count :] if leaves else copy.ids[:count])
         if leaves and node.pins:
@@ -184,7 +190,7 @@ def transfer_finished(state: State, event: TransferFinished) -> None:
     else:
         _finish_copy_out(state, transfer, event.valid)
     for id in transfer.waiters:
-        state.requests[id].waits.pop(transfer.id, None)
+        state.requests[id].waits_for.pop(transfer.id, None)
     transfer.waiters = {}
     _settle(state, transfer)
 
@@ -247,14 +253,14 @@ def _shorten(state: State, request: Request, first: Node) -> None:
     start, stop = first.start, request.leaf.end
     request.words = content_of(lost) + request.words
     request.table = request.table[:start] + request.table[stop:]
-    for id in list(request.waits):
+    for id in list(request.waits_for):
         other = state.transfers.get(id)
-        if request.waits[id] >= stop:
-            request.waits[id] -= stop - start
-        elif request.waits[id] >= start:
-            del request.waits[id]
+        if request.waits_for[id] >= stop:
+            request.waits_for[id] -= stop - start
+        elif request.waits_for[id] >= start:
+            del request.waits_for[id]
             if other is not None:
-                other.waiters.pop(request.id, None)
+                other.waiters.pop(request.number, None)
     unpin(state, request.leaf, above=above)
     request.leaf = above
     request.matched = min(request.matched, start)

@@ -91,10 +91,10 @@ def unpin(state: State, leaf: Node, above: Node | None = None, final: int = 0) -
         node = node.parent
     if node is not above:
         node.pins -= 1
-        forget_root(state, node)
+        drop_root(state, node)
 
 
-def forget_root(state: State, root: Node) -> None:
+def drop_root(state: State, root: Node) -> None:
     """Drop a root that leads nowhere and that nobody holds, so that namespaces do not pile up."""
     if root.pins or root.children:
         return
@@ -131,7 +131,7 @@ def detach(state: State, node: Node) -> None:
     if not parent.children:
         parent.children = NO_CHILDREN
         if parent.parent is None:
-            forget_root(state, parent)
+            drop_root(state, parent)
     del state.nodes[node.id]
 
 
@@ -141,7 +141,7 @@ def split(state: State, node: Node, cut: int, upper_id: int) -> Node:
     parent = node.parent
     assert parent is not None
     upper = Node(upper_id, parent, node.start, node.words[:length], cut)
-    upper.pins, upper.hits, upper.ahead = node.pins, node.hits, node.ahead
+    upper.pins, upper.hits, upper.uncomputed = node.pins, node.hits, node.uncomputed
     if node.distrusted:  # its key is not its content's
         upper.distrusted = True
         del parent.children[node.key(state.block_bytes)]

@@ -63,7 +63,7 @@ def _violations(state: State) -> Iterator[str]:
         yield from _conservation(state, side)
     for request in state.requests.values():
         yield from statements.of_request(state, request)
-    if len(state.keys) != len(state.requests):
+    if len(state.numbers) != len(state.requests):
         yield "block tables: the names of the requests are not those of the live ones"
     for transfer in state.transfers.values():
         yield from statements.of_transfer(state, transfer)

@@ -79,13 +79,13 @@ class _Below:
 class _Request:
     """What was seen of a request."""
 
-    __slots__ = ("leaf", "private", "sides", "waits")
+    __slots__ = ("leaf", "private", "sides", "waits_for")
 
     def __init__(self, leaf: Node, private: IntArray, sides: list[IntArray], waits: tuple[int, ...]) -> None:
         self.leaf = leaf
         self.private = private
         self.sides = sides
-        self.waits = waits
+        self.waits_for = waits
 
 
 class _Transfer:
@@ -233,9 +233,9 @@ class IncrementalCheck:
         for id in requests:
             before, request = self._requests.get(id), state.requests.get(id)
             if before is not None:
-                transfers.update(before.waits)
+                transfers.update(before.waits_for)
             if request is not None:
-                transfers.update(request.waits)
+                transfers.update(request.waits_for)
             if not isinstance(event, _OWN_BLOCKS):
                 self._path(nodes, gone, before.leaf if before is not None else None)
                 self._path(nodes, gone, request.leaf if request is not None else None)
@@ -291,7 +291,7 @@ class IncrementalCheck:
                 had = old.sides[number] if old is not None else None
                 _swap(owned, had, sides[number] if sides else None)
             if request is not None:
-                self._requests[id] = _Request(request.leaf, private, sides, tuple(request.waits))
+                self._requests[id] = _Request(request.leaf, private, sides, tuple(request.waits_for))
         for id in transfers:
             before = self._transfers.pop(id, None)
             transfer = state.transfers.get(id)
@@ -392,7 +392,7 @@ class IncrementalCheck:
             yield from statements.of_place(place, owned.evictable, owned.resident)
         if len(state.nodes) != len(self._runs):
             yield f"links: there are {len(state.nodes)} runs, {len(self._runs)} are known"
-        if len(state.requests) != len(self._requests) or len(state.keys) != len(state.requests):
+        if len(state.requests) != len(self._requests) or len(state.numbers) != len(state.requests):
             yield "block tables: the names of the requests are not those of the live ones"
         if len(state.transfers) != len(self._transfers):
             yield "transfers end: there are transfers that no event has started"
@@ -415,7 +415,7 @@ class IncrementalCheck:
                 yield f"residency: runs below {node!r} are valid on the device, it is still arriving"
 
     def _computing(self, node: Node) -> Iterator[str]:
-        if node.ahead:
+        if node.uncomputed:
             if self._expected is None:
                 self._expected = statements.about_to_be_computed(self._state)
             yield from statements.of_computing(node, self._expected)

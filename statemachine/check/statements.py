@@ -63,7 +63,7 @@ def of_run(state: State, node: Node) -> Iterator[str]:
             yield f"in flight: {node!r} has two copies with policy {state.policy.name}"
     elif state.transfers.get(transfer.id) is not transfer or not any(part.node is node for part in transfer.parts):
         yield f"in flight: {node!r} does not belong to transfer {transfer.id}"
-    if node.ahead and not node.valid():
+    if node.uncomputed and not node.valid():
         yield f"ahead: {node!r} is about to be computed, but has no place on the device"
 
 
@@ -104,7 +104,7 @@ def of_pins(node: Node, holders: int) -> Iterator[str]:
 
 def of_computing(node: Node, expected: set[Node]) -> Iterator[str]:
     """A run that is cached ahead is one of those that are about to be computed."""
-    if node.ahead and node not in expected:
+    if node.uncomputed and node not in expected:
         yield f"ahead: {node!r} is not computed yet, and no live request is about to"
 
 
@@ -162,7 +162,7 @@ def of_transfer(state: State, transfer: Transfer) -> Iterator[str]:
         return
     for waiter in transfer.waiters:
         request = state.requests.get(waiter)
-        if request is None or id not in request.waits:
+        if request is None or id not in request.waits_for:
             yield f"transfers end: transfer {id} has the waiter {waiter}, which does not wait"
     inward = transfer.direction == SWAP_IN
     position = 0
@@ -188,16 +188,16 @@ def of_transfer(state: State, transfer: Transfer) -> Iterator[str]:
 
 def of_request(state: State, request: Request) -> Iterator[str]:
     """What must hold of a request, its name, its path and what it waits for."""
-    name = request.key
-    if state.keys.get(name) != request.id:
+    name = request.request_id
+    if state.numbers.get(name) != request.number:
         yield "block tables: the names of the requests are not those of the live ones"
-    for transfer in request.waits:
+    for transfer in request.waits_for:
         waited = state.transfers.get(transfer)
-        if waited is None or request.id not in waited.waiters:
+        if waited is None or request.number not in waited.waiters:
             yield f"transfers end: request {name!r} waits for transfer {transfer}, which does not know"
     end = request.leaf.end
     # Between its match and the order of its swap-in, the newest request has no blocks yet for the host part.
-    reach = len(request.table) if request.id == state.next_request - 1 else end
+    reach = len(request.table) if request.number == state.next_request - 1 else end
     if len(request.table) < end and reach == end:
         yield f"block tables: the block table of {name!r} is shorter than its path"
         return
@@ -208,23 +208,23 @@ def of_request(state: State, request: Request) -> Iterator[str]:
         theirs = {block: records for node in path for block, records in node.items.items()}
         if theirs != {block: records for block, records in request.items.items() if block < end}:
             yield f"items: the path of {name!r} has other items than its prompt"
-    if any(stop > end for _, stop in request.duplicates):
+    if any(stop > end for _, stop in request.duplicate_ranges):
         yield f"block tables: {name!r} has duplicates outside its path"
     yield from _sides(state, request)
     for node in path:
         yield from _in_table(request, node, reach)
-        if node.start < reach and not node.valid() and not any(at <= node.start for at in request.waits.values()):
+        if node.start < reach and not node.valid() and not any(at <= node.start for at in request.waits_for.values()):
             yield f"block tables: {name!r} uses {node!r}, whose copy is not valid, without waiting"
 
 
 def _sides(state: State, request: Request) -> Iterator[str]:
     """Nothing stands where a window has passed, or was never computed; everywhere else there is a block."""
     if len(request.sides) != len(state.groups):
-        yield f"windows: {request.key!r} knows {len(request.sides)} layer groups beside group 0, not all"
+        yield f"windows: {request.request_id!r} knows {len(request.sides)} layer groups beside group 0, not all"
         return
     size = state.opened.block_size
     for group, side in zip(state.groups, request.sides):
-        of = f"of layer group {group.name!r} in {request.key!r}"
+        of = f"of layer group {group.name!r} in {request.request_id!r}"
         if not group.windowed:
             if side.begin or side.settled or any(block < 0 for block in side.table):
                 yield f"windows: a block table {of} has holes, and the group has no window"
@@ -248,10 +248,10 @@ def _in_table(request: Request, node: Node, reach: int) -> Iterator[str]:
     ids = node.device.ids if node.device is not None else array("i", [-1]) * node.size
     if mine != ids[: len(mine)]:
         for position, (block, wanted) in enumerate(zip(mine, ids), node.start):
-            if block != wanted and not any(start <= position < stop for start, stop in request.duplicates):
+            if block != wanted and not any(start <= position < stop for start, stop in request.duplicate_ranges):
                 yield (
-                    f"block tables: position {position} of {request.key!r} is block {block}, "
+                    f"block tables: position {position} of {request.request_id!r} is block {block}, "
                     f"{node!r} has block {wanted} there"
                 )
     if node.end > reach and node.device is not None:
-        yield f"block tables: {request.key!r} has no place for the blocks of {node!r}"
+        yield f"block tables: {request.request_id!r} has no place for the blocks of {node!r}"

@@ -18,7 +18,7 @@ from statemachine.state.state import State
 
 
 def _cache(state: State, command: Cache) -> list[Event]:
-    request = request_named(state, command.key)
+    request = request_named(state, command.request_id)
     block_bytes = state.block_bytes
     start = request.leaf.end
     count = command.blocks - start
@@ -29,16 +29,19 @@ def _cache(state: State, command: Cache) -> list[Event]:
         return marked
     if command.blocks > len(request.table):
         raise InvalidCommand(
-            f"request {command.key!r} has {len(request.table)} blocks, not {command.blocks}: allocate before caching"
+            f"request {command.request_id!r} has {len(request.table)} blocks, not {command.blocks}: "
+            "allocate before caching"
         )
     content = request.words + command.words if command.words else request.words
     if len(command.words) % block_bytes or len(content) < count * block_bytes:
         raise InvalidCommand(
-            f"the content of {len(content) / block_bytes:g} full blocks after the first {start} of {command.key!r} is "
-            f"known, {count} are to be cached: pass the tokens that follow as generated"
+            f"the content of {len(content) / block_bytes:g} full blocks after the first {start} of "
+            f"{command.request_id!r} is known, {count} are to be cached: pass the tokens that follow as generated"
         )
-    if any(position < command.blocks for position in request.waits.values()):
-        raise RequestNotReady(f"request {command.key!r} still waits for transfers {[*request.waits]}: poll() first")
+    if any(position < command.blocks for position in request.waits_for.values()):
+        raise RequestNotReady(
+            f"request {command.request_id!r} still waits for transfers {[*request.waits_for]}: poll() first"
+        )
     items = extended(request.items, command.items, state.opened.block_size)
     own_words = memoryview(content)[: max(count, 0) * block_bytes]
     node, cut, known, duplicates = follow(request.leaf, own_words, items, block_bytes)
@@ -49,7 +52,7 @@ def _cache(state: State, command: Cache) -> list[Event]:
     leaf = node.id if known else 0
     taken = known - duplicates
     records, words = command.items, command.words
-    cached = BlocksCached(request.id, leaf, cut, upper, new, duplicates, taken, own, records, words)
+    cached = BlocksCached(request.number, leaf, cut, upper, new, duplicates, taken, own, records, words)
     return [*marked, cached, *replaced_by(state, request, node, cached)] if duplicates else [*marked, cached]
 
 
@@ -62,11 +65,11 @@ def _mark_computed(request: Request, command: Cache) -> list[Event]:
         computed = command.blocks
     elif not 0 <= computed < ALL or (request.computed != ALL and computed < request.computed):
         raise InvalidCommand(f"{computed!r} is no number of computed blocks, or less than before ({request.computed})")
-    return [BlocksComputed(request.id, computed)] if computed != request.computed else []
+    return [BlocksComputed(request.number, computed)] if computed != request.computed else []
 
 
 def _distrust(state: State, command: Distrust) -> list[Event]:
-    request = request_named(state, command.key)
+    request = request_named(state, command.request_id)
     if command.blocks < 0:
         raise InvalidCommand(f"no request has {command.blocks} good blocks")
     node = request.leaf
@@ -78,7 +81,7 @@ def _distrust(state: State, command: Distrust) -> list[Event]:
     if node.distrusted:
         return []
     cut = command.blocks - node.start
-    return [BlocksDistrusted(request.id, node.id, cut, state.next_node if cut else 0)]
+    return [BlocksDistrusted(request.number, node.id, cut, state.next_node if cut else 0)]
 
 
 def _evict(state: State, command: Evict) -> list[Event]:
@@ -94,7 +97,7 @@ def _evict(state: State, command: Evict) -> list[Event]:
     if not victims:
         return []
     last = victims[-1]
-    upper = state.next_node if not last.whole and last.node.elsewhere(place.number) else 0
+    upper = state.next_node if not last.emptied and last.node.elsewhere(place.number) else 0
     reason = EvictReason.DISTRUSTED if command.distrusted else EvictReason.CLEARED
     return [evicted(place, victims, reason, upper)]
 

@@ -194,8 +194,8 @@ def _static_tokens(state: State, events: Sequence[Event]) -> int:
 
 def _refused(state: State, event: AllocationRefused, events: Sequence[Event]) -> Command:
     if event.request:
-        return Allocate([state.requests[event.request].key], [event.wanted])
-    if event.key in state.keys:
+        return Allocate([state.requests[event.request].request_id], [event.wanted])
+    if event.key in state.numbers:
         return Allocate([event.key, event.key], [event.wanted, 0])
     leaf = state.nodes[event.leaf] if event.leaf else None
     words = path_words(leaf, event.cut, state.block_bytes)
@@ -235,7 +235,7 @@ def _settled(state: State, event: WindowPassed, events: Sequence[Event]) -> Comm
     for each in events:
         assert isinstance(each, WindowPassed)
         told.update(zip(each.requests, each.settled))
-    return Settle([state.requests[id].key for id in sorted(told)], [told[id] for id in sorted(told)])
+    return Settle([state.requests[id].request_id for id in sorted(told)], [told[id] for id in sorted(told)])
 
 
 def _granted(events: Sequence[Event]) -> BlocksAllocated:
@@ -251,7 +251,7 @@ def _nothing_else(event: SideFreed) -> Command:
 
 
 def _allocated(state: State, event: BlocksAllocated, events: Sequence[Event]) -> Command:
-    return Allocate([state.requests[id].key for id in event.requests], list(event.counts))
+    return Allocate([state.requests[id].request_id for id in event.requests], list(event.counts))
 
 
 def _cached(state: State, event: BlocksCached, events: Sequence[Event]) -> Command:
@@ -259,37 +259,37 @@ def _cached(state: State, event: BlocksCached, events: Sequence[Event]) -> Comma
     first = events[0]
     computed = first.blocks if isinstance(first, BlocksComputed) else request.computed
     blocks = request.leaf.end + event.duplicates + len(event.blocks)
-    return Cache(request.key, blocks, event.words, None if computed == ALL else computed, event.items)
+    return Cache(request.request_id, blocks, event.words, None if computed == ALL else computed, event.items)
 
 
 def _computed(state: State, event: BlocksComputed, events: Sequence[Event]) -> Command:
     request = state.requests[event.request]
-    return Cache(request.key, request.leaf.end, b"", event.blocks)
+    return Cache(request.request_id, request.leaf.end, b"", event.blocks)
 
 
 def _distrusted(state: State, event: BlocksDistrusted, events: Sequence[Event]) -> Command:
-    return Distrust(state.requests[event.request].key, state.nodes[event.node].start + event.cut)
+    return Distrust(state.requests[event.request].request_id, state.nodes[event.node].start + event.cut)
 
 
 def _extended(state: State, event: RequestExtended, events: Sequence[Event]) -> Command:
     request = state.requests[event.request]
-    return Extend(request.key, request.leaf.end + event.device_blocks)
+    return Extend(request.request_id, request.leaf.end + event.device_blocks)
 
 
 def _trimmed(state: State, event: BlocksTrimmed, events: Sequence[Event]) -> Command:
     request = state.requests[event.request]
     left = len(request.table) - len(event.blocks)
     if event.blocks != request.table[left:][::-1]:
-        return GiveBack(request.key, event.blocks)
-    return Trim(request.key, left)
+        return GiveBack(request.request_id, event.blocks)
+    return Trim(request.request_id, left)
 
 
 def _reassigned(state: State, event: BlocksReassigned, events: Sequence[Event]) -> Command:
-    return Reassign(state.requests[event.request].key, state.requests[event.target].key, event.blocks)
+    return Reassign(state.requests[event.request].request_id, state.requests[event.target].request_id, event.blocks)
 
 
 def _released(state: State, event: RequestReleased, events: Sequence[Event]) -> Command:
-    return Release(state.requests[event.request].key, ReleaseReason(event.reason), event.final > 0)
+    return Release(state.requests[event.request].request_id, ReleaseReason(event.reason), event.final > 0)
 
 
 def _evicted(state: State, event: BlocksEvicted, events: Sequence[Event]) -> Command:
@@ -359,6 +359,6 @@ DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     WorkerJoined: lambda _, event, __: JoinWorker(event.rank, event.incarnation, event.pid),
     WorkerLost: lambda _, event, __: LoseWorker(event.rank, event.reason),
     EpochStarted: lambda _, event, __: StartEpoch(event.epoch, event.last_sequence),
-    DigestTaken: lambda _, event, __: TakeDigest(event.sequence, event.scope == DigestScope.STATE),
+    DigestTaken: lambda _, event, __: TakeDigest(event.sequence, DigestScope(event.scope)),
 }
 """The event that names a transaction → what derives the command."""

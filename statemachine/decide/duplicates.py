@@ -31,7 +31,7 @@ def replaced_by(state: State, request: Request, deepest: Node, cached: BlocksCac
 
 def replaced_after(state: State, request: Request) -> list[Event]:
     """The runs that take copies of other requests when this one, the last to use theirs, is released."""
-    others = len(state.duplicating) - (request.id in state.duplicating)
+    others = len(state.duplicating) - (request.number in state.duplicating)
     if not others:
         return []
     most = 1 + others + len(state.transfers)
@@ -41,7 +41,7 @@ def replaced_after(state: State, request: Request) -> list[Event]:
         if node.pins > 1 and node.valid() and not request.keeps(node) and users(state, node) == 1:
             heirs = keepers(state, node)
             if heirs:
-                taking.setdefault(heirs[0].id, []).append(node)
+                taking.setdefault(heirs[0].number, []).append(node)
         node = node.parent
     return [_replaced(state.requests[number], taking[number]) for number in sorted(taking)]
 
@@ -58,4 +58,4 @@ def _replaced(request: Request, runs: list[Node], cut: int = 0, upper: int = 0) 
         last = cut and node is runs[0]
         nodes.append(upper if last else node.id)
         blocks.extend(request.table[node.start : node.start + cut if last else node.end])
-    return CopiesReplaced(request.id, nodes, blocks, freed)
+    return CopiesReplaced(request.number, nodes, blocks, freed)

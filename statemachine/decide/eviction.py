@@ -32,14 +32,14 @@ _NOTHING_HELD: list[tuple[int, IntArray]] = []
 
 
 class Victim:
-    """The last ``take`` blocks of a run; ``whole`` if nothing of it is left then."""
+    """The last ``take`` blocks of a run; ``emptied`` if nothing of it is left then."""
 
-    __slots__ = ("final", "node", "take", "whole")
+    __slots__ = ("emptied", "final", "node", "take")
 
-    def __init__(self, node: Node, take: int, whole: bool, final: bool = False) -> None:
+    def __init__(self, node: Node, take: int, emptied: bool, final: bool = False) -> None:
         self.node = node
         self.take = take
-        self.whole = whole
+        self.emptied = emptied
         self.final = final
 
 
@@ -196,7 +196,7 @@ def _drop(state: State, victims: list[Victim], next_node: int) -> _Plan:
     """Without a host tier blocks are dropped; with write-through the host has a copy already."""
     last = victims[-1]
     upper = 0
-    if not last.whole and last.node.elsewhere(0):
+    if not last.emptied and last.node.elsewhere(0):
         upper = next_node
         next_node += 1
     event = evicted(state.device, victims, CAPACITY, upper)
@@ -235,18 +235,18 @@ def _swap_out(
             out.append(victim)
     excess = sum(victim.take for victim in out)
     room, evictions = host_room(state, excess, kept, leaving)
-    gone = {victim.node for victim in evictions if victim.whole} | lost
+    gone = {victim.node for victim in evictions if victim.emptied} | lost
     excess -= room
     moved: list[Victim] = []
     for victim in out:
-        node, take, whole = victim.node, victim.take, victim.whole
+        node, take, emptied = victim.node, victim.take, victim.emptied
         if excess and not moved and all(child in gone for child in node.children.values()):
             drop = min(excess, take)
             excess -= drop
-            dropped.append(Victim(node, drop, whole and drop == take))
+            dropped.append(Victim(node, drop, emptied and drop == take))
             gone.add(node)
             if drop < take:
-                moved.append(Victim(node, take - drop, whole))
+                moved.append(Victim(node, take - drop, emptied))
         else:
             moved.append(victim)
     if excess:
@@ -262,7 +262,7 @@ def _swap_out(
         return events, freed, [], next_node
     moved.reverse()
     upper = 0
-    if not moved[0].whole:
+    if not moved[0].emptied:
         upper = next_node
         next_node += 1
     cut_off = dropped[-1] if dropped and dropped[-1].node is moved[-1].node else None

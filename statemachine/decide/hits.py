@@ -17,10 +17,12 @@ from statemachine.state.tree import Path, find, step
 
 def path_of(state: State, command: Match | Admit) -> Path:
     """The path that a new request would pin."""
-    if not isinstance(command.key, str):
-        raise InvalidCommand(f"the name of a request is a text, not {type(command.key).__name__}")
-    if command.key in state.keys:
-        raise DuplicateRequest(f"request {command.key!r} is live already: release it first, or choose another name")
+    if not isinstance(command.request_id, str):
+        raise InvalidCommand(f"the name of a request is a text, not {type(command.request_id).__name__}")
+    if command.request_id in state.numbers:
+        raise DuplicateRequest(
+            f"request {command.request_id!r} is live already: release it first, or choose another name"
+        )
     if command.items:
         return find_path(state, command.words, command.namespace, command.limit, command.items)
     return find(state, state.roots.get(command.namespace), command.words, command.limit)

@@ -74,7 +74,7 @@ def untrusted(state: State) -> set[Node]:
     for request in state.requests.values():
         node = request.leaf
         while node.parent is not None and node.start >= request.matched:
-            if not any(start <= node.start < stop for start, stop in request.duplicates + request.joined):
+            if not any(start <= node.start < stop for start, stop in request.duplicate_ranges + request.joined_ranges):
                 found.add(node)
             node = node.parent
     return found
@@ -87,7 +87,7 @@ def below_replaced(state: State) -> set[Node]:
         stack = [
             child
             for node in state.path(request.leaf)
-            if any(start <= node.start < stop for start, stop in request.replaced)
+            if any(start <= node.start < stop for start, stop in request.replaced_ranges)
             for child in node.children.values()
         ]
         while stack:
@@ -130,9 +130,8 @@ def _load_weights(state: State, command: LoadWeights) -> list[Event]:
 
 
 def _take_digest(state: State, command: TakeDigest) -> list[Event]:
-    digest = state_digest(state) if command.whole else counters_digest(state)
-    scope = DigestScope.STATE if command.whole else DigestScope.COUNTERS
-    return [DigestTaken(command.sequence, scope, digest)]
+    digest = state_digest(state) if command.scope == DigestScope.STATE else counters_digest(state)
+    return [DigestTaken(command.sequence, command.scope, digest)]
 
 
 LEDGER: dict[type[Any], Callable[[State, Any], list[Event]]] = {

@@ -11,22 +11,22 @@ from statemachine.state.state import State
 from statemachine.state.tree import Path, find
 
 
-def request_named(state: State, key: Any) -> Request:
+def request_named(state: State, request_id: Any) -> Request:
     """The live request of that name, a text: whatever a caller passes is looked at here."""
     try:
-        id = state.keys.get(key)
+        id = state.numbers.get(request_id)
     except TypeError:
-        raise InvalidCommand(f"the name of a request is a text, not {type(key).__name__}") from None
+        raise InvalidCommand(f"the name of a request is a text, not {type(request_id).__name__}") from None
     if id is None:
-        raise UnknownRequest(f"no live request {key!r}: it was never admitted, or it was released")
+        raise UnknownRequest(f"no live request {request_id!r}: it was never admitted, or it was released")
     return state.requests[id]
 
 
-def ready_request(state: State, key: str) -> Request:
+def ready_request(state: State, request_id: str) -> Request:
     """The live request of that name, which waits for no transfer."""
-    request = request_named(state, key)
-    if request.waits:
-        raise RequestNotReady(f"request {key!r} still waits for transfers {[*request.waits]}: poll() first")
+    request = request_named(state, request_id)
+    if request.waits_for:
+        raise RequestNotReady(f"request {request_id!r} still waits for transfers {[*request.waits_for]}: poll() first")
     return request
 
 
@@ -46,9 +46,9 @@ def find_path(state: State, words: memoryview, namespace: bytes, limit: int, rec
     path = find(state, root, words, limit, items)
     if items and not state.opened.chunked_multimodal:
         found = path.device + path.host
-        whole = uncut(items, found, size)
-        if whole < found:
-            path = find(state, root, words, whole, items)
+        shorter = uncut(items, found, size)
+        if shorter < found:
+            path = find(state, root, words, shorter, items)
     return path
 
 

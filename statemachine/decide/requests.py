@@ -57,7 +57,7 @@ def _admit(state: State, command: Admit) -> list[Event]:
         supply = device_supply(state, wanted, kept, host, state.next_node + (1 if cut else 0))
     if supply is None:
         leaf = path.leaf.id if path.leaf is not None else 0
-        refused = AllocationRefused(0, least, max(min(available, least - 1), 0), leaf, path.cut, command.key)
+        refused = AllocationRefused(0, least, max(min(available, least - 1), 0), leaf, path.cut, command.request_id)
         raise out_of_blocks(state, refused, device + least, reserved=reserved)
     sides = admitted(state, command, path, device + wanted) if state.groups else ()
     events: list[Event] = [matched(state, command, path), *supply.events]
@@ -97,9 +97,9 @@ def _granted(requests: IntArray, counts: IntArray, supply: Supply, total: int) -
 
 
 def _allocate(state: State, command: Allocate) -> list[Event]:
-    keys = state.keys
+    numbers = state.numbers
     try:
-        requests = array("Q", [keys[key] for key in command.keys])
+        requests = array("Q", [numbers[request_id] for request_id in command.request_ids])
     except KeyError as error:
         raise UnknownRequest(f"no live request {error.args[0]!r}: nothing was allocated") from None
     total = sum(command.counts)
@@ -139,7 +139,7 @@ def _batch_refused(state: State, command: Allocate, requests: IntArray, total: i
             culprit = index  # one that never fits is meant, wherever it stands
         longest = max(longest, length)
     request = requests[0] if len(requests) == 1 else 0
-    refused = AllocationRefused(request, total, min(available, total - 1), 0, 0, command.keys[culprit])
+    refused = AllocationRefused(request, total, min(available, total - 1), 0, 0, command.request_ids[culprit])
     return out_of_blocks(state, refused, longest, fitting=fitting, requests=len(requests))
 
 
@@ -152,13 +152,13 @@ def _side_refused(state: State, command: Allocate, requests: IntArray, sums: lis
     available = len(state.sides[group - 1].pool.free)
     request = requests[0] if len(requests) == 1 else 0
     held = len(state.requests[requests[fitting]].sides[group - 1].blocks())
-    refused = AllocationRefused(request, sums[-1], available, 0, 0, command.keys[fitting], group)
+    refused = AllocationRefused(request, sums[-1], available, 0, 0, command.request_ids[fitting], group)
     longest = held + command.counts[fitting]
     return out_of_blocks(state, refused, longest, fitting=fitting, requests=len(requests))
 
 
 def _extend(state: State, command: Extend) -> list[Event]:
-    request = ready_request(state, command.key)
+    request = ready_request(state, command.request_id)
     end = request.leaf.end
     if request.leaf.distrusted:
         return []  # nothing is found below it, and its own copies may be better than the runs'
@@ -166,15 +166,15 @@ def _extend(state: State, command: Extend) -> list[Event]:
         command = command._replace(limit=end)  # nothing that others have computed is of use to every group
     node, cut, found = _further(state, request, command.limit)
     if request.items and not state.opened.chunked_multimodal:
-        whole = uncut(request.items, end + found, state.opened.block_size)
-        if whole < end + found:
-            node, cut, found = _further(state, request, whole)
-    if not found and not request.duplicates:
+        shorter = uncut(request.items, end + found, state.opened.block_size)
+        if shorter < end + found:
+            node, cut, found = _further(state, request, shorter)
+    if not found and not request.duplicate_ranges:
         return []
     upper = state.next_node if cut else 0
     leaf = node.id if found else 0
     own = request.own_copies(end + found)[::-1]
-    return [RequestExtended(request.id, leaf, cut, upper, found, own)]
+    return [RequestExtended(request.number, leaf, cut, upper, found, own)]
 
 
 def _further(state: State, request: Request, limit: int) -> tuple[Node, int, int]:
@@ -185,54 +185,56 @@ def _further(state: State, request: Request, limit: int) -> tuple[Node, int, int
 
 
 def _trim(state: State, command: Trim) -> list[Event]:
-    request = request_named(state, command.key)
+    request = request_named(state, command.request_id)
     if not request.leaf.end <= command.blocks <= len(request.table):
         raise InvalidCommand(
-            f"request {command.key!r} has {len(request.table)} blocks, the first {request.leaf.end} are cached: "
+            f"request {command.request_id!r} has {len(request.table)} blocks, the first {request.leaf.end} are cached: "
             f"it cannot be trimmed to {command.blocks}"
         )
     blocks = request.table[command.blocks :][::-1]
     if not blocks:
         return []
     if not state.groups:
-        return [BlocksTrimmed(request.id, blocks)]
+        return [BlocksTrimmed(request.number, blocks)]
     fixed = request.fixed(state.opened.block_size)
     if command.blocks < fixed:
         raise InvalidCommand(
-            f"tokens in the first {fixed} blocks of request {command.key!r} are settled, and what their window has "
-            f"left is gone: it cannot be trimmed to {command.blocks}"
+            f"tokens in the first {fixed} blocks of request {command.request_id!r} are settled, and what their "
+            f"window has left is gone: it cannot be trimmed to {command.blocks}"
         )
-    return [*trimmed(state, request, command.blocks), BlocksTrimmed(request.id, blocks)]
+    return [*trimmed(state, request, command.blocks), BlocksTrimmed(request.number, blocks)]
 
 
 def _give_back(state: State, command: GiveBack) -> list[Event]:
     expect_no_groups(state, "give_back", "trim the request")
-    request = ready_request(state, command.key)
+    request = ready_request(state, command.request_id)
     tail = set(request.table[request.leaf.end :])
     if len(set(command.blocks)) != len(command.blocks) or not tail.issuperset(command.blocks):
         wrong = sorted(set(command.blocks) - tail)
-        raise InvalidCommand(f"blocks {wrong[:8]} are not request {command.key!r}'s own, or named twice")
-    return [BlocksTrimmed(request.id, array("i", command.blocks))] if command.blocks else []
+        raise InvalidCommand(f"blocks {wrong[:8]} are not request {command.request_id!r}'s own, or named twice")
+    return [BlocksTrimmed(request.number, array("i", command.blocks))] if command.blocks else []
 
 
 def _reassign(state: State, command: Reassign) -> list[Event]:
     expect_no_groups(state, "reassign", "release the one request and admit the other")
-    source, target = request_named(state, command.key), request_named(state, command.target)
+    source, target = request_named(state, command.request_id), request_named(state, command.target)
     if source is target:
         raise InvalidCommand("blocks cannot be reassigned to the request that has them")
-    if source.waits:
-        raise RequestNotReady(f"request {command.key!r} still waits for transfers {[*source.waits]}: poll() first")
+    if source.waits_for:
+        raise RequestNotReady(
+            f"request {command.request_id!r} still waits for transfers {[*source.waits_for]}: poll() first"
+        )
     tail = source.table[source.leaf.end :]
     if command.blocks == tail[len(tail) - len(command.blocks) :]:  # the last ones, as they were allocated
-        return [BlocksReassigned(source.id, target.id, command.blocks)] if command.blocks else []
+        return [BlocksReassigned(source.number, target.number, command.blocks)] if command.blocks else []
     if len(set(command.blocks)) != len(command.blocks) or not set(tail).issuperset(command.blocks):
         wrong = sorted(set(command.blocks) - set(tail))
-        raise InvalidCommand(f"blocks {wrong[:8]} are not request {command.key!r}'s own, or named twice")
-    return [BlocksReassigned(source.id, target.id, command.blocks)] if command.blocks else []
+        raise InvalidCommand(f"blocks {wrong[:8]} are not request {command.request_id!r}'s own, or named twice")
+    return [BlocksReassigned(source.number, target.number, command.blocks)] if command.blocks else []
 
 
 def _release(state: State, command: Release) -> list[Event]:
-    request = request_named(state, command.key)
+    request = request_named(state, command.request_id)
     loose = loosened(request.leaf)
     final = 0
     if command.final:
@@ -242,7 +244,7 @@ def _release(state: State, command: Release) -> list[Event]:
             final += 1
     merged, absorbed = _merges(loose, final) if len(loose) > 1 else (_NONE, _NO_COUNTS)
     blocks = request.private()[::-1]
-    event = RequestReleased(request.id, command.reason, final, merged, absorbed, blocks)
+    event = RequestReleased(request.number, command.reason, final, merged, absorbed, blocks)
     events: list[Event] = [*released(state, request), event] if state.groups else [event]
     return [*events, *replaced_after(state, request)] if state.duplicating else events
 

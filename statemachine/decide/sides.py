@@ -52,7 +52,7 @@ def admitted(state: State, command: Admit, path: Path, length: int) -> list[Even
         available = len(place.pool.free)
         if least > available:
             leaf = path.leaf.id if path.leaf is not None else 0
-            refused = AllocationRefused(0, least, available, leaf, path.cut, command.key, place.group)
+            refused = AllocationRefused(0, least, available, leaf, path.cut, command.request_id, place.group)
             raise out_of_blocks(state, refused, least)
         if count:
             blocks = from_end(place.pool.free, count)
@@ -84,7 +84,7 @@ def trimmed(state: State, request: Request, length: int) -> list[Event]:
     events: list[Event] = []
     for place, group, side in zip(state.sides, state.groups, request.sides):
         if group.windowed and len(side.table) > length:
-            events.append(SideFreed(request.id, place.group, length, side.blocks(length)[::-1]))
+            events.append(SideFreed(request.number, place.group, length, side.blocks(length)[::-1]))
     return events
 
 
@@ -94,15 +94,15 @@ def released(state: State, request: Request) -> list[Event]:
     for place, side in zip(state.sides, request.sides):
         blocks = side.blocks()[::-1]
         if blocks:
-            events.append(SideFreed(request.id, place.group, 0, blocks))
+            events.append(SideFreed(request.number, place.group, 0, blocks))
     return events
 
 
 def settle(state: State, command: Settle) -> list[Event]:
     """What the windows of these requests have left. Where none crosses the border of a block there is no event."""
     size = state.opened.block_size
-    told = {request_named(state, key).id: tokens for key, tokens in zip(command.keys, command.tokens)}
-    if len(told) < len(command.keys):
+    told = {request_named(state, key).number: tokens for key, tokens in zip(command.request_ids, command.tokens)}
+    if len(told) < len(command.request_ids):
         raise InvalidCommand("a request is named twice: its settled tokens are one number")
     events: list[Event] = []
     for place, group in zip(state.sides, state.groups):
@@ -114,8 +114,8 @@ def settle(state: State, command: Settle) -> list[Event]:
             side = state.requests[id].sides[place.group - 1]
             if told[id] > len(side.table) * size:
                 raise InvalidCommand(
-                    f"request {state.requests[id].key!r} has room for {len(side.table) * size} tokens, {told[id]} "
-                    "cannot be settled"
+                    f"request {state.requests[id].request_id!r} has room for {len(side.table) * size} tokens, "
+                    f"{told[id]} cannot be settled"
                 )
             passed = group.dead(told[id]) // size
             if passed > max(group.dead(side.settled) // size, side.begin, sinks):

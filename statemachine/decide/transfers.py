@@ -64,7 +64,13 @@ def _back_up(state: State, command: Backup) -> list[Event]:
         node = node.parent
     runs.reverse()
     for index, run in enumerate(runs):
-        if not run.valid() or run.ahead or run.transfer is not None or not _used_enough(state, run) or run.distrusted:
+        if (
+            not run.valid()
+            or run.uncomputed
+            or run.transfer is not None
+            or not _used_enough(state, run)
+            or run.distrusted
+        ):
             del runs[index:]
             break
     wanted = sum(run.size for run in runs)

@@ -162,7 +162,7 @@ class _Writer:
                     node.start,
                     node.size,
                     node.pins,
-                    _AHEAD if node.ahead else _copy_state(node.device),
+                    _AHEAD if node.uncomputed else _copy_state(node.device),
                     _copy_state(node.host) + (_DISTRUSTED if node.distrusted else 0),
                     node.transfer.id if node.transfer is not None else 0,
                     node.hits,
@@ -184,17 +184,17 @@ class _Writer:
             request = state.requests[number]
             leaf = request.leaf
             put(struct.pack("<QQIII", number, leaf.id, self._index(leaf), request.matched, request.computed))
-            blob(request.key.encode())
+            blob(request.request_id.encode())
             blob(request.namespace)
             blob(request.words)
             blob(all_records(request.items))
             blob(request.table.tobytes())
             # Where copies were replaced, the end of a range stands before its beginning: before that could happen, a
             # state had the same bytes, and digests in older logs can still be compared.
-            turned = [(stop, start) for start, stop in request.replaced]
-            for ranges in (request.duplicates, request.joined + turned):
+            turned = [(stop, start) for start, stop in request.replaced_ranges]
+            for ranges in (request.duplicate_ranges, request.joined_ranges + turned):
                 blob(array("I", [bound for pair in ranges for bound in pair]).tobytes())
-            blob(array("Q", [value for pair in request.waits.items() for value in pair]).tobytes())
+            blob(array("Q", [value for pair in request.waits_for.items() for value in pair]).tobytes())
             for side in request.sides:
                 put(struct.pack("<II", side.begin, side.settled))
                 blob(side.table.tobytes())
@@ -219,7 +219,7 @@ class _Writer:
             for part in transfer.parts:
                 put(struct.pack("<BQIB", 1, part.node.id if part.node is not None else 0, part.size, part.discard))
             put(b"\0")
-            for ids in (transfer.sources, transfer.targets, transfer.after):
+            for ids in (transfer.sources, transfer.targets, transfer.waits_for):
                 blob(ids.tobytes())
             for place in state.places:
                 blob(transfer.held_in(place.number).tobytes())
@@ -344,7 +344,7 @@ class _Reader:
             node = Node(number, None, start, self._blob(), size)
             node.items = by_block(self._blob(), state.opened.block_size)
             node.pins, node.hits = pins, hits
-            node.ahead = device == _AHEAD
+            node.uncomputed = device == _AHEAD
             if host >= _DISTRUSTED:
                 node.distrusted = True
                 host -= _DISTRUSTED
@@ -370,27 +370,27 @@ class _Reader:
     def _requests(self, state: State, roots: list[Node]) -> None:
         for _ in range(self._u32()):
             number, leaf, root, matched, computed = self._unpack("<QQIII")
-            key = self._blob().decode()
+            request_id = self._blob().decode()
             node = state.nodes[leaf] if leaf else roots[root]
-            request = Request(number, key, self._blob(), node, self._blob())
+            request = Request(number, request_id, self._blob(), node, self._blob())
             request.items = by_block(self._blob(), state.opened.block_size)
             request.matched = matched
             request.table = self._array("i")
-            request.duplicates = list(_pairs(self._array("I")))
+            request.duplicate_ranges = list(_pairs(self._array("I")))
             for start, stop in _pairs(self._array("I")):
                 if start < stop:
-                    request.joined.append((start, stop))
+                    request.joined_ranges.append((start, stop))
                 else:
-                    request.replaced.append((stop, start))
-            if any(not 0 <= start < stop <= len(request.table) for start, stop in request.duplicates):
+                    request.replaced_ranges.append((stop, start))
+            if any(not 0 <= start < stop <= len(request.table) for start, stop in request.duplicate_ranges):
                 raise ValueError(f"request {number} has duplicates outside its block table")
-            request.waits = dict(_pairs(self._array("Q")))
+            request.waits_for = dict(_pairs(self._array("Q")))
             request.computed = computed
             request.sides = [self._side() for _ in state.groups] or NO_SIDES
             state.requests[number] = request
-            if request.duplicates:
+            if request.duplicate_ranges:
                 state.duplicating[number] = request
-            state.keys[key] = number
+            state.numbers[request_id] = number
 
     def _side(self) -> Side:
         side = Side()

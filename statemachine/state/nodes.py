@@ -37,7 +37,6 @@ class Node:
     """A run: consecutive cached blocks with one parent, one pin count and one residency."""
 
     __slots__ = (
-        "ahead",
         "children",
         "copies",
         "distrusted",
@@ -49,6 +48,7 @@ class Node:
         "size",
         "start",
         "transfer",
+        "uncomputed",
         "words",
     )
 
@@ -68,7 +68,7 @@ class Node:
         self.copies: list[Copy | None] = [None, None]
         """By the number of the place (:attr:`Place.number`), the nearest first (written out: that is faster)."""
         self.transfer: Transfer | None = None
-        self.ahead = False
+        self.uncomputed = False
         """Cached before the step that computes it has run: matchable, but neither copied out nor trusted."""
         self.distrusted = False
         """It turned out bad, as all below it: nothing matches it any more, it goes when nobody holds it."""
@@ -198,24 +198,26 @@ class Request:
 
     __slots__ = (
         "computed",
-        "duplicates",
-        "id",
+        "duplicate_ranges",
         "items",
-        "joined",
-        "key",
+        "joined_ranges",
         "leaf",
         "matched",
         "namespace",
-        "replaced",
+        "number",
+        "replaced_ranges",
+        "request_id",
         "sides",
         "table",
-        "waits",
+        "waits_for",
         "words",
     )
 
-    def __init__(self, id: int, key: str, namespace: bytes, leaf: Node, words: bytes) -> None:
-        self.id = id
-        self.key = key
+    def __init__(self, number: int, request_id: str, namespace: bytes, leaf: Node, words: bytes) -> None:
+        self.number = number
+        """The ledger's own name of the request."""
+        self.request_id = request_id
+        """The engine's name of the request."""
         self.namespace = namespace
         self.leaf = leaf
         self.matched = leaf.end
@@ -226,16 +228,16 @@ class Request:
         """The images and sounds of all its content, also of what is no full block yet."""
         self.table: IntArray = array("i")
         """Device block ids in token order."""
-        self.duplicates: list[tuple[int, int]] = []
+        self.duplicate_ranges: list[tuple[int, int]] = []
         """Ranges of the path where the table holds a copy of its own."""
-        self.joined: list[tuple[int, int]] = []
+        self.joined_ranges: list[tuple[int, int]] = []
         """Ranges of the path that it took over from others after its match."""
-        self.replaced: list[tuple[int, int]] = []
+        self.replaced_ranges: list[tuple[int, int]] = []
         """Ranges of the path whose runs took its copies in the place of theirs."""
-        self.waits: dict[int, int] = {}
+        self.waits_for: dict[int, int] = {}
         """Transfer → first position of the block table that is not usable before its end."""
         self.computed = ALL
-        """So many leading blocks are computed; what is cached beyond is :attr:`Node.ahead`."""
+        """So many leading blocks are computed; what is cached beyond is :attr:`Node.uncomputed`."""
         self.sides: list[Side] = NO_SIDES
         """What it has of the side groups, in their order."""
 
@@ -247,18 +249,18 @@ class Request:
         """Ids of the request's own blocks, in token order."""
         table = self.table
         own = table[self.leaf.end :]
-        for start, stop in reversed(self.duplicates):
+        for start, stop in reversed(self.duplicate_ranges):
             own = table[start:stop] + own
         return own
 
     def keeps(self, node: Node) -> bool:
         """Whether the block table holds a copy of the request's own of a run of its path."""
-        return any(start <= node.start < stop for start, stop in self.duplicates)
+        return any(start <= node.start < stop for start, stop in self.duplicate_ranges)
 
     def own_copies(self, end: int) -> IntArray:
         """The request's own blocks among the first ``end`` positions of its block table, in token order."""
         own = array("i")
-        for start, stop in self.duplicates:
+        for start, stop in self.duplicate_ranges:
             own.extend(self.table[start:stop])
         own.extend(self.table[self.leaf.end : end])
         return own
@@ -279,7 +281,6 @@ class Transfer:
     """A copy in flight (or timed out: *quarantined*) and the blocks that belong to it until its end."""
 
     __slots__ = (
-        "after",
         "direction",
         "held_sources",
         "held_targets",
@@ -292,6 +293,7 @@ class Transfer:
         "target",
         "targets",
         "waiters",
+        "waits_for",
     )
 
     def __init__(
@@ -302,7 +304,7 @@ class Transfer:
         parts: list[Part],
         sources: IntArray,
         targets: IntArray,
-        after: IntArray,
+        waits_for: IntArray,
     ) -> None:
         self.id = id
         self.direction = direction
@@ -311,7 +313,8 @@ class Transfer:
         self.parts = parts
         self.sources = sources
         self.targets = targets
-        self.after = after
+        self.waits_for = waits_for
+        """Transfers that each rank has to have run before it."""
         self.leaf: Node | None = None
         """End of the path that a swap-in pins."""
         self.held_sources: IntArray = array("i")

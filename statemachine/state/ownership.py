@@ -15,7 +15,7 @@ def owners(state: State, place: Place) -> Iterator[tuple[str, IntArray]]:
     if place.group:
         for request in state.requests.values():
             for side in request.sides[place.group - 1 : place.group]:
-                yield f"request {request.key!r} ({request.id})", side.blocks()
+                yield f"request {request.request_id!r} ({request.number})", side.blocks()
         return
     for node in state.nodes.values():
         copy = node.copies[place.number]
@@ -23,7 +23,7 @@ def owners(state: State, place: Place) -> Iterator[tuple[str, IntArray]]:
             yield f"run {node.id}", copy.ids
     if place is state.device:
         for request in state.requests.values():
-            yield f"request {request.key!r} ({request.id})", request.private()
+            yield f"request {request.request_id!r} ({request.number})", request.private()
     for transfer in state.transfers.values():
         name = f"{'quarantined ' if transfer.quarantined else ''}transfer {transfer.id}"
         yield name, transfer.own_blocks(place.number)

@@ -41,11 +41,11 @@ class State:
         "generation",
         "groups",
         "host",
-        "keys",
         "next_node",
         "next_request",
         "next_transfer",
         "nodes",
+        "numbers",
         "opened",
         "places",
         "policy",
@@ -84,9 +84,10 @@ class State:
         """Roots of cleared trees that somebody still holds; nothing matches there any more."""
         self.nodes: dict[int, Node] = {}
         self.requests: dict[int, Request] = {}
-        self.keys: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}
+        """The engine's name of each live request → its number."""
         self.duplicating: dict[int, Request] = {}
-        """Those of the requests that have copies of their own of what is cached (:attr:`Request.duplicates`)."""
+        """Those of the requests that have copies of their own of what is cached (:attr:`Request.duplicate_ranges`)."""
         self.transfers: dict[int, Transfer] = {}
         self.next_node = 1
         self.next_request = 1

@@ -321,9 +321,9 @@ def test_scheduled_is_not_computed() -> None:
         it.update_cache_blocks(task, 2, 8)  # nothing new to insert: no block is mixed up
         assert it.manager.stats()["backed_up_blocks"] == 4 and sound(it)
         finish(it, task)
-        assert not any(node.ahead for node in it.manager.state.nodes.values()) or "b" in it.req_leaf_map
+        assert not any(node.uncomputed for node in it.manager.state.nodes.values()) or "b" in it.req_leaf_map
         finish(it, other)
-        assert not any(node.ahead for node in it.manager.state.nodes.values()) and sound(it)
+        assert not any(node.uncomputed for node in it.manager.state.nodes.values()) and sound(it)
 
 
 def test_bad_recycles_are_dropped_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -151,7 +151,7 @@ class Workload:
         self.live[key] = tokens
 
     def seeds(self, key: str) -> np.ndarray:
-        request = self.manager.state.requests[self.manager.state.keys[key]]
+        request = self.manager.state.requests[self.manager.state.numbers[key]]
         return chain(words_of(self.live[key]), 4 * BLOCK, request.namespace)
 
     def compute(self) -> None:

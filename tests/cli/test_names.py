@@ -314,7 +314,7 @@ def test_log_messages_are_one_line() -> None:
 
 def test_a_notice_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", "kvledger.manager.notices"):
-        notices.tell(30, "worker_lost", ledger="a", reason=HOSTILE)
+        notices.log_notice(30, "worker_lost", ledger="a", reason=HOSTILE)
     (message,) = (record.getMessage() for record in caplog.records)
     assert message.isprintable() and message.startswith('worker_lost ledger=a reason="job\\u001b]0;')
 

@@ -22,7 +22,7 @@ from kvledger.debugger import open_source
 from statemachine import commands
 from statemachine.content import Item, words_of
 from statemachine.errors import CommandRejected
-from statemachine.events import Direction, HostPolicy, Outcome, ReleaseReason, Tier
+from statemachine.events import DigestScope, Direction, HostPolicy, Outcome, ReleaseReason, Tier
 from statemachine.items import item_records
 from statemachine.records.codec import SCHEMA_HASH
 from statemachine.records.snapshot import MAGIC, state_digest
@@ -44,34 +44,34 @@ def drive(engine: Engine, rng: random.Random) -> None:
         _try(engine, _command(engine, rng, number))
         if engine.state.groups:
             _try(engine, settled(engine, rng))
-            if engine.state.keys and not number % 8:
-                rejected_drafts(engine, rng.choice(sorted(engine.state.keys)))
+            if engine.state.numbers and not number % 8:
+                rejected_drafts(engine, rng.choice(sorted(engine.state.numbers)))
     for id, transfer in list(engine.state.transfers.items()):
         if transfer.quarantined:
             _try(engine, commands.EndQuarantine(id))
         _try(engine, commands.FinishTransfer(id, Outcome.DONE, len(transfer.targets)))
-    for key in list(engine.state.keys):
+    for key in list(engine.state.numbers):
         _try(engine, commands.Release(key, ReleaseReason.ABORTED, False))
     _try(engine, commands.LoadWeights("step-1200"))
     _try(engine, commands.LoseWorker(0, "killed"))
     _try(engine, commands.LoseTier(Tier.HOST, "not the same memory", "new"))
     _try(engine, commands.Admit("last", memoryview(bytes(range(16))), b"", 99, 4))
     _try(engine, commands.StartEpoch(2, engine.sequence))
-    _try(engine, commands.TakeDigest(engine.sequence, True))
+    _try(engine, commands.TakeDigest(engine.sequence, DigestScope.STATE))
 
 
 def rejected_drafts(engine: Engine, key: str) -> None:
     """A request gets a block for drafts, and gives it back."""
-    table = engine.state.requests[engine.state.keys[key]].table
+    table = engine.state.requests[engine.state.numbers[key]].table
     _try(engine, commands.Allocate([key], [1]))
     _try(engine, commands.Trim(key, len(table) - 1))
 
 
 def settled(engine: Engine, rng: random.Random) -> commands.Settle:
     """One or two requests have settled what they have room for, or a little less."""
-    keys = sorted(rng.sample(sorted(engine.state.keys), min(len(engine.state.keys), rng.randrange(1, 3))))
+    keys = sorted(rng.sample(sorted(engine.state.numbers), min(len(engine.state.numbers), rng.randrange(1, 3))))
     size = engine.state.opened.block_size
-    room = [len(engine.state.requests[engine.state.keys[key]].table) * size for key in keys]
+    room = [len(engine.state.requests[engine.state.numbers[key]].table) * size for key in keys]
     return commands.Settle(keys, [max(tokens - rng.randrange(3) * size, 0) for tokens in room])
 
 
@@ -112,7 +112,7 @@ def _try(engine: Engine, command: commands.Command) -> None:
 
 def _command(engine: Engine, rng: random.Random, number: int) -> commands.Command:
     state, kind = engine.state, rng.randrange(26)
-    keys = list(state.keys)
+    keys = list(state.numbers)
     if kind < 8 or not keys:
         prompt = [token for _ in range(rng.randrange(1, 7)) for token in rng.choice(([1, 2, 3, 4], [5, 6, 7, 8]))]
         items = [Item(rng.choice((b"image", b"other")), 5, rng.choice((1, 7)))] * rng.randrange(1 + (len(prompt) >= 12))
@@ -123,7 +123,7 @@ def _command(engine: Engine, rng: random.Random, number: int) -> commands.Comman
             f"r{number}", words, namespace, 99, blocks, item_records(items), watermark, static_tokens=static
         )
     key = rng.choice(keys)
-    request = state.requests[state.keys[key]]
+    request = state.requests[state.numbers[key]]
     if kind < 9:
         content, at = [3, 4, 5, 6], 4 * (request.leaf.end + len(request.words) // 4 // 4)
         words = words_of(content, items=[Item(b"generated", 2, 1)]).tobytes()
@@ -158,7 +158,9 @@ def _command(engine: Engine, rng: random.Random, number: int) -> commands.Comman
             commands.Forget(rng.choice(list(state.nodes) or [0])),
             commands.Evict(rng.choice(list(Tier)), 2),
             commands.Resize(Tier.DEVICE, rng.randrange(12, 17)),
-            commands.Clear(True) if rng.random() < 0.3 else commands.TakeDigest(engine.sequence, rng.random() < 0.5),
+            commands.Clear(True)
+            if rng.random() < 0.3
+            else commands.TakeDigest(engine.sequence, DigestScope(rng.random() < 0.5)),
         )
     )
 

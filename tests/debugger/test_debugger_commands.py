@@ -188,8 +188,8 @@ def test_show(chat: Path) -> None:
     assert {run["id"] for run in shown["runs"]} == set(state.nodes)
     assert shown["eviction_order"]["host"] == [node.id for node in state.host.lru]
     told = ok("show", chat, "--at", 150)
-    assert "prefix tree" in told and all(request.key in told for request in state.requests.values())
-    key = next(iter(state.keys))
+    assert "prefix tree" in told and all(request.request_id in told for request in state.requests.values())
+    key = next(iter(state.numbers))
     assert "block table:" in ok("show", chat, "--at", 150, "--request", key)
     run = next(iter(state.nodes))
     assert json.loads(ok("show", chat, "--at", 150, "--node", run, "--json"))["id"] == run
@@ -239,7 +239,7 @@ def test_what_the_incremental_check_overlooks_is_pinned_down(chat: Path, monkeyp
     def spoil(state: Any, event: Any) -> None:
         real(state, event)
         if state.next_request > 20:
-            state.keys["ghost"] = 0
+            state.numbers["ghost"] = 0
 
     monkeypatch.setattr(check, "apply", spoil)
     monkeypatch.setattr(IncrementalCheck, "after", lambda self, event: [])
@@ -333,7 +333,7 @@ def test_leaks_know_age_and_maker(chat: Path) -> None:
     found = json.loads(ok("leaks", chat, "--at", 150, "--json"))["leaks"]
     with open_source(str(chat)) as source:
         state = source.at(150)
-    assert {leak["name"] for leak in found if leak["kind"] == "request"} == set(state.keys)
+    assert {leak["name"] for leak in found if leak["kind"] == "request"} == set(state.numbers)
     assert all(0 < leak["since"] <= leak["last"] <= 150 and leak["age_s"] >= leak["idle_s"] for leak in found)
     assert [leak["age_s"] for leak in found] == sorted((leak["age_s"] for leak in found), reverse=True)
     assert "nothing is held" in ok("leaks", chat)
@@ -452,7 +452,7 @@ def test_a_recording_that_begins_in_the_middle(chat: Path, tmp_path: Path) -> No
             assert check_log(tail, start, tail.last).violation is None
             assert all(decision.same for decision in decisions(tail, start, tail.last))
     assert "tokens" in ok("explain", path, "block", 5)
-    key = next(iter(restore(state).keys))
+    key = next(iter(restore(state).numbers))
     assert f"request '{key}' ends" in ok("explain", path, "request", key)
     assert f"request '{key}'" in ok("log", path, "--request", key)
     assert ok("replay", path).startswith(f"{whole.last - start + 1:,} events")

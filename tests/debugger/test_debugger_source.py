@@ -86,7 +86,7 @@ def test_a_living_ledger_is_followed() -> None:
         assert tail.poll() == [] and tail.alive
         manager.admit("a", np.arange(40, dtype=np.int32))
         assert [entry.sequence for entry in tail.poll()] == [2, 3]
-        assert ledger.last == 3 and "a" in ledger.at(3).keys
+        assert ledger.last == 3 and "a" in ledger.at(3).numbers
         tail.close()
         tail = ledger.tail(3)
         assert [entry.sequence for entry in tail.poll(1.0)] == [3]

@@ -39,7 +39,7 @@ def test_kv_that_is_written_before_the_request_is_ready(tmp_path: Path) -> None:
     guilty, mistake, text = told("before_ready", tmp_path)
     assert (mistake["kind"], mistake["sequence"], mistake["request"]) == ("not ready", guilty, "again")
     with open_source(str(tmp_path / "before_ready.kvlog")) as source:
-        waits = sorted(source.at(guilty).requests[3].waits)
+        waits = sorted(source.at(guilty).requests[3].waits_for)
     assert (
         f"before transfers {waits[0]} and {waits[1]} have ended" in text
         and f"event {guilty}, step 3: request 'again' writes" in text

@@ -82,7 +82,7 @@ def take_back(seed: int, order: Order) -> int:
             log.append([(1, number, b"", b"")])
             if not all((piece[1] == OURS).all() for piece in block):
                 raise LateWrite(f"round {number}: {[*block]}")
-            board.give_up(slot)
+            board.free(slot)
         closed = True
         board.close(remove=True)
         log.close(unlink=True)

@@ -86,7 +86,7 @@ class Split(NamedTuple):
     def reset(self) -> None:
         """Nothing is under way, and every block is free."""
         for manager in (self.prefill, self.decode):
-            for key in list(manager.state.keys):
+            for key in list(manager.state.numbers):
                 if not key.startswith("(receiving"):
                     manager.release(key)
         wait_until(
@@ -284,7 +284,7 @@ def test_a_push_that_takes_too_long_times_out_and_its_room_is_quarantined(names:
         (received,) = it.settle()
         assert received.outcome == Outcome.TIMED_OUT and "ranks [0, 1]" in received.reason
         assert len(received.block_table) == 0
-        assert not check(decode.state) and set(decode.state.keys) == {"r"}
+        assert not check(decode.state) and set(decode.state.numbers) == {"r"}
 
 
 def test_a_claimed_room_stays_quarantined_until_its_writer_lets_go(split: Split) -> None:
@@ -366,7 +366,7 @@ def test_a_pusher_claims_before_it_looks_and_lets_go_after(split: Split, monkeyp
     address = split.reserve()
     order = PushStarted(
         1, 0, address.ticket, address.board, address.slot, "r", address.ledger, address.layout, address.pools,
-        split.prefill.state.requests[split.prefill.state.keys["r"]].table, array("i", address.blocks),
+        split.prefill.state.requests[split.prefill.state.numbers["r"]].table, array("i", address.blocks),
     )  # fmt: skip
     signals = Signals(f"/{split.decode.name}.test.signals", create=True)
     pool = MappedPool(0, split.prefill.pools[0], signals, order)  # type: ignore[arg-type]
@@ -567,7 +567,7 @@ def test_tickets() -> None:
     assert heir.revoke_all() == {ticket} and not seen.stands(slot, ticket)
     assert heir.revoke_all() == {ticket}, "a successor that dies leaves them to the next"
     assert claimed(set()) == claimed({ticket}) == {}
-    board.give_up(slot)
+    board.free(slot)
     while board.issue():
         pass
     for each in (seen, heir):

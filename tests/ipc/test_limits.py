@@ -137,7 +137,7 @@ while number < 20_000:
         number += 1
         refused = 0
     except SharedMemoryFull:
-        for key in list(manager.state.keys):
+        for key in list(manager.state.numbers):
             manager.release(key)
         refused += 1
         assert refused < 50_000, "it does not go on"

@@ -28,7 +28,7 @@ class Traffic:
         return np.repeat(np.array([self.rng.choice((1, 1, 2)) for _ in range(blocks)], np.int32), 2)
 
     def key(self) -> str:
-        return self.rng.choice([*self.manager.state.keys, "none"])
+        return self.rng.choice([*self.manager.state.numbers, "none"])
 
     def step(self) -> str:
         """One call; returns its name."""
@@ -47,7 +47,7 @@ class Traffic:
             "resize": lambda: manager.resize(Tier.DEVICE, rng.choice((8, 12))),
             "evict": lambda: manager.evict(rng.choice(list(Tier)), 2),
             "make_room": lambda: manager.make_room(3),
-            "preempt": lambda: manager.preempt(3, list(manager.state.keys)),
+            "preempt": lambda: manager.preempt(3, list(manager.state.numbers)),
             "take_digest": manager.take_digest,
             "resume": lambda: manager.resume(weights=rng.choice(("a", "b")), force=True),
             "release": lambda: manager.release(key, final=rng.random() < 0.3),
@@ -93,7 +93,7 @@ def test_what_is_refused_for_want_of_room_has_changed_nothing(
             except CommandRejected:
                 pass
             assert not check(manager.state)
-        for key in list(manager.state.keys):
+        for key in list(manager.state.numbers):
             manager.release(key)
         manager._writer.stage = stage  # type: ignore[method-assign]
         assert not manager.state.requests and replays(manager)

@@ -130,6 +130,6 @@ def test_a_copy_that_is_replaced_before_its_step_is_cached_ahead_until_that_is_o
     do(state, Admit("b", words([1, 2]), b"", 1, 2))
     assert isinstance(do(state, Cache("b", 2, b"", 1))[-1], CopiesReplaced)
     leaf = state.requests[2].leaf
-    assert leaf.ahead and [list(event.sources) for event in do(state, Backup(leaf.id))] == [[0]]  # type: ignore[union-attr]
+    assert leaf.uncomputed and [list(event.sources) for event in do(state, Backup(leaf.id))] == [[0]]  # type: ignore[union-attr]
     do(state, Cache("b", 2, b"", 2))
-    assert not leaf.ahead
+    assert not leaf.uncomputed

@@ -119,7 +119,7 @@ def test_what_is_cached_ahead_matches_but_is_not_copied_out_before_it_is_compute
         manager.admit("c", tokens(4, 1))
         manager.cache("c", computed=0)
         manager.release("c")
-        assert not any(node.ahead for node in manager.state.nodes.values())
+        assert not any(node.uncomputed for node in manager.state.nodes.values())
 
 
 def test_selective_write_through_copies_at_the_second_use() -> None:
@@ -437,7 +437,7 @@ def test_only_the_owner_changes_anything_but_a_release_comes_from_anywhere() -> 
         assert manager.digest() == digest
         from_another_thread(lambda: manager.release("a"))  # twice: reported in the log, harmless
         manager.poll()
-        assert list(manager.state.keys) == ["b"]
+        assert list(manager.state.numbers) == ["b"]
         assert from_another_thread(manager.adopt_thread) is None
         with pytest.raises(WrongThread):
             manager.admit("d", tokens(4))
@@ -512,7 +512,7 @@ def test_a_successor_keeps_what_others_vouch_for() -> None:
         dead.close(keep=True)
     with CacheManager.open(f"e{os.getpid()}") as successor:
         assert successor.peek(tokens(8), max_blocks=99) == (4, 0) and successor.available_blocks() == 16
-        assert not any(node.ahead for node in successor.state.nodes.values()) and replays(successor)
+        assert not any(node.uncomputed for node in successor.state.nodes.values()) and replays(successor)
 
 
 def test_what_a_refusal_says() -> None:

@@ -342,7 +342,7 @@ def test_a_fork_closes_no_file_of_somebody_else(name: str) -> None:
         if other != number:
             os.close(other)
         supervised.stop()
-        forks.forget(manager)
+        forks.unwatch(manager)
 
 
 class Alarm(BaseException):
@@ -380,7 +380,7 @@ def test_calls_interrupted_at_any_moment(name: str) -> None:
                 except ManagerClosed:
                     closed += 1
                     continue
-                for key in list(manager.state.keys):
+                for key in list(manager.state.numbers):
                     manager.release(key)
                 reader = LogReader(ledger)
                 replay = Replay(check_every=1000)
@@ -428,6 +428,6 @@ def test_a_transfer_whose_order_was_interrupted_ends_all_the_same(name: str, mon
         with pytest.raises(Alarm):
             manager.match("b", TOKENS, max_blocks=4)
         (request,) = manager.state.requests.values()
-        wait_until("the request waits for nothing", lambda: not request.waits, meanwhile=manager.fold)
+        wait_until("the request waits for nothing", lambda: not request.waits_for, meanwhile=manager.fold)
         manager.release("b")
         assert not manager.state.transfers and not manager._ranks._orders

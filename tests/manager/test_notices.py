@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvledger import CacheConfig, CacheManager, HostPolicy
-from kvledger.manager.notices import notice
+from kvledger.manager.notices import log_notices
 from kvledger.manager.retention import Retention
 from statemachine.events import EpochStarted, TierLost, TransferFinished
 from tests.waiting import PATIENCE_S, wait_until
@@ -67,9 +67,9 @@ def test_a_transfer_that_times_out(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_rest(caplog: pytest.LogCaptureFixture) -> None:
-    notice("x", [TransferFinished(1, 0, 4, 0)])
+    log_notices("x", [TransferFinished(1, 0, 4, 0)])
     assert not caplog.records
-    notice("x", [TierLost(1, "its memory is gone", ""), EpochStarted(2, 99)])
+    log_notices("x", [TierLost(1, "its memory is gone", ""), EpochStarted(2, 99)])
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
     assert caplog.records[0].getMessage() == 'tier_lost ledger=x tier=host reason="its memory is gone"'
 

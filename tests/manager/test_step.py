@@ -142,7 +142,7 @@ def test_an_exception_that_leaves_a_step_undoes_nothing(name: str) -> None:
 
         with pytest.raises(ZeroDivisionError):
             broken()
-        assert list(manager.state.keys) == ["a"] and replays(manager)
+        assert list(manager.state.numbers) == ["a"] and replays(manager)
         with pytest.raises(OutOfBlocks), manager.step(2):
             manager.admit("b", tokens(99))
         assert replays(manager)
@@ -209,7 +209,7 @@ def test_room_that_ends_inside_a_step_refuses_the_call_that_needs_it(
             collections.deque(map(step, range(1000)), maxlen=0)
         assert manager.digest() == before and replays(manager)
         with manager.step(1000):
-            for key in list(manager.state.keys)[:4]:
+            for key in list(manager.state.numbers)[:4]:
                 manager.release(key)
             with pytest.raises(SharedMemoryFull):
                 manager.admit("again", tokens(2))

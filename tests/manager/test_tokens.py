@@ -269,7 +269,7 @@ def test_a_release_in_two_steps_frees_the_name_at_once_and_the_blocks_later() ->
         manager.admit("a", range(14), new_tokens=20)
         manager.commit({"a": 9})
         held = manager.release("a", ReleaseReason.ABORTED, hold=True)
-        assert held and "a" not in manager.state.keys and manager.available_blocks() == 8 - 3
+        assert held and "a" not in manager.state.numbers and manager.available_blocks() == 8 - 3
         assert manager.admit("a", range(8), max_blocks=2).cached_tokens == 8  # the same name again
         assert manager.grow({"a": 28}).refused == ["a"]
         manager.release(held)
@@ -319,7 +319,7 @@ def test_two_steps_without_room_in_the_log_leave_nothing_behind() -> None:
                 patch.setattr(manager._transactions, "_collect", collect)
                 with pytest.raises(SharedMemoryFull):
                     manager.release("a", hold=True)
-            assert list(manager.state.keys) == ["a"] and replays(manager)
+            assert list(manager.state.numbers) == ["a"] and replays(manager)
         manager.release(manager.release("a", hold=True))
 
 
@@ -488,7 +488,7 @@ class TokenMachine(RuleBasedStateMachine):
             admission = manager.admit(key, tokens if asked is None else asked, **({} if asked else options))
         except OutOfBlocks as refused:
             named = refused.request_id
-            assert manager.digest() == before and key not in manager.state.keys
+            assert manager.digest() == before and key not in manager.state.numbers
             assert named == key and (ask != "now" or not asked)
             return
         if asked is not None and ask == "now":

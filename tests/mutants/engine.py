@@ -19,7 +19,7 @@ MUTANTS: list[Mutant] = [
     mutant(
         "a copy out is done again after a later copy has written into its sources",
         "kvledger/manager/ranks.py",
-        "            self._give_up_overtaken(answered | change.answered)\n",
+        "            self._abandon_overtaken(answered | change.answered)\n",
         "            pass\n",
         f"{FAILING}::test_what_a_later_copy_has_overwritten_is_not_copied_again[engine lives]",
     ),
@@ -42,7 +42,7 @@ MUTANTS: list[Mutant] = [
     mutant(
         "a new engine has it done again after a later copy has written into its sources",
         "kvledger/manager/ranks.py",
-        "            self._give_up_overtaken(self._state.transfers)\n            self._never_again(rank)\n",
+        "            self._abandon_overtaken(self._state.transfers)\n            self._never_again(rank)\n",
         "            self._never_again(rank)\n",
         f"{FAILING}::test_what_a_later_copy_has_overwritten_is_not_copied_again[engine dies, too]",
     ),
@@ -253,15 +253,15 @@ MUTANTS: list[Mutant] = [
     mutant(
         "what was taken back stays known",
         "kvledger/manager/tokens.py",
-        "        told.tail, told.items = tail[: len(tail) - 4 * count], kept\n",
-        "        told.tail, told.items = tail, kept\n",
+        "        live.tail, live.items = tail[: len(tail) - 4 * count], kept\n",
+        "        live.tail, live.items = tail, kept\n",
         "tests/manager/test_tokens.py::test_what_is_taken_back_never_matches",
         "tests/manager/test_tokens.py::test_token_machine",
     ),
     mutant(
         "a release in two steps frees everything in the first",
         "kvledger/manager/manager.py",
-        "                if not request.waits:\n                    self._execute(commands.Reassign",
+        "                if not request.waits_for:\n                    self._execute(commands.Reassign",
         "                if False:\n                    self._execute(commands.Reassign",
         "tests/manager/test_tokens.py::test_a_release_in_two_steps_frees_the_name_at_once_and_the_blocks_later",
         "tests/manager/test_tokens.py::test_token_machine",
@@ -325,7 +325,7 @@ MUTANTS: list[Mutant] = [
     mutant(
         "after an interruption the next tokens follow the wrong ones",
         "kvledger/manager/blocks.py",
-        "        told.tail = None  # not known",
+        "        live.tail = None  # not known",
         "        # not known",
         f"{INTERRUPTED}::test_what_a_request_was_about_is_not_guessed_after_an_interruption",
     ),

@@ -22,7 +22,7 @@ MUTANTS = [
     mutant(
         "what is not computed yet is announced",
         RESIDENCY,
-        "        if above.ahead:\n            return\n",
+        "        if above.uncomputed:\n            return\n",
         "",
         BELIEVED,
         ON_ITS_WAY,

@@ -19,8 +19,8 @@ MUTANTS: list[Mutant] = [
     mutant(
         "a decode instance looks at the claims before its revocation is visible",
         "workers/handoff/tickets.py",
-        "        self._words[slot] &= ~1\n        self._fence()\n\n    def give_up",
-        "        self._words[slot] &= ~1\n\n    def give_up",
+        "        self._words[slot] &= ~1\n        self._fence()\n\n    def free",
+        "        self._words[slot] &= ~1\n\n    def free",
         f"{TAKEN_BACK}[Order.WEAK]",
     ),
     mutant(

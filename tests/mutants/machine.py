@@ -103,8 +103,8 @@ MUTANTS = [
     mutant(
         "what turned out bad is copied to the host",
         "statemachine/decide/transfers.py",
-        " or run.distrusted:\n",
-        ":\n",
+        "            or run.distrusted\n",
+        "",
         "tests/manager/test_distrust.py::test_what_turned_out_bad_is_not_copied_out",
     ),
     mutant(
@@ -163,7 +163,7 @@ MUTANTS = [
     mutant(
         "duplicates are not the request's own",
         "statemachine/state/nodes.py",
-        "        for start, stop in reversed(self.duplicates):\n            own = table[start:stop] + own\n",
+        "        for start, stop in reversed(self.duplicate_ranges):\n            own = table[start:stop] + own\n",
         "",
         "tests/statemachine/test_golden.py::test_story[duplicate]",
         ONE_TIER,
@@ -218,15 +218,15 @@ MUTANTS = [
     mutant(
         "a replaced copy counts as computed before its step",
         "statemachine/apply/cache.py",
-        "        node.ahead = node.end > request.computed\n    for node in nodes:\n",
+        "        node.uncomputed = node.end > request.computed\n    for node in nodes:\n",
         "    for node in nodes:\n",
         "tests/manager/test_duplicates.py::test_a_copy_that_is_replaced_before_its_step_is_cached_ahead_until_that_is_over",
     ),
     mutant(
         "a snapshot forgets which copies were replaced",
         "statemachine/records/snapshot.py",
-        "(request.duplicates, request.joined + turned)",
-        "(request.duplicates, request.joined)",
+        "(request.duplicate_ranges, request.joined_ranges + turned)",
+        "(request.duplicate_ranges, request.joined_ranges)",
         "tests/manager/test_duplicates.py::test_a_new_engine_does_not_trust_what_took_the_place_of_a_trusted_copy",
         ONE_TIER,
     ),
@@ -280,7 +280,7 @@ MUTANTS = [
     mutant(
         "a trimmed request still waits for what it gave back",
         "statemachine/apply/blocks.py",
-        "        del request.waits[id]\n        del state.transfers[id].waiters[request.id]\n",
+        "        del request.waits_for[id]\n        del state.transfers[id].waiters[request.number]\n",
         "        pass\n",
         "tests/statemachine/test_golden.py::test_story[trimmed while its blocks are copied out]",
         EXCLUSIVE,
@@ -305,8 +305,8 @@ MUTANTS = [
     mutant(
         "the upper part of a split is not pinned",
         "statemachine/apply/tree.py",
-        "    upper.pins, upper.hits, upper.ahead = node.pins, node.hits, node.ahead\n",
-        "    upper.hits, upper.ahead = node.hits, node.ahead\n",
+        "    upper.pins, upper.hits, upper.uncomputed = node.pins, node.hits, node.uncomputed\n",
+        "    upper.hits, upper.uncomputed = node.hits, node.uncomputed\n",
         ONE_TIER,
     ),
     mutant(
@@ -398,8 +398,8 @@ MUTANTS = [
     mutant(
         "who joins a swap-in does not wait for it",
         "statemachine/apply/requests.py",
-        "            request.waits.setdefault(node.transfer.id, node.start)\n"
-        "            node.transfer.waiters[request.id] = None\n",
+        "            request.waits_for.setdefault(node.transfer.id, node.start)\n"
+        "            node.transfer.waiters[request.number] = None\n",
         "            pass\n",
         EXCLUSIVE,
     ),
@@ -455,11 +455,11 @@ MUTANTS = [
     Mutant(
         "what is not computed yet is copied out",
         (
-            Edit("statemachine/decide/transfers.py", "if not run.valid() or run.ahead or", "if not run.valid() or"),
+            Edit("statemachine/decide/transfers.py", "            or run.uncomputed\n", ""),
             Edit(
                 "statemachine/apply/transfers.py",
-                " or node.transfer is not None or node.ahead:",
-                " or node.transfer is not None:",
+                "            or node.uncomputed\n",
+                "",
             ),
         ),
         (
@@ -494,8 +494,8 @@ MUTANTS = [
     mutant(
         "what a request joined counts as cached by it",
         "statemachine/decide/ledger.py",
-        "request.duplicates + request.joined):",
-        "request.duplicates):",
+        "request.duplicate_ranges + request.joined_ranges):",
+        "request.duplicate_ranges):",
         "tests/manager/test_engine_api.py::test_a_successor_keeps_what_others_vouch_for",
         ONE_TIER,
     ),
@@ -601,7 +601,7 @@ MUTANTS = [
         "between two chunks a path goes on into an item that must not be cut",
         "statemachine/decide/requests.py",
         "    if request.items and not state.opened.chunked_multimodal:\n",
-        "    if request.id < 0:\n",
+        "    if request.number < 0:\n",
         "tests/manager/test_content_in_full.py::"
         "test_what_goes_on_between_chunks_ends_before_an_image_that_must_not_be_cut",
         "tests/statemachine/test_machine.py::test_machine[OneTierMachine]",

@@ -382,7 +382,7 @@ def test_nothing_of_one_namespace_is_matched_in_another(
             known = max((_common(prompt, other) for other in own), default=0) // 2
             admission = manager.admit(str(number), np.array(prompt, np.int32), namespace=space)
             assert admission.device_blocks + admission.host_blocks <= known
-            request = manager.state.requests[manager.state.keys[str(number)]]
+            request = manager.state.requests[manager.state.numbers[str(number)]]
             path = manager.state.path(request.leaf)
             assert not path or manager.state.roots[space] is path[0].parent
             manager.cache(str(number))

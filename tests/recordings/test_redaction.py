@@ -67,7 +67,7 @@ def record(path: Path, steps: list[tuple[Any, ...]], block_size: int, rotate: bo
                     recorder.step()
                     recorder._written_at = 0.0
                     recorder.step()
-                for live in list(manager.state.keys):
+                for live in list(manager.state.numbers):
                     manager.release(live)
         manager.take_digest()
         while recorder.step():
@@ -91,7 +91,16 @@ def shape(state: State) -> Any:
         )
 
     requests = [
-        (r.id, r.leaf.id, list(r.table), len(r.words), r.duplicates, r.waits, bool(r.namespace), bool(r.key))
+        (
+            r.number,
+            r.leaf.id,
+            list(r.table),
+            len(r.words),
+            r.duplicate_ranges,
+            r.waits_for,
+            bool(r.namespace),
+            bool(r.request_id),
+        )
         for r in state.requests.values()
     ]
     orders = [[node.id for node in order] for order in (state.device.final, state.device.lru, state.host.lru)]
@@ -147,7 +156,7 @@ def secrets_of(path: Path) -> set[bytes]:
     states = [restore(begin)] if begin else []
     words = [node.words for state in states for node in state.nodes.values()]
     words += [request.words for state in states for request in state.requests.values()]
-    names = [request.key for state in states for request in state.requests.values()]
+    names = [request.request_id for state in states for request in state.requests.values()]
     for event in map(event_of, records):
         if isinstance(event, RequestMatched | BlocksCached):
             words.append(event.words)

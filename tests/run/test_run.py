@@ -153,7 +153,7 @@ def test_a_failed_run_is_recorded_to_its_end_and_a_refused_one_not_at_all(
     reader = KvlogReader(record)
     state = replay(reader).state
     reader.close()
-    assert "20" in state.keys and reader.damage is None
+    assert "20" in state.numbers and reader.damage is None
 
 
 MALFORMED = {

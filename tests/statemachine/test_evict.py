@@ -25,7 +25,7 @@ def state() -> State:
         do(state, Admit(key, words(prompt), b"", 99, len(prompt)))
         do(state, Cache(key, len(prompt), b""))
         if backed_up:
-            do(state, Backup(state.requests[state.keys[key]].leaf.id))
+            do(state, Backup(state.requests[state.numbers[key]].leaf.id))
             (transfer,) = state.transfers.values()
             do(state, FinishTransfer(transfer.id, Outcome.DONE, len(transfer.targets)))
         do(state, Release(key, ReleaseReason.FINISHED, False))

@@ -215,7 +215,7 @@ def transcript(policy: HostPolicy, story: list[Command]) -> str:
         except CommandRejected as error:
             lines.append(f"    {type(error).__name__}: {error}")
         for request in state.requests.values():
-            lines.append(f"      {request.key}: {list(request.table)}" + (" waits" if request.waits else ""))
+            lines.append(f"      {request.request_id}: {list(request.table)}" + (" waits" if request.waits_for else ""))
     return "\n".join([*lines, state_digest(state).hex(), ""])
 
 

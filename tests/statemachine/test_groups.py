@@ -124,7 +124,7 @@ class GroupsMachine(RuleBasedStateMachine):
         assert redecide(events, self.state)[1] == events, (command, commands_of(events, self.state))
 
     def request(self, key: str) -> Any:
-        return self.state.requests[self.state.keys[key]]
+        return self.state.requests[self.state.numbers[key]]
 
     def pick(self, number: int) -> str:
         return sorted(self.live)[number % len(self.live)]

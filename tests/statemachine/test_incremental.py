@@ -28,15 +28,15 @@ STEPS = 300
 
 def traffic(state: State, rng: random.Random) -> Iterator[commands.Command]:
     for number in range(STEPS):
-        keys, kind = list(state.keys), rng.randrange(26)
+        keys, kind = list(state.numbers), rng.randrange(26)
         key = rng.choice(keys) if keys else ""
         if kind < 7 or not keys:
             prompt = [rng.choice((1, 1, 1, 2)) for _ in range(rng.randrange(1, 9))]
             words = memoryview(struct.pack(f"<{len(prompt)}i", *prompt))
             yield commands.Admit(f"r{number}", words, rng.choice((b"", b"", b"salt")), rng.choice((99, 3)), len(prompt))
         elif kind < 11:
-            request = state.requests[state.keys[key]]
-            if not request.waits:
+            request = state.requests[state.numbers[key]]
+            if not request.waits_for:
                 blocks = min(len(request.table), request.leaf.end + len(request.words) // 4)
                 yield commands.Cache(key, blocks, b"", max(blocks - 1, 0) if rng.random() < 0.3 else None)
         elif kind < 14:
@@ -55,7 +55,7 @@ def traffic(state: State, rng: random.Random) -> Iterator[commands.Command]:
         elif kind == 18:
             yield commands.Allocate([key], [rng.randrange(1, 3)])
         elif kind == 19:
-            request = state.requests[state.keys[key]]
+            request = state.requests[state.numbers[key]]
             yield commands.Trim(key, max(request.leaf.end, len(request.table) - 1))
         elif kind == 20:
             yield rng.choice(
@@ -64,9 +64,9 @@ def traffic(state: State, rng: random.Random) -> Iterator[commands.Command]:
         elif kind < 23:
             yield commands.Extend(key, 99)
         elif kind == 23:
-            yield commands.Backup(state.requests[state.keys[key]].leaf.id)
+            yield commands.Backup(state.requests[state.numbers[key]].leaf.id)
         elif kind == 24:
-            request = state.requests[state.keys[key]]
+            request = state.requests[state.numbers[key]]
             own = request.table[request.leaf.end :]
             forget = commands.Forget(rng.choice(list(state.nodes) or [0]))
             distrust = commands.Distrust(key, rng.randrange(5))
@@ -74,7 +74,7 @@ def traffic(state: State, rng: random.Random) -> Iterator[commands.Command]:
                 (commands.MakeRoom(rng.randrange(1, 4)), forget, distrust, commands.GiveBack(key, own[:1]))
             )
         else:
-            blocks = array("i", state.requests[state.keys[key]].table[-1:])
+            blocks = array("i", state.requests[state.numbers[key]].table[-1:])
             yield rng.choice((commands.Clear(True), commands.Reassign(key, rng.choice(keys), blocks)))
 
 
@@ -149,7 +149,7 @@ def _words(state: State, rng: random.Random, node: Node) -> None:
 
 
 def _ahead(state: State, rng: random.Random, node: Node) -> None:
-    node.ahead = True
+    node.uncomputed = True
 
 
 RUN_CORRUPTIONS = [
@@ -166,15 +166,15 @@ def _cut_table(state: State, rng: random.Random, request: Request) -> None:
 
 
 def _forget_wait(state: State, rng: random.Random, request: Request) -> None:
-    request.waits = {}
+    request.waits_for = {}
 
 
 def _wait_for_nothing(state: State, rng: random.Random, request: Request) -> None:
-    request.waits = {**request.waits, 999: 0}
+    request.waits_for = {**request.waits_for, 999: 0}
 
 
 def _rename(state: State, rng: random.Random, request: Request) -> None:
-    request.key += "x"
+    request.request_id += "x"
 
 
 def _computed(state: State, rng: random.Random, request: Request) -> None:

@@ -64,7 +64,7 @@ def sound_state() -> State:
 
 
 def lose_a_block(state: State) -> None:
-    owner = next(request for request in state.requests.values() if request.key == "b")
+    owner = next(request for request in state.requests.values() if request.request_id == "b")
     state.device.pool.capacity += 1
     assert owner
 
@@ -109,12 +109,12 @@ def forget_a_waiter(state: State) -> None:
 
 
 def permute_a_table(state: State) -> None:
-    table = next(request for request in state.requests.values() if request.key == "c").table
+    table = next(request for request in state.requests.values() if request.request_id == "c").table
     table[0], table[1] = table[1], table[0]
 
 
 def forget_who_computes(state: State) -> None:
-    next(node for node in state.nodes.values() if node.pins and node.valid()).ahead = True
+    next(node for node in state.nodes.values() if node.pins and node.valid()).uncomputed = True
 
 
 def find_what_turned_out_bad(state: State) -> None:
@@ -123,7 +123,7 @@ def find_what_turned_out_bad(state: State) -> None:
 
 
 def misremember_the_match(state: State) -> None:
-    next(request for request in state.requests.values() if request.key == "b").matched = 1
+    next(request for request in state.requests.values() if request.request_id == "b").matched = 1
 
 
 def see_what_is_no_group(state: State) -> None:

@@ -170,16 +170,16 @@ class Machine(RuleBasedStateMachine):
 
         Only that is: what stays cached ahead holds anything, and nobody may be handed it as content.
         """
-        if not isinstance(command, Cache | Release) or command.key not in self.content:
+        if not isinstance(command, Cache | Release) or command.request_id not in self.content:
             return
-        request = self.state.requests[self.state.keys[command.key]]
+        request = self.state.requests[self.state.numbers[command.request_id]]
         if isinstance(command, Release):
             computed = request.leaf.end
         elif command.computed is not None:
             computed = command.computed
         else:
             computed = command.blocks
-        self.memory.compute(self.state, command.key, *self.content[command.key], computed)
+        self.memory.compute(self.state, command.request_id, *self.content[command.request_id], computed)
 
     def derive(self, command: Any, events: list[Event]) -> None:
         """From the events alone follows a command that comes to the same events."""
@@ -268,7 +268,7 @@ class Machine(RuleBasedStateMachine):
                 continue
             self.cache(sorted(self.content).index(key), len(prompt), [])
             if self.state.policy == HostPolicy.WRITE_THROUGH:
-                self.do(Backup(self.state.requests[self.state.keys[key]].leaf.id))
+                self.do(Backup(self.state.requests[self.state.numbers[key]].leaf.id))
             if end in ("finished", "final"):
                 self.release_named(key, end == "final", ReleaseReason.FINISHED)
 
@@ -283,7 +283,7 @@ class Machine(RuleBasedStateMachine):
             if key in self.content and self.settled(key):
                 number = sorted(self.content).index(key)
                 if ahead:
-                    self.mark_computed(number, self.state.requests[self.state.keys[key]].leaf.end)
+                    self.mark_computed(number, self.state.requests[self.state.numbers[key]].leaf.end)
                 self.cache(number, len(prompt), [], max(ahead, 1))
 
     @rule(requests=REQUESTS, number=KEYS)
@@ -295,7 +295,7 @@ class Machine(RuleBasedStateMachine):
 
     def settled(self, key: str) -> bool:
         """Let the copies end that a request waits for; whether it waits for nothing now."""
-        waits = self.state.requests[self.state.keys[key]].waits
+        waits = self.state.requests[self.state.numbers[key]].waits_for
         for id in sorted(waits):
             while id in self.memory.todo:
                 self.memory.copy(id)
@@ -325,20 +325,20 @@ class Machine(RuleBasedStateMachine):
     def cache(self, number: int, blocks: int, generated: list[Any], ahead: int = 1) -> None:
         """Publish blocks; a request that caches ahead has not computed the last ones (``ahead``) yet."""
         key = self.pick(number)
-        request = self.state.requests[self.state.keys[key]]
+        request = self.state.requests[self.state.numbers[key]]
         root, content = self.content[key]
         images = records(generated, len(content))
         content = content + generated
         blocks = min(blocks, len(content), len(request.table))
         start = request.leaf.end
-        if blocks < start or request.waits:
+        if blocks < start or request.waits_for:
             return  # an engine does not write what it may not write yet
         computed = None if request.computed == ALL else max(request.computed, blocks - ahead)
         for position in range(start, blocks if computed is None else min(blocks, computed)):
             self.memory.write(request.table[position], (root, *content[: position + 1]))
         if isinstance(self.do(Cache(key, blocks, words(generated).tobytes(), computed, images)), list):
             path = self.state.path(request.leaf)
-            ahead = {block for node in path if node.ahead and node.device for block in node.device.ids}
+            ahead = {block for node in path if node.uncomputed and node.device for block in node.device.ids}
             for position in range(start, blocks):
                 if request.table[position] not in ahead:  # its own copy of what another one has computed
                     self.memory.write(request.table[position], (root, *content[: position + 1]))
@@ -352,7 +352,7 @@ class Machine(RuleBasedStateMachine):
     def mark_computed(self, number: int, blocks: int) -> None:
         """From here on this request caches ahead of its steps; what is covered has been computed."""
         key = self.pick(number)
-        request = self.state.requests[self.state.keys[key]]
+        request = self.state.requests[self.state.numbers[key]]
         backwards = request.computed != ALL and blocks < request.computed
         assert isinstance(self.do(Cache(key, request.leaf.end, b"", blocks)), list) != backwards
 
@@ -361,14 +361,14 @@ class Machine(RuleBasedStateMachine):
     def extend(self, number: int, limit: int) -> None:
         """Between two chunks."""
         key = self.pick(number)
-        request = self.state.requests[self.state.keys[key]]
-        end, waits = request.leaf.end, bool(request.waits)
+        request = self.state.requests[self.state.numbers[key]]
+        end, waits = request.leaf.end, bool(request.waits_for)
         done = self.do(Extend(key, limit))
         if request.leaf.end > end and not self.state.opened.chunked_multimodal:
             assert uncut(self.content[key][1], request.leaf.end) == request.leaf.end
         assert isinstance(done, list) != waits
         bad = request.leaf.distrusted
-        assert waits or (request.leaf.end == end if bad else not request.duplicates and request.leaf.end >= end)
+        assert waits or (request.leaf.end == end if bad else not request.duplicate_ranges and request.leaf.end >= end)
         if self.oracle is not None:
             self.oracle.extend(key, limit)
             self.compare_tables(key)
@@ -378,7 +378,7 @@ class Machine(RuleBasedStateMachine):
     def distrust(self, number: int, blocks: int, drop: bool) -> None:
         """A request's KV turned out bad: whoever reads it goes on, and nobody finds it again."""
         key = self.pick(number)
-        request = self.state.requests[self.state.keys[key]]
+        request = self.state.requests[self.state.numbers[key]]
         end = request.leaf.end
         tables = {id: list(each.table) for id, each in self.state.requests.items()}
         prompt = [*self.content[key][1], 9]
@@ -401,10 +401,10 @@ class Machine(RuleBasedStateMachine):
     @rule(number=KEYS, first=st.integers(0, 3))
     def give_back(self, number: int, first: int) -> None:
         key = self.pick(number)
-        request = self.state.requests[self.state.keys[key]]
+        request = self.state.requests[self.state.numbers[key]]
         blocks = request.table[request.leaf.end :][first::2]
         done = self.do(GiveBack(key, blocks))
-        assert isinstance(done, list) or request.waits
+        assert isinstance(done, list) or request.waits_for
         if isinstance(done, list) and self.oracle is not None:
             self.oracle.give_back(key, list(blocks))
 
@@ -412,7 +412,7 @@ class Machine(RuleBasedStateMachine):
     @rule(number=KEYS)
     def back_up(self, number: int) -> None:
         before = {id: node.hits for id, node in self.state.nodes.items() if node.host is None}
-        request = self.state.requests[self.state.keys[self.pick(number)]]
+        request = self.state.requests[self.state.numbers[self.pick(number)]]
         done = self.do(Backup(request.leaf.id))
         assert isinstance(done, list)
         for event in done:
@@ -477,7 +477,7 @@ class Machine(RuleBasedStateMachine):
     @rule(first=KEYS, second=KEYS, count=st.integers(1, 2))
     def reassign(self, first: int, second: int, count: int) -> None:
         key, other = self.pick(first), self.pick(second)
-        request = self.state.requests[self.state.keys[key]]
+        request = self.state.requests[self.state.numbers[key]]
         blocks = request.table[request.leaf.end :][:count]
         done = self.do(Reassign(key, other, array("i", blocks)))
         if isinstance(done, list) and self.oracle is not None:
@@ -552,12 +552,12 @@ class Machine(RuleBasedStateMachine):
         if outcome == Outcome.CORRUPT and transfer.direction != Direction.SWAP_IN:
             outcome = Outcome.FAILED
         valid = total if outcome == Outcome.DONE else min(valid, total - 1) if outcome != Outcome.TIMED_OUT else 0
-        waiters = [self.state.requests[id].key for id in transfer.waiters]
+        waiters = [self.state.requests[id].request_id for id in transfer.waiters]
         done = self.do(FinishTransfer(transfer.id, outcome, valid))
         if isinstance(done, list):
             assert any(isinstance(event, TransferFinished) for event in done)
             for key in waiters:
-                assert transfer.id not in self.state.requests[self.state.keys[key]].waits
+                assert transfer.id not in self.state.requests[self.state.numbers[key]].waits_for
 
     @precondition(lambda self: self.oracle is None and self.quiet())
     @rule(tier=st.sampled_from(Tier), blocks=st.integers(4, 14))
@@ -577,7 +577,7 @@ class Machine(RuleBasedStateMachine):
             node
             for request in self.state.requests.values()
             for node in self.state.path(request.leaf)
-            if any(start <= node.start < stop for start, stop in request.replaced)
+            if any(start <= node.start < stop for start, stop in request.replaced_ranges)
         }
         for node in suspects:
             if node in replaced or not trusted_below(node):
@@ -646,8 +646,8 @@ class Machine(RuleBasedStateMachine):
     def blocks_hold_their_tokens(self) -> None:
         """A request that waits for nothing finds the KV of its own tokens, in token order."""
         for key, (root, content) in self.content.items():
-            request = self.state.requests[self.state.keys[key]]
-            if not request.waits and not any(node.ahead for node in self.state.path(request.leaf)):
+            request = self.state.requests[self.state.numbers[key]]
+            if not request.waits_for and not any(node.uncomputed for node in self.state.path(request.leaf)):
                 wrong = self.memory.wrong(self.state, key, root, content)
                 assert not wrong, wrong
 
@@ -669,7 +669,7 @@ class Machine(RuleBasedStateMachine):
 
     def compare_tables(self, key: str) -> None:
         if self.oracle is not None:
-            table = self.state.requests[self.state.keys[key]].table
+            table = self.state.requests[self.state.numbers[key]].table
             assert list(table) == self.oracle.live[key].table
 
     @invariant()
@@ -737,7 +737,7 @@ def test_a_run_that_is_computed_in_part_is_not_computed() -> None:
     for blocks in (1, 2, 3):  # what the engine has not written may nobody take for written
         machine.mark_computed(number=0, blocks=blocks)
         machine.blocks_hold_their_tokens()
-        assert machine.state.requests[1].leaf.ahead == (blocks < 3)
+        assert machine.state.requests[1].leaf.uncomputed == (blocks < 3)
 
 
 def test_a_restored_state_clears_like_the_original() -> None:

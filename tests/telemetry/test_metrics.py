@@ -257,7 +257,7 @@ def assert_levels_are_those_of_the_state(derivation: Derivation) -> None:
         assert {kind: n for kind, n in given.items() if n} == {kind: n for kind, n in found.items() if n}
         assert sum(given.values()) == levels["kvledger_pool_capacity_blocks", (label,)]
     assert levels["kvledger_live_requests", ()] == len(state.requests)
-    assert levels["kvledger_waiting_requests", ()] == sum(bool(r.waits) for r in state.requests.values())
+    assert levels["kvledger_waiting_requests", ()] == sum(bool(r.waits_for) for r in state.requests.values())
 
 
 def test_what_random_traffic_does_not_do() -> None:

@@ -220,7 +220,7 @@ def test_a_swap_in_waits_for_the_swap_out_of_its_targets_and_for_no_other(standi
         serve(manager, engine, "b", prompt(1, 15))  # a is on the host now
         standin.hold(0)
         admission = manager.admit("c", prompt(0, 15))
-        assert admission.host_blocks and any(transfer.after for transfer in manager.state.transfers.values())
+        assert admission.host_blocks and any(transfer.waits_for for transfer in manager.state.transfers.values())
         for _ in range(50):  # time enough for a worker that did not wait
             manager.poll()
             time.sleep(0.01)

@@ -99,7 +99,7 @@ def what_became_of_blocks(name: str) -> tuple[int, int]:
             assert isinstance(event, BlocksEvicted) and quarantined, event
         given_up += max(cached - now, 0)
         cached = now
-        overtaken = {id for transfer in state.transfers.values() for id in transfer.after}
+        overtaken = {id for transfer in state.transfers.values() for id in transfer.waits_for}
         quarantined = any(transfer.quarantined for transfer in state.transfers.values())
 
     reader = LogReader(name)
@@ -137,7 +137,7 @@ def test_what_a_later_copy_has_overwritten_is_not_copied_again(
     os.kill(other, signal.SIGSTOP)
     assert manager.admit("back", prompt(0)).host_blocks > 4
     out, back = manager.state.transfers.values()
-    assert [*back.after] == [out.id]
+    assert [*back.waits_for] == [out.id]
     engine_too = case == "engine dies, too"
     if case == "a GPU, which had not answered":  # its stream goes on without waiting for anybody to be told
         monkeypatch.setattr(PoolLayout, "on_gpu", property(lambda self: True))

@@ -134,7 +134,7 @@ def test_a_router_that_believes_them_knows_what_the_ledger_has(name: str, policy
                 router.take(number, payload)
             assert router.number == manager.next_sequence - 2
             state = manager.state
-            if not state.transfers and not any(run.ahead for run in state.nodes.values()):
+            if not state.transfers and not any(run.uncomputed for run in state.nodes.values()):
                 assert router.score(prompt) == manager.peek(prompt, max_blocks=len(prompt)), prompt
         assert router.names and manager.stats()["device_evicted_blocks"] > 50
         batches.close()
@@ -161,7 +161,7 @@ def test_what_is_on_its_way_between_tiers_leaves_no_hole(name: str, policy: Host
                     for data in held.told(event, dynamo.compute_block_hash_for_seq):
                         tree.apply_event(1, json.dumps({"event_id": number, "data": data}).encode())
             state = manager.state
-            if not state.transfers and not any(run.ahead for run in state.nodes.values()):
+            if not state.transfers and not any(run.uncomputed for run in state.nodes.values()):
                 found = tree.find_matches(dynamo.compute_block_hash_for_seq(prompt, BLOCK)).scores
                 assert (
                     found.get((1, 0), 0)

@@ -206,7 +206,7 @@ def _tiers(run: Node) -> Iterator[Tier]:
     device, host = run.valid() or leaves, run.valid(Tier.HOST)
     above: Node | None = run
     while (device or host) and above is not None:
-        if above.ahead:
+        if above.uncomputed:
             return
         above = above.parent
     if device:
@@ -232,7 +232,7 @@ def _touched(state: State, event: Event) -> list[Node] | None:
         case RequestReleased() | BlocksComputed():
             request = state.requests.get(event.request)
             path = [] if request is None else _path(request.leaf, None)
-            ahead = [run for run in path if run.ahead]
+            ahead = [run for run in path if run.uncomputed]
             return [*path, *_below(ahead[-1])] if ahead else []
         case TransferFinished():
             transfer = state.transfers.get(event.transfer)

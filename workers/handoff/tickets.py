@@ -76,7 +76,7 @@ class Tickets:
         self._words[slot] &= ~1
         self._fence()
 
-    def give_up(self, slot: int) -> None:
+    def free(self, slot: int) -> None:
         """Free the slot of a ticket that is revoked and that nobody claims."""
         self._words[slot] = 0
         self._free.append(slot)

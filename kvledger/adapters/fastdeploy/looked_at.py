@@ -32,7 +32,7 @@ class LookedAt(SplitInstance):
         state = self._manager.state
         return View(
             self._live.keys,
-            lambda req_id: leaf_view(state, state.requests[state.keys[req_id]].leaf),
+            lambda req_id: leaf_view(state, state.requests[state.numbers[req_id]].leaf),
             self._live.__len__,
         )
 

@@ -181,7 +181,7 @@ class DevicePool:
 
     def _request(self, req_id: str) -> Request:
         state = self._manager.state
-        return state.requests[state.keys[req_id]]
+        return state.requests[state.numbers[req_id]]
 
     # Blocks without a request
 

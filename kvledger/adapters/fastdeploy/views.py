@@ -100,7 +100,7 @@ def _hash_value(state: State, run: Node, offset: int) -> bytes:
 
 
 def _requests(state: State, run: Node, offset: int) -> set[str]:
-    return {request.key for request in state.requests.values() if run in state.path(request.leaf)}
+    return {request.request_id for request in state.requests.values() if run in state.path(request.leaf)}
 
 
 _ATTRIBUTES: dict[str, Callable[[State, Node, int], Any]] = {

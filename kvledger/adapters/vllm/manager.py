@@ -247,7 +247,7 @@ class LedgerKVCacheManager(KVCacheManager):
 
     def _admit(self, request: Request, hit: int, slots: int, must_fit: bool, reserve: int) -> _Live | None:
         name = request.request_id
-        if name in self.ledger.state.keys:  # preempted a moment ago, and a step that still writes its blocks runs
+        if name in self.ledger.state.numbers:  # preempted a moment ago, and a step that still writes its blocks runs
             self._again += 1
             name = f"{name}#{self._again}"
         blocks = hit // self.block_size

@@ -86,7 +86,7 @@ def explain_transfer(source: Source, transfer: int, at: int, most: int = MOST_FA
         now = [
             f"{kind} {transfer} is {'quarantined' if flying.quarantined else 'in flight'}: {_blocks(flying.targets)}"
         ]
-        names = [f"{state.requests[id].key!r}" for id in flying.waiters]
+        names = [f"{state.requests[id].request_id!r}" for id in flying.waiters]
         now.append(f"waiting for it: {listed(names) if names else 'nobody'}")
     del state
     return backwards(source, f"transfer {transfer}", now, _TransferStory(source, transfer), at, most)
@@ -103,7 +103,7 @@ def explain_request(source: Source, text: str, at: int, most: int = MOST_FACTS, 
     number = request_numbers(source, text, at)[-1]
     state = source.at(at)
     request = state.requests.get(number)
-    name = f"request {text!r}" if request is None else f"request {request.key!r} (number {number})"
+    name = f"request {text!r}" if request is None else f"request {request.request_id!r} (number {number})"
     if request is None:
         now = [f"{name} has ended"]
     else:
@@ -114,7 +114,7 @@ def explain_request(source: Source, text: str, at: int, most: int = MOST_FACTS, 
         ]
         if request.computed < cached:
             now.append(f"the first {request.computed} are computed, the others are cached ahead of their step")
-        for id, position in request.waits.items():
+        for id, position in request.waits_for.items():
             now.append(f"it waits for transfer {id}: nothing from position {position} on may be used before that ends")
     del state
     return backwards(source, name, now, _RequestStory(source, number, text, words), at, most)
@@ -182,8 +182,8 @@ class _BlockStory(Story):
         self.holder = ""
         if isinstance(event, RequestReleased | RequestExtended) and event.request in state.requests:
             request = state.requests[event.request]
-            self.holder = request.key if self._holds(state, event.request) else ""
-            self.ending = f"request {request.key!r}"
+            self.holder = request.request_id if self._holds(state, event.request) else ""
+            self.ending = f"request {request.request_id!r}"
 
     def _involved(self, event: Event) -> bool:
         """Whether an event that names no block moves it."""
@@ -207,7 +207,7 @@ class _BlockStory(Story):
         if isinstance(event, RequestMatched) and self._holds(state, event.request):
             return f"request {event.key!r} (number {event.request}) finds it in its prompt and holds it"
         if isinstance(event, RequestExtended) and not self.holder and self._holds(state, event.request):
-            return f"request {state.requests[event.request].key!r} finds it between two chunks and holds it"
+            return f"request {state.requests[event.request].request_id!r} finds it between two chunks and holds it"
         if isinstance(event, RequestReleased) and self.holder and not self.named:
             return f"request {self.holder!r} ends ({reason_name(event)}) and lets go of it"
         if not self.involved:
@@ -218,13 +218,13 @@ class _BlockStory(Story):
         return self._moved(state, event, purpose, owners)
 
     def _moved(self, state: State, event: Event, purpose: Event, owners: list[Owner]) -> str:
-        name = {id: request.key for id, request in state.requests.items()}
+        name = {id: request.request_id for id, request in state.requests.items()}
         now = f"it is {listed(short(owner) for owner in owners) or 'lost'} then"
         if isinstance(event, BlocksAllocated):
             self.grants += 1
             self.complete = self.grants >= _GRANTS
             owner = owners[0].request if owners else None
-            key = owner.key if owner is not None else "?"
+            key = owner.request_id if owner is not None else "?"
             return f"granted to request {key!r}, as position {owners[0].place} of its block table" if owner else now
         if isinstance(event, BlocksCached):
             node, place = owners[0].node, owners[0].place
@@ -265,7 +265,7 @@ class _BlockStory(Story):
         ids, others = (event.sources, event.targets) if is_source else (event.targets, event.sources)
         other = block_name(Tier(1 - self.tier), others[ids.index(self.block)])
         kind = f"{DIRECTIONS[Direction(event.direction)]} {event.transfer}"
-        why = f" for request {state.requests[event.request].key!r}" if inward else _for(state, purpose)
+        why = f" for request {state.requests[event.request].request_id!r}" if inward else _for(state, purpose)
         if is_source:
             return f"{kind} copies it to {other}{why}; {now}"
         self.grants += 1
@@ -277,7 +277,7 @@ def _for(state: State, purpose: Event) -> str:
     """Whom room is made for."""
     if isinstance(purpose, BlocksAllocated):
         # The grant comes later in the transaction, its requests are there already.
-        names = [f"{state.requests[id].key!r}" for id in purpose.requests if id in state.requests]
+        names = [f"{state.requests[id].request_id!r}" for id in purpose.requests if id in state.requests]
         return f", to make room for {count(len(purpose.blocks), 'block')} of request {listed(names)}" if names else ""
     if isinstance(purpose, TransferStarted):
         return f", to make room for transfer {purpose.transfer}"
@@ -299,12 +299,12 @@ class _RequestStory(Story):
     def begin(self, state: State | None) -> None:
         self.words = Wording.after(state) if state is not None else Wording()
         request = state.requests.get(self.number) if state is not None else None
-        self.waits = set(request.waits) if request is not None else set()
+        self.waits = set(request.waits_for) if request is not None else set()
 
     def after(self, state: State, entry: Entry, purpose: Event) -> str:
         event = entry.event
         request = state.requests.get(self.number)
-        waits = set(request.waits) if request is not None else set()
+        waits = set(request.waits_for) if request is not None else set()
         new, over, self.waits = waits - self.waits, self.waits - waits, waits
         arrived = isinstance(event, TransferFinished) and event.transfer in over
         named = event.key == self.key if isinstance(event, AllocationRefused) else self._named(event)
@@ -344,7 +344,7 @@ class _TransferStory(Story):
     def before(self, state: State, event: Event) -> None:
         transfer = state.transfers.get(self.number)
         if transfer is not None:
-            self.waiters = [state.requests[id].key for id in transfer.waiters if id in state.requests]
+            self.waiters = [state.requests[id].request_id for id in transfer.waiters if id in state.requests]
 
     def after(self, state: State, entry: Entry, purpose: Event) -> str:
         event = entry.event

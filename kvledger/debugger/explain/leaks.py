@@ -51,13 +51,13 @@ def leaks(source: Source, at: int) -> list[Leak]:
     lives = _lives(source, state, at)
     now = next(source.entries(at, at)).time_ns
     found = [
-        _request(state, request, lives, now, _overtaken(source, state, lives["request", request.id].last))
+        _request(state, request, lives, now, _overtaken(source, state, lives["request", request.number].last))
         for request in state.requests.values()
     ]
     for transfer in state.transfers.values():
         kind = "quarantined " if transfer.quarantined else ""
         held = f"{kind}{DIRECTIONS[transfer.direction]} of {count(len(transfer.targets), 'block')}"
-        names = [state.requests[id].key for id in transfer.waiters]
+        names = [state.requests[id].request_id for id in transfer.waiters]
         why = "no rank has ended its quarantine" if transfer.quarantined else ""
         waiting = f", {count(len(names), 'request')} wait for it" if names else ""
         found.append(
@@ -85,7 +85,7 @@ def _lives(source: Source, state: State, at: int) -> dict[tuple[str, int], _Life
     for id in state.transfers:
         lives["transfer", id] = _Life()
     spans = {span for (kind, id) in lives for span in source.spans(_KINDS[kind], id) if span[0] <= at}
-    keys = {request.key: id for id, request in state.requests.items()}
+    keys = {request.request_id: id for id, request in state.requests.items()}
     words = Wording(state.opened.block_size)
     for first, last in sorted(spans):
         for entry in source.entries(first, min(last, at)):
@@ -111,7 +111,7 @@ _KINDS: dict[str, Kind] = {"request": "request", "transfer": "transfer"}
 
 
 def _request(state: State, request: Request, lives: dict[tuple[str, int], _Life], now: int, overtaken: int) -> Leak:
-    life = lives["request", request.id]
+    life = lives["request", request.number]
     own = len(request.private())
     pinned = request.leaf.end
     holds = f"{count(own, 'block')} of its own, pins {count(pinned, 'cached block')}"
@@ -120,7 +120,7 @@ def _request(state: State, request: Request, lives: dict[tuple[str, int], _Life]
         why = f"refused at event {life.refused.sequence} and never heard of again, still pins its path"
     elif overtaken >= _OVERTAKEN:
         why = f"{overtaken:,} requests have begun and ended since anything mentioned it: probably never released"
-    return _leak("request", request.key, holds, life, now, why)
+    return _leak("request", request.request_id, holds, life, now, why)
 
 
 def _overtaken(source: Source, state: State, last: Entry | None) -> int:

@@ -74,7 +74,7 @@ def short(owner: Owner) -> str:
     if owner.node is not None:
         return f"block {owner.place} of run {owner.node.id}"
     if owner.request is not None:
-        return f"private to request {owner.request.key!r}, at position {owner.place} of its block table"
+        return f"private to request {owner.request.request_id!r}, at position {owner.place} of its block table"
     assert owner.transfer is not None
     held = "quarantined with" if owner.transfer.quarantined else "held by"
     return f"{held} transfer {owner.transfer.id} until that ends"
@@ -136,7 +136,7 @@ def describe(state: State, tier: Tier, block: int, words: bool = True) -> list[s
         lines.append(f"its content is still arriving with transfer {node.transfer.id}")
     if node.distrusted:
         lines.append("it turned out bad: nothing matches it, and it goes when nobody holds it")
-    if node.ahead:
+    if node.uncomputed:
         lines.append("it is cached ahead: the step that computes it is not over yet")
     lines.append(f"it stands for {content(state, node, owner.place, words)}")
     for other, copy in zip(Tier, node.copies):
@@ -148,7 +148,7 @@ def describe(state: State, tier: Tier, block: int, words: bool = True) -> list[s
 
 def _held(state: State, tier: Tier, node: Node) -> str:
     if node.pins:
-        names = [f"{request.key!r}" for request in holders(state, node)]
+        names = [f"{request.request_id!r}" for request in holders(state, node)]
         swaps = [str(t.id) for t in state.transfers.values() if t.leaf is not None and on_path(t.leaf, node)]
         text = f"held by request{'s' * (len(names) > 1)} {listed(names[:_SHOWN_NAMES])}" if names else "held"
         if len(names) > _SHOWN_NAMES:

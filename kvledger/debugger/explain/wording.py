@@ -93,7 +93,7 @@ class Wording:
     @classmethod
     def after(cls, state: State) -> Wording:
         """For the events that follow a state."""
-        return cls(state.opened.block_size, {id: request.key for id, request in state.requests.items()})
+        return cls(state.opened.block_size, {id: request.request_id for id, request in state.requests.items()})
 
     def __call__(self, event: Event) -> str:
         """The event in one line."""

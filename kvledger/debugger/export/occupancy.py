@@ -33,6 +33,6 @@ def occupancy(state: State, tier: Tier) -> Occupancy:
     if tier == Tier.DEVICE:
         for request in state.requests.values():
             private += len(request.table) - request.leaf.end
-            private += sum(stop - start for start, stop in request.duplicates)
+            private += sum(stop - start for start, stop in request.duplicate_ranges)
     free = len(pool.free)
     return Occupancy(free, pool.capacity - free - private - in_flight, private, in_flight)

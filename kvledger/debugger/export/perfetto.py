@@ -176,8 +176,8 @@ class _Timeline:
     def resume(self, state: State, time_ns: int) -> None:
         """A log that begins in the middle: what lives already."""
         for request in state.requests.values():
-            self._open_request(request.id, request.key, time_ns, table=len(request.table))
-            self._phase(state, request.id, time_ns)
+            self._open_request(request.number, request.request_id, time_ns, table=len(request.table))
+            self._phase(state, request.number, time_ns)
         for transfer in state.transfers.values():
             self._open_transfer(transfer.id, transfer.direction, time_ns, len(transfer.targets))
             if transfer.quarantined:
@@ -266,7 +266,7 @@ class _Timeline:
         self._phases[request] = ""
 
     def _phase(self, state: State, request: int, time_ns: int) -> None:
-        waits = state.requests[request].waits
+        waits = state.requests[request].waits_for
         phase = "running"
         if waits:
             directions = {state.transfers[id].direction for id in waits}

@@ -55,15 +55,15 @@ def entry_fields(entry: Entry) -> dict[str, Any]:
 def request_fields(request: Request) -> dict[str, Any]:
     """A live request."""
     return {
-        "key": request.key,
-        "number": request.id,
+        "key": request.request_id,
+        "number": request.number,
         "namespace": request.namespace.hex(),
         "block_table": request.table.tolist(),
         "cached_blocks": request.leaf.end,
         "computed_blocks": min(request.computed, len(request.table)) if request.computed != ALL else None,
         "leaf": request.leaf.id,
         "private_blocks": request.private().tolist(),
-        "waits": {str(transfer): position for transfer, position in request.waits.items()},
+        "waits": {str(transfer): position for transfer, position in request.waits_for.items()},
     }
 
 
@@ -79,7 +79,7 @@ def node_fields(node: Node) -> dict[str, Any]:
         "device_ready": node.device is not None and node.device.ready,
         "host": node.host.ids.tolist() if node.host is not None else None,
         "host_ready": node.host is not None and node.host.ready,
-        "ahead": node.ahead,
+        "ahead": node.uncomputed,
         "distrusted": node.distrusted,
         "uses": node.hits,
         "transfer": node.transfer.id if node.transfer is not None else 0,
@@ -95,7 +95,7 @@ def transfer_fields(transfer: Transfer) -> dict[str, Any]:
         "quarantined": transfer.quarantined,
         "sources": transfer.sources.tolist(),
         "targets": transfer.targets.tolist(),
-        "after": transfer.after.tolist(),
+        "after": transfer.waits_for.tolist(),
         "waiters": list(transfer.waiters),
     }
 

@@ -229,19 +229,19 @@ class _Count:
     def _began(self, state: State, entry: Entry, event: RequestMatched) -> None:
         request = state.requests[event.request]
         memory = self._memory
-        memory.names[request.id] = request.key
+        memory.names[request.number] = request.request_id
         found = event.device_blocks + event.host_blocks
         keys = memory.keys(state, event.words, request.leaf, request.items)
         if not found + len(keys):
             return
         group = self._group(state, request)
-        self._groups[request.id] = group
-        self._names.setdefault(group, request.key)
+        self._groups[request.number] = group
+        self._names.setdefault(group, request.request_id)
         counted = entry.sequence >= self._start
         time = (entry.time_ns - self._begun) * TIMES // self._length if counted else None
         causes = self._causes(state, entry, request, keys, counted)
-        self._asked[request.id] = _Asked(group, time, found, keys, causes)
-        asked = Fate(Step.ASKED, entry.sequence, entry.time_ns, request.id)
+        self._asked[request.number] = _Asked(group, time, found, keys, causes)
+        asked = Fate(Step.ASKED, entry.sequence, entry.time_ns, request.number)
         for key, cause in zip(keys, causes):
             if cause not in (Cause.KEPT, Cause.NOT_READY):
                 memory.note(key, request.namespace, asked)
@@ -284,7 +284,7 @@ class _Count:
                         token = position * state.opened.block_size + shared
                         departure = self._departures.setdefault(token, _Departures(entry.sequence))
                         departure.requests += 1
-                        departure.request, departure.other = request.key, memory.names[other]
+                        departure.request, departure.other = request.request_id, memory.names[other]
                         departure.run = request.leaf.id if not index else 0
                         departure.tokens = _token(content, shared), _token(instead, shared)
                 seen = memory.seen(content)
@@ -296,7 +296,7 @@ class _Count:
         parent = memory.end_key(state, request.leaf)
         for index, key in enumerate(keys):
             content = words[index * size : (index + 1) * size] + request.items.get(request.leaf.end + index, b"")
-            memory.bring(parent, content, request.id)
+            memory.bring(parent, content, request.number)
             parent = key
         return causes
 
@@ -309,7 +309,7 @@ class _Count:
         if fate.step != Step.EVICTED:
             return Cause.LOST
         if counted:
-            pair = self._groups[request.id], self._groups.get(fate.by)
+            pair = self._groups[request.number], self._groups.get(fate.by)
             ages, newest = self._pushed.get(pair, (array("q"), 0))
             ages.append(entry.time_ns - fate.time_ns)
             self._pushed[pair] = ages, max(newest, fate.sequence)

@@ -55,8 +55,8 @@ def request_numbers(source: Source, text: str, stop: int | None = None) -> list[
         if isinstance(entry.event, RequestMatched) and entry.event.key == text
     ]
     before = source.before(source.first)
-    if before is not None and text in before.keys:
-        numbers.insert(0, before.keys[text])
+    if before is not None and text in before.numbers:
+        numbers.insert(0, before.numbers[text])
     if not numbers:
         until = "" if stop is None else f" up to event {stop}"
         raise SourceError(f"no request {text!r} begins in {source.name}{until}; a request's number is written #12")

@@ -79,7 +79,7 @@ def differences(one: State, other: State) -> Iterator[str]:
     """What differs between two states, most telling first: blocks, requests, runs, transfers, orders, totals."""
     for tier in Tier:
         yield from _pool(one, other, tier)
-    requests = {r.key: r for r in one.requests.values()}, {r.key: r for r in other.requests.values()}
+    requests = {r.request_id: r for r in one.requests.values()}, {r.request_id: r for r in other.requests.values()}
     yield from _each("request", *requests, _request)
     yield from _each("run", one.nodes, other.nodes, _node)
     yield from _each("transfer", one.transfers, other.transfers, _transfer)
@@ -132,54 +132,56 @@ def _each(
             yield f"{count(len(keys), noun)} in the {side} only: {names}"
     for key in one:
         if key in other:
-            told = compare(one[key], other[key])
-            if told:
-                yield f"{noun} {key!r}: " + ", ".join(told)
+            differing = compare(one[key], other[key])
+            if differing:
+                yield f"{noun} {key!r}: " + ", ".join(differing)
 
 
 def _request(one: Request, other: Request) -> list[str]:
-    told = []
+    differing = []
     if one.table != other.table:
         place = next((i for i, (a, b) in enumerate(zip(one.table, other.table)) if a != b), None)
         if place is None:
-            told.append(f"block tables of {len(one.table)} and {len(other.table)} blocks")
+            differing.append(f"block tables of {len(one.table)} and {len(other.table)} blocks")
         else:
-            told.append(f"position {place} of its block table is block {one.table[place]} and {other.table[place]}")
+            differing.append(
+                f"position {place} of its block table is block {one.table[place]} and {other.table[place]}"
+            )
     if (one.leaf.id, one.leaf.end) != (other.leaf.id, other.leaf.end):
-        told.append(
+        differing.append(
             f"its path ends in run {one.leaf.id} ({one.leaf.end} blocks) and {other.leaf.id} ({other.leaf.end})"
         )
-    names = ("id", "namespace", "words", "matched", "duplicates", "joined", "replaced", "waits", "computed")
-    told += _simple(one, other, names)
-    return told
+    names = ("number", "namespace", "words", "matched", "computed", "waits_for")
+    differing += _simple(one, other, (*names, "duplicate_ranges", "joined_ranges", "replaced_ranges"))
+    return differing
 
 
 def _node(one: Node, other: Node) -> list[str]:
     above = [0 if node.parent is None else node.parent.id for node in (one, other)]
-    told = _simple(one, other, ("start", "size", "pins", "words", "ahead", "distrusted", "hits"))
+    differing = _simple(one, other, ("start", "size", "pins", "words", "uncomputed", "distrusted", "hits"))
     for tier, mine, its in zip(Tier, one.copies, other.copies):
         copies = [None if copy is None else (copy.ids, copy.ready) for copy in (mine, its)]
         if copies[0] != copies[1]:
             texts = ["nothing" if c is None else f"[{ids(c[0])}]{'' if c[1] else ' (arriving)'}" for c in copies]
-            told.append(f"{tier.name.lower()} {texts[0]} and {texts[1]}")
-    return told if above[0] == above[1] else [f"below run {above[0]} and {above[1]}", *told]
+            differing.append(f"{tier.name.lower()} {texts[0]} and {texts[1]}")
+    return differing if above[0] == above[1] else [f"below run {above[0]} and {above[1]}", *differing]
 
 
 def _transfer(one: Transfer, other: Transfer) -> list[str]:
-    names = ("direction", "sources", "targets", "after", "held_sources", "held_targets", "quarantined")
-    told = _simple(one, other, names)
+    names = ("direction", "sources", "targets", "waits_for", "held_sources", "held_targets", "quarantined")
+    differing = _simple(one, other, names)
     if list(one.waiters) != list(other.waiters):
-        told.append(f"requests {list(one.waiters)} and {list(other.waiters)} wait")
-    return told
+        differing.append(f"requests {list(one.waiters)} and {list(other.waiters)} wait")
+    return differing
 
 
 def _simple(one: Any, other: Any, names: tuple[str, ...]) -> list[str]:
-    told = []
+    differing = []
     for name in names:
         a, b = getattr(one, name), getattr(other, name)
         if a != b:
-            told.append(f"{name.replace('_', ' ')} {_value(a)} and {_value(b)}")
-    return told
+            differing.append(f"{name.replace('_', ' ')} {_value(a)} and {_value(b)}")
+    return differing
 
 
 def _value(value: Any) -> str:

@@ -153,26 +153,26 @@ class _Engine:
                 self._ended[self._names.pop(event.request, "")] = entry
 
     def _changed(self, request: Request, sequence: int) -> None:
-        before = self._tables.get(request.id)
+        before = self._tables.get(request.number)
         if before is None or before != request.table:
             if before is not None and request.table[: len(before)] != before:
-                self._former[request.id] = _Former(before, sequence)
-            self._tables[request.id] = request.table[:]
+                self._former[request.number] = _Former(before, sequence)
+            self._tables[request.number] = request.table[:]
 
     def _claimed(self, request: Request, entry: Entry, size: int) -> None:
         """A request says that blocks are computed: they have to have been written."""
         claimed = min(request.leaf.end, request.computed)
-        written = self._reach[request.id] // size
+        written = self._reach[request.number] // size
         if claimed <= written:
             return
-        self._reach[request.id] = claimed * size
+        self._reach[request.number] = claimed * size
         blocks = list(request.table[written:claimed])
         text = (
             f"publishes device blocks {ids(blocks)}, {_positions(written, claimed)} of its block table: "
             f"nothing was computed there, only its first {count(written, 'block')} are"
         )
-        by = self._calls.get(("commit", request.key)) or self._calls.get(("cache", request.key), "")
-        self._tell("not computed", entry.sequence, entry.step, request.key, blocks, text, by)
+        by = self._calls.get(("commit", request.request_id)) or self._calls.get(("cache", request.request_id), "")
+        self._tell("not computed", entry.sequence, entry.step, request.request_id, blocks, text, by)
 
     def mark(self, state: State, mark: Mark) -> None:
         """What the engine says of itself, and the state by then."""
@@ -186,7 +186,7 @@ class _Engine:
         start, stop = (mark.values[1], mark.values[2]) if writes else (0, 0)
         blocks: list[int] = mark.values[-2]
         does = "writes to" if writes else "reads"
-        number = state.keys.get(name)
+        number = state.numbers.get(name)
         size = state.opened.block_size
 
         def tell(kind: str, text: str, these: list[int]) -> None:
@@ -200,7 +200,7 @@ class _Engine:
         expected = request.table[first : -(-stop // size)] if writes else request.table[: len(blocks)]
         self._compare(request, first, blocks, list(expected), tell)
         last = (-(-stop // size) if writes else len(blocks)) - 1
-        waits = {transfer: position for transfer, position in request.waits.items() if last >= position}
+        waits = {transfer: position for transfer, position in request.waits_for.items() if last >= position}
         if waits:
             names = listed(str(transfer) for transfer in sorted(waits))
             ended = f"transfers {names} have" if len(waits) > 1 else f"transfer {names} has"
@@ -220,7 +220,7 @@ class _Engine:
         ]
         if not wrong:
             return
-        former = self._former.get(request.id)
+        former = self._former.get(request.number)
         old = former is not None and all(list(former.table[place : place + 1]) == [given] for place, given, _ in wrong)
         right = listed(str(place) for place, _, _ in wrong[:3]) + (" and more" if len(wrong) > 3 else "")
         where = f"at position {right} of its block table, where "
@@ -241,16 +241,16 @@ class _Engine:
         blocks: list[int],
         tell: Callable[..., None],
     ) -> None:
-        own = {place for begin, end in request.duplicates for place in range(begin, end)}
+        own = {place for begin, end in request.duplicate_ranges for place in range(begin, end)}
         firm = min(request.leaf.end, request.computed)
         shared = [
             block for place, block in enumerate(blocks, first) if place < firm and place not in own and start < stop
         ]
         if shared:
             tell("shared", "which are cached: whoever finds them there reads what is written now", shared)
-        reach = self._reach.get(request.id)
+        reach = self._reach.get(request.number)
         if reach is not None and start <= reach:
-            self._reach[request.id] = max(reach, stop)
+            self._reach[request.number] = max(reach, stop)
 
     def _end_of(self, name: str) -> str:
         ended = self._ended.get(name)

@@ -32,7 +32,7 @@ NAMES = {
     "event": "the event; the classes of events have their names: isinstance(event, BlocksEvicted)",
     "sequence, time_ns, step": "where and when the event stands in the log",
     "device, host": "the pools: .capacity, .free",
-    "requests": "live requests by name: .table, .leaf, .words, .waits, .private()",
+    "requests": "live requests by name: .table, .leaf, .words, .waits_for, .private()",
     "nodes": "runs by id: .size, .start, .pins, .parent, .children; .device and .host: None, or a copy (.ids, .ready)",
     "transfers": "copies in flight by number: .direction, .sources, .targets, .waiters, .quarantined",
     "counters": "totals since genesis",
@@ -110,7 +110,7 @@ class _Names(dict[str, Any]):
         state: State = self["state"]
         match name:
             case "requests":
-                return {request.key: request for request in state.requests.values()}
+                return {request.request_id: request for request in state.requests.values()}
             case "nodes" | "transfers" | "counters":
                 return getattr(state, name)
             case "device" | "host":

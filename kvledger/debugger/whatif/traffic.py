@@ -179,10 +179,10 @@ def _begun(state: State, event: RequestMatched) -> Iterator[Ask]:
         last = request.leaf.children.get(request.words + request.items.get(matched, b""))
         if last is not None and last.matchable():
             limit = matched
-    yield Begin(request.id, event.namespace, words, limit, len(request.table), matched, event.items)
+    yield Begin(request.number, event.namespace, words, limit, len(request.table), matched, event.items)
     if matched:
         # Where these blocks do not match, they are computed and published like the rest.
-        yield Publish(request.id, matched, b"")
+        yield Publish(request.number, matched, b"")
 
 
 def _asks(state: State, event: Event, begun: set[int]) -> Iterator[Ask]:

@@ -208,7 +208,7 @@ class Simulation:
         request = self._request(ask.request)
         # As an engine does: at least one token is left to compute.
         limit = request.leaf.end + max(len(request.words) // self.state.block_bytes, 1) - 1
-        for event in self._execute(commands.Extend(request.key, max(limit, ask.start + ask.found))):
+        for event in self._execute(commands.Extend(request.request_id, max(limit, ask.start + ask.found))):
             if isinstance(event, RequestExtended):
                 self.result.device_hit_blocks += event.device_blocks
         if self.state.opened.backup_after > 1:
@@ -222,12 +222,14 @@ class Simulation:
     def _shrink(self, ask: Shrink) -> None:
         request = self._request(ask.request)
         if request.leaf.end <= ask.blocks < len(request.table):
-            self._execute(commands.Trim(request.key, ask.blocks))
+            self._execute(commands.Trim(request.request_id, ask.blocks))
 
     def _move(self, ask: Move) -> None:
         request = self._request(ask.request)
         own = request.table[request.leaf.end :]
-        self._execute(commands.Reassign(request.key, self._live[ask.target], own[max(len(own) - ask.blocks, 0) :]))
+        self._execute(
+            commands.Reassign(request.request_id, self._live[ask.target], own[max(len(own) - ask.blocks, 0) :])
+        )
 
     def _final(self, ask: End) -> bool:
         hints = self.result.scenario.hints
@@ -254,7 +256,7 @@ class Simulation:
             self._execute(commands.LoseTier(tier, "as recorded", self.state.pools or "simulated"))
 
     def _request(self, request: int) -> Request:
-        return self.state.requests[self.state.keys[self._live[request]]]
+        return self.state.requests[self.state.numbers[self._live[request]]]
 
     def _execute(self, command: commands.Command) -> list[Event]:
         """Decide, apply, and let every transfer that begins end at once."""
