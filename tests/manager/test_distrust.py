@@ -145,6 +145,16 @@ def test_what_turned_out_bad_is_not_copied_out() -> None:
         assert manager.stats()["backed_up_blocks"] == 2
 
 
+def test_the_parts_of_a_run_that_is_cut_never_match_either() -> None:
+    prompt = [*range(16)]
+    with ledger(host_blocks=32, host_policy=HostPolicy.WRITE_THROUGH) as manager:
+        serve(manager, "a", prompt)
+        manager.distrust("a", 0)
+        manager.release("a")
+        assert manager.evict(Tier.DEVICE, 2) == 2, "its end, which stays on the host: the run is cut"
+        assert len(manager.state.nodes) == 2 and cached(manager, prompt) == 0
+
+
 def test_a_chain_that_turned_out_bad_is_dropped_where_others_are_swapped_out() -> None:
     with ledger(device_blocks=6, host_blocks=32, host_policy=HostPolicy.EXCLUSIVE) as manager:
         serve(manager, "a", [*range(8)])

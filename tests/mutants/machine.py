@@ -89,8 +89,7 @@ MUTANTS = [
         "statemachine/apply/tree.py",
         "        upper.distrusted = True\n",
         "",
-        EXCLUSIVE,
-        THROUGH,
+        "tests/manager/test_distrust.py::test_the_parts_of_a_run_that_is_cut_never_match_either",
     ),
     mutant(
         "what turned out bad is forgotten in a snapshot",
