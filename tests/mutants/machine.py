@@ -681,7 +681,7 @@ MUTANTS = [
         "statemachine/decide/sides.py",
         "        if least > available:\n",
         "        if count > available:\n",
-        GROUPS,
+        "tests/statemachine/test_groups.py::test_a_long_prompt_needs_no_more_of_a_window_than_its_cap",
     ),
     mutant(
         "a batch is told that would fit what a layer group has no room for",
