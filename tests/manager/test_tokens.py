@@ -113,7 +113,7 @@ def test_steps_that_cross_no_border_are_not_in_the_log() -> None:
                 for number in range(4):
                     manager.append(f"r{number}", 7)
                 grown = manager.grow({f"r{number}": 10 + step for number in range(4)})
-                assert grown == ({}, [], [], None, [])
+                assert grown == ({}, [], [], None, [], {})
         assert manager.next_sequence == before
 
 

@@ -265,7 +265,7 @@ class GroupsMachine(RuleBasedStateMachine):
         key = self.pick(number)
         end = self.request(key).leaf.end
         assert isinstance(self.do(Extend(key, 99)), list)
-        assert self.request(key).leaf.end == end and not self.request(key).duplicates
+        assert self.request(key).leaf.end == end and not self.request(key).duplicate_ranges
 
     @precondition(lambda self: self.live)
     @rule(number=KEYS, final=st.booleans())
