@@ -51,6 +51,23 @@ class Allocate(NamedTuple):
     counts: list[int]
 
 
+class Adopt(NamedTuple):
+    """Append exactly these ``blocks`` to a block table, as an engine did whose own manager is recorded.
+
+    They are free, or cached and used by nobody: then what is cached in them is evicted.
+    """
+
+    request_id: str
+    blocks: IntArray
+
+
+class Depart(NamedTuple):
+    """Note that an engine that is recorded did ``what`` this ledger would not have done, for ``request_id``."""
+
+    request_id: str
+    what: str
+
+
 class Cache(NamedTuple):
     """Publish the first ``blocks`` blocks of a request. ``words``: content of generated blocks; ``items`` in it."""
 
@@ -216,6 +233,8 @@ Command = (
     | Admit
     | Extend
     | Allocate
+    | Adopt
+    | Depart
     | Cache
     | Distrust
     | Settle

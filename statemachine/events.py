@@ -1,13 +1,10 @@
 """The one table of events: every fact that can change the state of a KV-block manager.
 
-An event carries the outcome that was decided (these block ids, these runs), never the wish, so that applying it
-needs no policy. Events are immutable named tuples. The annotation of a field says how it travels in a log record (see
-:mod:`statemachine.records.codec`; a first field of 64 bits is the record's *subject*), and what it means. Indexes,
-histories, tables, redaction and the documents follow from that (:mod:`statemachine.fields`), so that an event
-is told once, here.
+An event carries the outcome that was decided (these block ids, these runs), never the wish: applying needs no policy.
+The annotation of a field says how it travels in a log record (:mod:`statemachine.records.codec`; a first field of 64
+bits is the record's *subject*) and what it means. Indexes, histories, tables, redaction and documents follow from that
+(:mod:`statemachine.fields`): an event is told once, here. Conventions:
 
-Conventions
------------
 * ``node`` ids name runs of the prefix tree, ``0`` means "none" or the root of a namespace.
 * ``cut`` and ``upper``: a run is cut after its first ``cut`` blocks; the upper part gets the new id ``upper``, the
   lower part keeps its id. ``upper == 0`` means that nothing is cut.
@@ -125,14 +122,6 @@ class Direction(IntEnum):
     """Device to host; the run stays on the device (write-through)."""
 
 
-ROUTES: dict[Direction, tuple[Tier, Tier]] = {
-    Direction.SWAP_OUT: (Tier.DEVICE, Tier.HOST),
-    Direction.SWAP_IN: (Tier.HOST, Tier.DEVICE),
-    Direction.BACKUP: (Tier.DEVICE, Tier.HOST),
-}
-"""Direction → the tier that is read, the tier that is written."""
-
-
 class Outcome(IntEnum):
     """How a transfer ended."""
 
@@ -161,6 +150,8 @@ SWAP_IN: Final = Direction.SWAP_IN
 BACKUP: Final = Direction.BACKUP
 DONE: Final = Outcome.DONE
 """What every step asks for: before Python 3.12, looking a member up in its enumeration takes 75 ns."""
+ROUTES: dict[Direction, tuple[Tier, Tier]] = {SWAP_OUT: (DEVICE, HOST), SWAP_IN: (HOST, DEVICE), BACKUP: (DEVICE, HOST)}
+"""Direction → the tier that is read, the tier that is written."""
 
 
 class LedgerOpened(NamedTuple):
@@ -218,9 +209,8 @@ class AllocationRefused(NamedTuple):
     """There was no room. Changes nothing; operators ask why.
 
     ``request`` is 0 where an admission was refused, or several requests at once (``key`` is then the first that did not
-    fit, before the log had this rule the first of all).
-    An admission would have pinned the path to ``leaf`` (its first ``cut`` blocks, if that is not 0).
-    ``wanted`` and ``available`` are blocks of the layer ``group``.
+    fit, before the log had this rule the first of all). An admission would have pinned the path to ``leaf`` (its first
+    ``cut`` blocks, if that is not 0). ``wanted`` and ``available`` are blocks of the layer ``group``.
     """
 
     request: RequestId
@@ -279,6 +269,20 @@ class CopiesReplaced(NamedTuple):
     nodes: RunIds
     blocks: DeviceBlocks
     freed: DeviceBlocks
+
+
+class BlocksChosen(NamedTuple):
+    """These free blocks are granted next, the first one first: an engine whose own manager is recorded chose them."""
+
+    blocks: DeviceBlocks
+
+
+class EngineDeparted(NamedTuple):
+    """An engine that is recorded did ``what`` this ledger would not have done, for ``key``. Changes nothing."""
+
+    request: RequestId
+    key: RequestName
+    what: Text
 
 
 class BlocksComputed(NamedTuple):
@@ -481,7 +485,7 @@ Event = (
     | BlocksTrimmed | RequestReleased | BlocksEvicted | TransferStarted | TransferFinished | QuarantineEnded
     | CacheCleared | PoolResized | TierLost | WorkerJoined | WorkerLost | EpochStarted | DigestTaken
     | RequestExtended | BlocksComputed | WeightsLoaded | CopiesReplaced | BlocksDistrusted | SideAllocated
-    | WindowPassed | SideFreed
+    | WindowPassed | SideFreed | BlocksChosen | EngineDeparted
 )
 # fmt: on
 

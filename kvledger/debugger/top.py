@@ -17,6 +17,7 @@ from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksChosen,
     BlocksComputed,
     BlocksDistrusted,
     BlocksEvicted,
@@ -26,6 +27,7 @@ from statemachine.events import (
     CopiesReplaced,
     DigestTaken,
     Direction,
+    EngineDeparted,
     EpochStarted,
     LedgerOpened,
     PoolResized,
@@ -250,7 +252,7 @@ class Top:
                 pass
             case LedgerOpened() | QuarantineEnded() | CacheCleared() | PoolResized() | TierLost():
                 pass
-            case BlocksDistrusted() | CopiesReplaced():
+            case BlocksDistrusted() | CopiesReplaced() | BlocksChosen() | EngineDeparted():
                 pass
             case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded():
                 pass

@@ -87,6 +87,26 @@ class BlockCalls(TokenCalls):
             start += count
         return new
 
+    def adopt_blocks(self, request_id: str, blocks: Sequence[int]) -> None:
+        """Append exactly these device blocks to a block table: what an engine did whose own manager is recorded.
+
+        They have to be free, or cached and used by nobody; what is cached in them, and below, is evicted.
+
+        Raises:
+            InvalidCommand: somebody uses one of them, or there is a host tier.
+            UnknownRequest
+        """
+        self._execute(commands.Adopt(request_id, block_ids(blocks)))
+
+    def note_departure(self, request_id: str, what: str) -> None:
+        """Write down that an engine whose own manager is recorded did what this ledger would not have done.
+
+        Args:
+            request_id: for whom; "" for nobody.
+            what: the difference, in numbers: it is no user's content.
+        """
+        self._execute(commands.Depart(request_id, what))
+
     def cache(
         self,
         request_id: str,

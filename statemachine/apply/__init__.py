@@ -22,6 +22,7 @@ from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksChosen,
     BlocksComputed,
     BlocksDistrusted,
     BlocksEvicted,
@@ -30,6 +31,7 @@ from statemachine.events import (
     CacheCleared,
     CopiesReplaced,
     DigestTaken,
+    EngineDeparted,
     EpochStarted,
     Event,
     LedgerOpened,
@@ -88,6 +90,8 @@ HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
     SideAllocated: sides.side_allocated,
     WindowPassed: sides.window_passed,
     SideFreed: sides.side_freed,
+    BlocksChosen: blocks.blocks_chosen,
+    EngineDeparted: lambda state, event: None,
 }
 """Event → how it changes the state; what :func:`apply` looks up, for loops where a call counts."""
 

@@ -9,6 +9,7 @@ from statemachine.events import (
     SWAP_IN,
     AllocationRefused,
     BlocksAllocated,
+    BlocksChosen,
     BlocksReassigned,
     BlocksTrimmed,
     IntArray,
@@ -62,6 +63,17 @@ def blocks_allocated(state: State, event: BlocksAllocated) -> None:
         request.table.extend(blocks[position:stop])
         position = stop
     state.counters.allocated_blocks += total
+
+
+def blocks_chosen(state: State, event: BlocksChosen) -> None:
+    """Free blocks go to the top of the free list."""
+    free = state.device.pool.free
+    chosen = set(event.blocks)
+    if len(chosen) != len(event.blocks) or not chosen.issubset(free):
+        taken = chosen.difference(free)
+        wrong = next((block for block in event.blocks if block in taken), event.blocks[0])
+        violated(event, f"DEVICE block {wrong} is not free, or named twice: {owner(state, state.device, wrong)}")
+    free[:] = array("i", [block for block in free if block not in chosen]) + event.blocks[::-1]
 
 
 def _wait_for_held(

@@ -11,7 +11,7 @@ Rules:
 
 ::
 
-    requests · cache · transfers · pools · ledger ─► hits, eviction, capacity, lookup ─► state
+    requests · cache · transfers · pools · ledger · followed ─► hits, eviction, capacity, lookup ─► state
     derive: from the events of a log back to the commands
 
 Words: ``docs/glossary.md``.
@@ -25,6 +25,7 @@ from typing import Any
 from statemachine.commands import Command
 from statemachine.decide.cache import CACHE
 from statemachine.decide.capacity import available_blocks, can_allocate, victims_for
+from statemachine.decide.followed import FOLLOWED
 from statemachine.decide.ledger import LEDGER
 from statemachine.decide.lookup import peek, request_named
 from statemachine.decide.pools import POOLS
@@ -40,6 +41,7 @@ DECIDERS: dict[type[Any], Callable[[State, Any], list[Event]]] = {
     **TRANSFERS,
     **POOLS,
     **LEDGER,
+    **FOLLOWED,
 }
 """Command → what decides it."""
 

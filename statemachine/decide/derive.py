@@ -14,11 +14,13 @@ from typing import Any
 
 from statemachine.commands import (
     Admit,
+    Adopt,
     Allocate,
     Backup,
     Cache,
     Clear,
     Command,
+    Depart,
     Distrust,
     EndQuarantine,
     Evict,
@@ -47,6 +49,7 @@ from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksChosen,
     BlocksComputed,
     BlocksDistrusted,
     BlocksEvicted,
@@ -57,6 +60,7 @@ from statemachine.events import (
     DigestScope,
     DigestTaken,
     Direction,
+    EngineDeparted,
     EpochStarted,
     Event,
     EvictReason,
@@ -251,6 +255,8 @@ def _nothing_else(event: SideFreed) -> Command:
 
 
 def _allocated(state: State, event: BlocksAllocated, events: Sequence[Event]) -> Command:
+    if any(isinstance(each, BlocksChosen) for each in events):
+        return Adopt(state.requests[event.requests[0]].request_id, event.blocks)
     return Allocate([state.requests[id].request_id for id in event.requests], list(event.counts))
 
 
@@ -314,6 +320,10 @@ def _replaced(state: State, event: CopiesReplaced, events: Sequence[Event]) -> C
     raise NoCommand("copies are replaced, and nobody has cached or released anything before")
 
 
+def _chosen(state: State, event: BlocksChosen, events: Sequence[Event]) -> Command:
+    raise NoCommand("blocks are chosen, and nobody gets them")
+
+
 def _made_room(events: Sequence[Event]) -> Command:
     """What an allocation would have begun with, alone."""
     blocks = 0
@@ -356,6 +366,8 @@ DERIVERS: dict[type[Any], Callable[[State, Any, Sequence[Event]], Command]] = {
     PoolResized: lambda _, event, __: Resize(Tier(event.tier), event.blocks),
     TierLost: lambda _, event, __: LoseTier(Tier(event.tier), event.reason, event.pools),
     CopiesReplaced: _replaced,
+    BlocksChosen: _chosen,
+    EngineDeparted: lambda _, event, __: Depart(event.key, event.what),
     WorkerJoined: lambda _, event, __: JoinWorker(event.rank, event.incarnation, event.pid),
     WorkerLost: lambda _, event, __: LoseWorker(event.rank, event.reason),
     EpochStarted: lambda _, event, __: StartEpoch(event.epoch, event.last_sequence),

@@ -200,6 +200,8 @@ EARLIER: dict[int, Earlier] = {
     # Until what turned out bad could be distrusted (BlocksDistrusted).
     0x5693452048BD2A9E: Earlier(_ONE_GROUP, b"kvlstate4"),
     0x6BE329E41F4E077F: Earlier(_ONE_GROUP, b"kvlstate4"),
+    # Until an engine's own manager could be recorded (BlocksChosen, EngineDeparted).
+    0xCBA37E8E4E95850C: Earlier({}, b"kvlstate5"),
 }
 """By hash of the table."""
 

@@ -56,6 +56,8 @@ def drive(engine: Engine, rng: random.Random) -> None:
     _try(engine, commands.LoseWorker(0, "killed"))
     _try(engine, commands.LoseTier(Tier.HOST, "not the same memory", "new"))
     _try(engine, commands.Admit("last", memoryview(bytes(range(16))), b"", 99, 4))
+    _try(engine, commands.Adopt("last", engine.state.device.pool.free[:1]))
+    _try(engine, commands.Depart("last", "2 blocks of its prompt were cached there, 0 here"))
     _try(engine, commands.StartEpoch(2, engine.sequence))
     _try(engine, commands.TakeDigest(engine.sequence, DigestScope.STATE))
 

@@ -718,4 +718,18 @@ MUTANTS = [
         "                    pass\n",
         "tests/manager/test_groups.py::test_decoding_holds_a_window_and_no_more",
     ),
+    mutant(
+        "what is below an adopted block stays cached",
+        "statemachine/decide/followed.py",
+        "            takes[node] = node.size - first\n",
+        "            takes[node] = node.size - first - (first > 0)\n",
+        "tests/manager/test_followed.py::test_what_is_cached_in_them_goes_with_all_below_it",
+    ),
+    mutant(
+        "chosen blocks are granted the last one first",
+        "statemachine/apply/blocks.py",
+        "+ event.blocks[::-1]\n",
+        "+ event.blocks\n",
+        "tests/manager/test_followed.py::test_free_blocks_are_granted_in_the_order_of_the_other",
+    ),
 ]

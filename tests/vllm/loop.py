@@ -1,6 +1,6 @@
-"""What a scheduler's step costs, with vLLM's own manager and on a ledger: ``python -m tests.vllm.loop``.
+"""What a scheduler's step costs, with vLLM's own manager, on a ledger, recorded: ``python -m tests.vllm.loop``.
 
-Times ``schedule`` and ``update_from_output`` alone (process time), the two managers in turn, and prints medians per
+Times ``schedule`` and ``update_from_output`` alone (time of their thread), the three in turn, and prints medians per
 step. Prompts share their first half; the runner answers without looking at memory.
 """
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvledger.adapters.vllm import LedgerScheduler
+from kvledger.adapters.vllm import LedgerScheduler, record
 from tests.vllm.headless import Engine, Shape, scheduler_of
 
 CASES = ((1, 200, 200), (8, 500, 100), (32, 500, 100), (128, 500, 60), (512, 300, 40), (32, 4000, 60))
@@ -31,11 +31,15 @@ class Quick(Engine):
         return [len(tokens)]
 
 
-def step_us(kind: Callable[..., Any] | None, running: int, prompt: int, output: int) -> float:
-    """Microseconds of process time per step."""
+def step_us(
+    kind: Callable[..., Any] | None, running: int, prompt: int, output: int, *, recorded: bool = False
+) -> float:
+    """Microseconds of processor time of the scheduler's thread per step."""
     blocks = running * (prompt + output) // 16 + 200
     shape = Shape(blocks=blocks, sequences=running, tokens=8192, longest=32768)
     scheduler = scheduler_of(shape, kind)
+    if recorded:
+        record(scheduler, os.environ["KVLEDGER_NAME"])
     engine = Quick(scheduler, shape, keep_steps=False)
     draw = random.Random(1)
     shared = [draw.randrange(50000) for _ in range(prompt // 2)]
@@ -46,11 +50,11 @@ def step_us(kind: Callable[..., Any] | None, running: int, prompt: int, output: 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
         def caller(*args: Any, **kwargs: Any) -> Any:
             nonlocal spent
-            begun = time.process_time()
+            begun = time.thread_time()
             try:
                 return call(*args, **kwargs)
             finally:
-                spent += time.process_time() - begun
+                spent += time.thread_time() - begun
 
         return caller
 
@@ -65,12 +69,17 @@ def step_us(kind: Callable[..., Any] | None, running: int, prompt: int, output: 
 def main() -> None:
     """Print a row per case."""
     os.environ.setdefault("KVLEDGER_NAME", f"loop-{os.getpid()}")
-    for running, prompt, output in CASES:
-        pairs = [[step_us(kind, running, prompt, output) for kind in (None, LedgerScheduler)] for _ in range(5)]
-        theirs, ours = (statistics.median(pair[which] for pair in pairs) for which in (0, 1))
-        ratio = statistics.median(ours / theirs for theirs, ours in pairs)
+    for case in CASES:
+        rows = [
+            [step_us(None, *case), step_us(LedgerScheduler, *case), step_us(None, *case, recorded=True)]
+            for _ in range(5)
+        ]
+        theirs, ours, recorded = (statistics.median(row[which] for row in rows) for which in range(3))
         print(
-            f"| {running} running, prompts of {prompt} | {theirs:,.0f} µs | {ours:,.0f} µs | {ratio:.2f} |", flush=True
+            f"| {case[0]} running, prompts of {case[1]} | {theirs:,.0f} µs | {ours:,.0f} µs | "
+            f"{statistics.median(row[1] / row[0] for row in rows):.2f} | {recorded:,.0f} µs | "
+            f"{statistics.median(row[2] / row[0] for row in rows):.2f} |",
+            flush=True,
         )
 
 

@@ -15,11 +15,14 @@ import pytest
 pytest.importorskip("vllm")
 
 import kvledger.adapters.vllm.manager as manager_module
+from ipc import LogReader
 from kvledger import CacheManager, ConfigError
-from kvledger.adapters.vllm import LedgerAsyncScheduler, LedgerScheduler
+from kvledger.adapters.vllm import LedgerAsyncScheduler, LedgerScheduler, record
 from kvledger.adapters.vllm.manager import LedgerKVCacheManager
 from kvledger.adapters.vllm.settings import expect_version, settings
 from statemachine.check import check
+from statemachine.events import EngineDeparted
+from statemachine.records.replay import event_of
 from tests.vllm import duplicates
 from tests.vllm.headless import Engine, Shape, Told, config_of, conversations, scheduler_of
 from tests.waiting import PATIENCE_S
@@ -97,6 +100,86 @@ def test_what_is_computed_twice_costs_no_room(block_size: int) -> None:
     assert sum(cost.refusals for cost in theirs) > 20, "they are short of room"
     assert sum(cost.steps for cost in told) <= 1.01 * sum(cost.steps for cost in theirs)
     assert sum(cost.refusals for cost in told) <= 1.05 * sum(cost.refusals for cost in theirs)
+
+
+@pytest.mark.parametrize("aborts", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(blocks=400),
+        Shape(blocks=120),
+        Shape(blocks=120, watermark=0.05),
+        Shape(blocks=150, policy="priority"),
+        Shape(blocks=120, asynchronous=True),
+        Shape(blocks=120, drafts=3),
+        Shape(blocks=200, tokens=256, sequences=8),
+        Shape(blocks=200, caching=False),
+    ],
+    ids=lambda shape: ",".join(f"{k}={v}" for k, v in vars(shape).items() if v != vars(Shape())[k]) or "default",
+)
+def test_a_recorded_engine_does_what_its_ledger_says(shape: Shape, aborts: bool) -> None:
+    """At every step the block tables are vLLM's own; not once does it do what the ledger would not have done."""
+    scheduler = scheduler_of(shape)
+    recorder = record(scheduler, f"recorded-{os.getpid()}")
+    assert recorder is not None
+    ledger, tables = recorder.ledger, scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks
+    engine = Engine(scheduler, shape)
+    try:
+        for at, act in enumerate(conversations(1, 120, shape, aborts=aborts)):
+            act(engine)
+            engine.step()
+            if at % 16 == 0:
+                recorder.flush()
+                theirs = {name: [block.block_id - 1 for block in blocks] for name, blocks in tables.items() if blocks}
+                mine = {request.request_id: request.table.tolist() for request in ledger.state.requests.values()}
+                assert mine == theirs
+        while engine.step():
+            pass
+        recorder.flush()
+        assert recorder.departures == 0 and not ledger.state.requests and not check(ledger.state)
+        assert ledger.available_blocks() == shape.blocks - 1
+        assert (ledger.state.counters.device_hit_blocks > 0) == shape.caching
+    finally:
+        scheduler.shutdown()
+
+
+def test_a_departure_is_written_down_and_the_engine_goes_on() -> None:
+    """Blocks change hands behind the recorder's back: it says for whom, and follows the others."""
+    shape, prompt = Shape(), list(range(100))
+    scheduler = scheduler_of(shape)
+    recorder = record(scheduler, f"recorded-{os.getpid()}")
+    assert recorder is not None
+    engine = Engine(scheduler, shape)
+    try:
+        for request in ("a", "b"):
+            engine.add(request, prompt, 2)
+            while engine.step():
+                pass
+            recorder.flush()
+            assert recorder.departures == 0
+        type(scheduler.kv_cache_manager).reset_prefix_cache(scheduler.kv_cache_manager)  # which is not noted
+        engine.add("c", prompt, 2)
+        while engine.step():
+            pass
+        recorder.flush()
+        assert recorder.departures == 1 and not recorder.ledger.state.requests
+        reader = LogReader(recorder.ledger.name)
+        events = [event_of(each) for each in reader.poll()]
+        reader.close()
+        (departed,) = [event for event in events if isinstance(event, EngineDeparted)]
+        assert departed.key.startswith("c") and departed.what == "0 blocks of its prompt were cached there, 6 here"
+    finally:
+        scheduler.shutdown()
+
+
+def test_what_cannot_be_recorded_runs_unrecorded(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = scheduler_of(Shape())
+    first = record(scheduler, f"recorded-{os.getpid()}")
+    try:
+        assert first is not None and record(scheduler_of(Shape()), f"recorded-{os.getpid()}") is None
+        assert "kvledger records nothing of this engine" in caplog.text
+    finally:
+        scheduler.shutdown()
 
 
 def test_preemption_was_met() -> None:

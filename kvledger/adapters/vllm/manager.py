@@ -16,18 +16,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request, RequestStatus
 
 from kvledger.adapters.vllm.blocks import Blocks, Found, Held
+from kvledger.adapters.vllm.requests import NULL_BLOCKS, items_of, namespace_of, reason_of
 from kvledger.config import ConfigError
 from kvledger.manager.manager import CacheManager
-from statemachine.content import Item, namespace_key
 from statemachine.errors import OutOfBlocks
-from statemachine.events import ReleaseReason
-
-NULL_BLOCKS = 1
-"""vLLM's block 0 stands for "nothing" in block tables and is never handed out; the ledger's block 0 is its block 1."""
-_REASONS = {
-    RequestStatus.FINISHED_ABORTED: ReleaseReason.ABORTED,
-    RequestStatus.FINISHED_ERROR: ReleaseReason.FAILED,
-}
 
 
 def expect_expressible(config: Any, own: KVCacheManager) -> None:
@@ -158,8 +150,8 @@ class LedgerKVCacheManager(KVCacheManager):
         limit = request.num_tokens - 1 if max_cache_hit_length is None else max_cache_hit_length
         found, _ = self.ledger.peek(
             self._tokens(request),
-            items=_items(request),
-            namespace=_namespace(request),
+            items=items_of(request),
+            namespace=namespace_of(request),
             max_blocks=limit // self.block_size,
         )
         if self.use_eagle and found:
@@ -255,8 +247,8 @@ class LedgerKVCacheManager(KVCacheManager):
             admission = self.ledger.admit(
                 name,
                 self._tokens(request),
-                items=_items(request),
-                namespace=_namespace(request),
+                items=items_of(request),
+                namespace=namespace_of(request),
                 max_blocks=blocks,
                 blocks=slots,
                 must_fit=must_fit,
@@ -321,8 +313,7 @@ class LedgerKVCacheManager(KVCacheManager):
         """A request is over, or preempted."""
         live = self.live.pop(request.request_id, None)
         if live is not None:
-            reason = _REASONS.get(request.status, ReleaseReason.FINISHED)
-            self.ledger.release(live.name, reason if request.is_finished() else ReleaseReason.PREEMPTED)
+            self.ledger.release(live.name, reason_of(request))
 
     def pop_blocks_for_free(self, request: Request) -> list[Any]:
         """Free the name at once, and the blocks when :meth:`Pool.free_blocks` gets the answer: a step still writes."""
@@ -362,18 +353,3 @@ class LedgerKVCacheManager(KVCacheManager):
     def finalize_partial_tail_offloads(self, request: Request) -> list[tuple[int, int, int]]:
         """None: there are no recurrent states."""
         return []
-
-
-def _items(request: Request) -> list[Item]:
-    return [
-        Item(feature.identifier.encode(), feature.mm_position.offset, feature.mm_position.length)
-        for feature in request.mm_features or ()
-    ]
-
-
-def _namespace(request: Request) -> bytes:
-    lora = request.lora_request.lora_name if request.lora_request is not None else ""
-    salt = request.cache_salt or ""
-    if request.prompt_embeds is not None:
-        salt = f"{salt}\0embeddings of {request.request_id}"  # their content is not in the tokens: nobody may match it
-    return namespace_key(lora=lora, salt=salt) if lora or salt else b""

@@ -13,7 +13,10 @@ import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from kvledger.adapters.vllm.manager import NULL_BLOCKS, LedgerKVCacheManager, expect_expressible
+from ipc import LedgerError
+from kvledger.adapters.vllm.manager import LedgerKVCacheManager, expect_expressible
+from kvledger.adapters.vllm.recorder import Recorder
+from kvledger.adapters.vllm.requests import NULL_BLOCKS
 from kvledger.adapters.vllm.settings import expect_version, settings
 from kvledger.config import CacheConfig, ConfigError
 from kvledger.manager.manager import CacheManager
@@ -47,18 +50,41 @@ def take_over(scheduler: Scheduler) -> CacheManager:
         ConfigError: this vLLM or this model is not one that a ledger can serve, or a setting is wrong.
         ipc.WriterAlive: an engine of that name runs.
     """
+    own = scheduler.kv_cache_manager
+    ledger = _ledger_of(scheduler)
+    scheduler.kv_cache_manager = LedgerKVCacheManager(ledger, own)
+    _without_hashes(scheduler)
+    _in_steps(scheduler, ledger)
+    _log.info("ledger %s: %d blocks of %d tokens", ledger.name, ledger.config.device_blocks, ledger.config.block_size)
+    return ledger
+
+
+def record(scheduler: Scheduler, name: str) -> Recorder | None:
+    """Record what the block manager of a scheduler does, which has not scheduled anything yet, under that name.
+
+    Whatever stands in the way is logged as a warning, and the engine runs without: ``None``.
+    """
+    try:
+        ledger = _ledger_of(scheduler, name)
+    except (ConfigError, LedgerError) as error:
+        _log.warning("kvledger records nothing of this engine: %s", error)
+        return None
+    _log.info("ledger %s records %d blocks", ledger.name, ledger.config.device_blocks)
+    return Recorder(scheduler, ledger)
+
+
+def _ledger_of(scheduler: Any, name: str = "") -> CacheManager:
     expect_version(vllm.__version__)
     own = scheduler.kv_cache_manager
     expect_expressible(scheduler.kv_cache_config, own)
     if scheduler.connector is not None:
         raise ConfigError("a KV connector moves blocks that the ledger does not know of: leave kv_transfer_config out")
-    if scheduler.enable_kv_cache_events:
+    if scheduler.enable_kv_cache_events and not name:
         raise ConfigError("KV events come from the log (kvledger events NAME): leave kv_events_config out")
     config = scheduler.vllm_config
-    wanted = settings(config.additional_config, config.parallel_config.data_parallel_rank)
-    name = wanted.name
-    ledger = _opened(
-        name,
+    wanted = settings(config.additional_config, config.parallel_config.data_parallel_rank, name)
+    return _opened(
+        wanted.name,
         CacheConfig(
             block_size=own.coordinator.single_type_managers[0].block_size,
             device_blocks=scheduler.kv_cache_config.num_blocks - NULL_BLOCKS,
@@ -66,11 +92,6 @@ def take_over(scheduler: Scheduler) -> CacheManager:
             retain_bytes=wanted.retain_bytes,
         ),
     )
-    scheduler.kv_cache_manager = LedgerKVCacheManager(ledger, own)
-    _without_hashes(scheduler)
-    _in_steps(scheduler, ledger)
-    _log.info("ledger %s: %d blocks of %d tokens", name, ledger.config.device_blocks, ledger.config.block_size)
-    return ledger
 
 
 def _opened(name: str, config: CacheConfig) -> CacheManager:

@@ -27,11 +27,12 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
 }
 
 
-def settings(additional: Mapping[str, Any] | None, rank: int) -> Settings:
+def settings(additional: Mapping[str, Any] | None, rank: int, name: str = "") -> Settings:
     """The settings of one engine.
 
     ``KVLEDGER_NAME``, ``KVLEDGER_SEGMENT_BYTES`` and ``KVLEDGER_RETAIN_BYTES`` (``all`` keeps everything) come before
-    what ``additional_config={"kvledger": {...}}`` says. The name gets the data-parallel rank at its end.
+    what ``additional_config={"kvledger": {...}}`` says. The name, or the one that is passed, gets the data-parallel
+    rank at its end.
 
     Raises:
         ConfigError: naming the setting.
@@ -48,8 +49,8 @@ def settings(additional: Mapping[str, Any] | None, rank: int) -> Settings:
             given[key] = read(str(text))
         except ValueError as error:
             raise ConfigError(f"kvledger's {key} in vLLM is {text!r:.80}: {error}") from error
-    name = f"{given.get('name', 'vllm')}-{rank}"
-    return Settings(name, given.get("segment_bytes", 16 << 20), given.get("retain_bytes", 256 << 20))
+    name = name or given.get("name", "vllm")
+    return Settings(f"{name}-{rank}", given.get("segment_bytes", 16 << 20), given.get("retain_bytes", 256 << 20))
 
 
 def expect_version(version: str) -> None:

@@ -10,6 +10,7 @@ from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksChosen,
     BlocksComputed,
     BlocksDistrusted,
     BlocksEvicted,
@@ -20,6 +21,7 @@ from statemachine.events import (
     DigestScope,
     DigestTaken,
     Direction,
+    EngineDeparted,
     EpochStarted,
     Event,
     EvictReason,
@@ -186,6 +188,13 @@ class Wording:
         text = f"{noun} the copies of {self.name(event.request)}, device {_noun(event.blocks)}"
         return f"{ids(event.nodes)}: {text}, which frees {ids(event.freed)}"
 
+    def _chosen(self, event: BlocksChosen) -> str:
+        return f"the engine has chosen device {_noun(event.blocks)}"
+
+    def _departed(self, event: EngineDeparted) -> str:
+        whose = f" for {event.key!r}" if event.key else ""
+        return f"the engine departed from what this ledger does{whose}: {event.what}"
+
     def _extended(self, event: RequestExtended) -> str:
         parts = []
         if event.leaf:
@@ -332,6 +341,8 @@ WORDS: dict[type[Any], Callable[[Wording, Any], str]] = {
     SideAllocated: Wording._sides,
     WindowPassed: Wording._passed,
     SideFreed: Wording._side_freed,
+    BlocksChosen: Wording._chosen,
+    EngineDeparted: Wording._departed,
 }
 """Event → its line."""
 

@@ -23,6 +23,7 @@ from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksChosen,
     BlocksComputed,
     BlocksDistrusted,
     BlocksEvicted,
@@ -32,6 +33,7 @@ from statemachine.events import (
     CopiesReplaced,
     DigestTaken,
     Direction,
+    EngineDeparted,
     EpochStarted,
     EvictReason,
     LedgerOpened,
@@ -227,9 +229,9 @@ class _Timeline:
                 pass  # the counters show what they come to
             case LedgerOpened() | BlocksDistrusted() | CacheCleared() | CopiesReplaced() | PoolResized() | TierLost():
                 pass  # likewise
-            case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded():
+            case WorkerJoined() | WorkerLost() | EpochStarted() | DigestTaken() | WeightsLoaded() | EngineDeparted():
                 pass
-            case SideAllocated() | WindowPassed() | SideFreed():
+            case SideAllocated() | WindowPassed() | SideFreed() | BlocksChosen():
                 pass
             case _:
                 assert_never(entry.event)

@@ -15,6 +15,7 @@ from statemachine.events import (
     AllocationRefused,
     BlocksAllocated,
     BlocksCached,
+    BlocksChosen,
     BlocksComputed,
     BlocksDistrusted,
     BlocksEvicted,
@@ -23,6 +24,7 @@ from statemachine.events import (
     CacheCleared,
     CopiesReplaced,
     DigestTaken,
+    EngineDeparted,
     EpochStarted,
     Event,
     LedgerOpened,
@@ -219,6 +221,8 @@ def _asks(state: State, event: Event, begun: set[int]) -> Iterator[Ask]:
             pass
         case SideAllocated() | WindowPassed() | SideFreed():
             pass  # they follow from what is asked of group 0
+        case BlocksChosen() | EngineDeparted():
+            pass
         case TransferStarted() | TransferFinished() | QuarantineEnded():
             pass
         case _:
