@@ -22,6 +22,7 @@ from statemachine.events import (
     TransferFinished,
     TransferStarted,
 )
+from statemachine.state.duplicates import holds
 from statemachine.state.nodes import Node
 from statemachine.state.state import State
 
@@ -67,6 +68,7 @@ def _back_up(state: State, command: Backup) -> list[Event]:
         if (
             not run.valid()
             or run.uncomputed
+            or (run.pins and _awaits_its_step(state, run))
             or run.transfer is not None
             or not _used_enough(state, run)
             or run.distrusted
@@ -101,6 +103,15 @@ def _back_up(state: State, command: Backup) -> list[Event]:
     none, zero = array("Q"), array("I")
     events.append(TransferStarted(state.next_transfer, BACKUP, 0, upper, nodes, counts, none, zero, sources, targets))
     return events
+
+
+def _awaits_its_step(state: State, run: Node) -> bool:
+    """Whether a request that holds a run has not computed so far yet.
+
+    The run's own mark is not enough: who shares a run that another has cached ahead, and ends before that step has,
+    takes the mark along.
+    """
+    return any(run.end > request.computed and holds(request.leaf, run) for request in state.requests.values())
 
 
 def _used_enough(state: State, node: Node) -> bool:

@@ -133,3 +133,17 @@ def test_a_copy_that_is_replaced_before_its_step_is_cached_ahead_until_that_is_o
     assert leaf.uncomputed and [list(event.sources) for event in do(state, Backup(leaf.id))] == [[0]]  # type: ignore[union-attr]
     do(state, Cache("b", 2, b"", 2))
     assert not leaf.uncomputed
+
+
+def test_who_ends_early_does_not_let_out_what_another_has_cached_ahead() -> None:
+    """Both share the step that computes it; one is aborted before, and the other's block is not written yet."""
+    state = machine(HostPolicy.WRITE_THROUGH)
+    do(state, Admit("a", words([1, 2]), b"", 0, 2))
+    do(state, Cache("a", 2, b"", 0))
+    leaf = state.requests[1].leaf
+    do(state, Admit("b", words([1, 2]), b"", 2, 0))
+    do(state, Cache("b", 2, b"", 0))
+    do(state, Release("b", ReleaseReason.ABORTED, False))
+    assert not do(state, Backup(leaf.id))
+    do(state, Cache("a", 2, b"", 2))
+    assert do(state, Backup(leaf.id))

@@ -677,6 +677,13 @@ MUTANTS = [
         GROUPS,
     ),
     mutant(
+        "who ends early lets out what another has cached ahead",
+        "statemachine/decide/transfers.py",
+        "            or (run.pins and _awaits_its_step(state, run))\n",
+        "",
+        "tests/manager/test_duplicates.py::test_who_ends_early_does_not_let_out_what_another_has_cached_ahead",
+    ),
+    mutant(
         "an admission takes no room in a layer group into account",
         "statemachine/decide/sides.py",
         "        if least > available:\n",
