@@ -105,7 +105,9 @@ def test_all_are_put_into_words(log: Source) -> None:
     for entry in log.entries():
         text = say(entry.event)
         assert len(text) > 15 and "\n" not in text, entry
-        assert entry_fields(entry)["kind"] == type(entry.event).__name__
+        fields = entry_fields(entry)
+        assert fields["kind"] == type(entry.event).__name__
+        assert (fields["sequence"], fields["time_ns"], fields["step"]) == (entry.sequence, entry.time_ns, entry.step)
     assert len(list(rows(log, words=True))) == log.last
 
 

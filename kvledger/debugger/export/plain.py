@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
+from kvledger.debugger.export.rows import RENAMED
 from kvledger.debugger.source.source import Entry
 from statemachine.events import Event, Meaning, Tier
 from statemachine.fields import FIELDS
@@ -42,14 +43,17 @@ def event_fields(event: Event) -> dict[str, Any]:
 
 
 def entry_fields(entry: Entry) -> dict[str, Any]:
-    """An event with its place in the log."""
-    return {
+    """An event with its place in the log. A field named as a part of the place has the name of its export column."""
+    place: dict[str, Any] = {
         "sequence": entry.sequence,
         "time_ns": entry.time_ns,
         "step": entry.step,
         "kind": type(entry.event).__name__,
-        **event_fields(entry.event),
     }
+    fields = event_fields(entry.event)
+    for name in place.keys() & fields.keys():
+        fields[RENAMED[place["kind"], name]] = fields.pop(name)
+    return place | fields
 
 
 def request_fields(request: Request) -> dict[str, Any]:
