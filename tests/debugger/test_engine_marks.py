@@ -159,3 +159,27 @@ def test_a_file_that_is_there_is_not_written_and_one_that_is_none_is_not_read(tm
     good.write_bytes(good.read_bytes() + b"]\n")
     with pytest.raises(SourceError, match="line 3"):
         list(read_marks(good, ""))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'["computed", 1, 0, ["a"], 0, 4, [3], -1, "by"]',
+        b'["computed", 1, 0, "a", "0", 4, [3], -1, "by"]',
+        b'["computed", 1, 0, "a", 0, 4, 3, -1, "by"]',
+        b'["read", 1, 0, "a", [[3]], -1, "by"]',
+        b'["read", 1, 0, "a", [3], null, "by"]',
+        b'["read", Infinity, 0, "a", [3], -1, "by"]',
+        b'["release", 1, 0, 7, "by"]',
+        b'["release", 1, 0, [["a"]], "by"]',
+        b'["release", 1, 0, ["a"], 7]',
+        b'[["release"], 1, 0, ["a"], "by"]',
+        b"[" * 100_000,
+    ],
+    ids=lambda line: line[:60].decode(),
+)
+def test_marks_that_nobody_can_have_written_are_refused_by_their_line(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "hostile.marks"
+    path.write_bytes(b'["kvledger marks 1", "a"]\n' + line + b"\n")
+    with pytest.raises(SourceError, match="line 2"):
+        list(read_marks(path, "a"))

@@ -66,7 +66,7 @@ def read_marks(path: Path, ledger: str) -> Iterator[Mark]:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
         heads = [json.loads(line) for line in lines[:1]]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} is no file of marks: {error}") from error
     if not heads or not isinstance(heads[0], list) or heads[0][:1] != [FORMAT]:
         raise SourceError(f"{path} is no file of marks: write one with kvledger.Marks")
@@ -75,13 +75,25 @@ def read_marks(path: Path, ledger: str) -> Iterator[Mark]:
     for number, line in enumerate(lines[1:], 2):
         try:
             what, sequence, step, *values, by = json.loads(line)
-            mark = Mark(what, int(sequence), int(step), values, by)
-            expected = {"computed": 5, "read": 3}.get(what, 1)
-            if len(values) != expected or what not in ("computed", "read", *CALLS):
-                raise ValueError(f"{what!r} has {len(values)} values")
-        except (ValueError, TypeError) as error:
+            if type(sequence) is not int or type(step) is not int or type(by) is not str:
+                raise ValueError("event and step have to be numbers, and who called a text")
+            if not _fits(what, values):
+                raise ValueError(f"{what!r} cannot have the values {values!r:.200}")
+        except (ValueError, TypeError, RecursionError) as error:
             raise SourceError(f"{path}, line {number}: {error}") from error
-        yield mark
+        yield Mark(what, sequence, step, values, by)
+
+
+def _fits(what: Any, values: list[Any]) -> bool:
+    """Whether these are the values of such a mark."""
+    if what in CALLS:
+        return (
+            len(values) == 1 and type(values[0]) is list and not any(type(name) in (list, dict) for name in values[0])
+        )
+    if len(values) != {"computed": 5, "read": 3}.get(what, 0) or type(values[0]) is not str:
+        return False
+    *places, blocks, row = values[1:]
+    return type(blocks) is list and all(type(number) is int for number in (*places, *blocks, row))
 
 
 def check_engine(
