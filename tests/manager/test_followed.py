@@ -61,6 +61,25 @@ def test_what_is_cached_in_them_goes_with_all_below_it(manager: CacheManager) ->
     assert list(evicted.blocks) == [3, 2]
 
 
+def test_a_run_that_loses_its_end_loses_what_forks_below_it(manager: CacheManager) -> None:
+    manager.match("a", PROMPT)
+    manager.adopt_blocks("a", [0, 1, 2, 3])
+    manager.cache("a", 4)
+    fork = np.concatenate([PROMPT[:8], PROMPT[:8] + 100])
+    manager.match("b", fork)
+    manager.adopt_blocks("b", [4, 5])
+    manager.cache("b", 4)
+    manager.release("a")
+    manager.release("b")
+    manager.match("c", PROMPT + 500)
+    manager.adopt_blocks("c", [1])
+    assert manager.peek(PROMPT, max_blocks=4) == manager.peek(fork, max_blocks=4) == (1, 0)
+    assert {1, 2, 3, 4, 5} == {
+        block for event in events_of(manager) if isinstance(event, BlocksEvicted) for block in event.blocks
+    }
+    assert manager.available_blocks() == 7
+
+
 def test_what_somebody_uses_is_refused_and_nothing_changes(manager: CacheManager) -> None:
     manager.match("a", PROMPT)
     manager.adopt_blocks("a", [4])

@@ -730,7 +730,7 @@ MUTANTS = [
         "statemachine/decide/followed.py",
         "            takes[node] = node.size - first\n",
         "            takes[node] = node.size - first - (first > 0)\n",
-        "tests/manager/test_followed.py::test_what_is_cached_in_them_goes_with_all_below_it",
+        "tests/manager/test_followed.py::test_a_run_that_loses_its_end_loses_what_forks_below_it",
     ),
     mutant(
         "chosen blocks are granted the last one first",
