@@ -17,12 +17,13 @@ from setuptools import setup
 
 NATIVE = {
     "statemachine": ["content"],
-    "statemachine/state": ["nodes", "order", "ownership", "places", "state", "tree"],
+    "statemachine/state": ["duplicates", "groups", "nodes", "order", "ownership", "places", "state", "tree"],
     "statemachine/decide": [
-        *("__init__", "cache", "capacity", "eviction", "hits", "ledger", "lookup", "pools", "requests", "transfers"),
+        *("__init__", "cache", "capacity", "duplicates", "eviction", "followed", "hits", "ledger", "lookup", "pools"),
+        *("requests", "sides", "transfers"),
     ],
     "statemachine/apply": [
-        *("__init__", "blocks", "cache", "expect", "ledger", "pools", "requests", "transfers", "tree"),
+        *("__init__", "blocks", "cache", "expect", "ledger", "pools", "requests", "sides", "transfers", "tree"),
     ],
     "statemachine/check": ["__init__", "incremental", "statements"],
     "statemachine/records": ["replay", "snapshot"],
