@@ -153,6 +153,8 @@ class CacheConfig:
         for name in ("checksums", "chunked_multimodal"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r:.80}")
+        if not isinstance(self.weights, str | None):
+            raise ConfigError(f"weights is the version of the model's weights, a text, not {self.weights!r:.80}")
         try:
             namespace_key(weights="" if self.weights is None else self.weights)
         except InvalidCommand as error:

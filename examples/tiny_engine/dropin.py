@@ -64,8 +64,8 @@ class DropIn:
             try:
                 self._allocate(self._tasks[request_id], count)
             except OutOfBlocks as refusal:
-                return Growth({}, [], list(tokens)[place:], refusal, [])
-        return Growth({}, [], [], None, [])
+                return Growth({}, [], list(tokens)[place:], refusal, [], {})
+        return Growth({}, [], [], None, [], {})
 
     def computed(self, request_id: str) -> int:
         """As FastDeploy's scheduler counts them."""

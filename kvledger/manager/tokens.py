@@ -129,10 +129,11 @@ class TokenCalls(WholeCache):
         Its block goes as a whole, and all blocks behind it that were computed from it, whoever cached them. Requests
         that hold some of these go on reading them, this one as well: preempt or end them as you see fit. Admitted
         again, they match what is before that token, and compute the rest anew. What nobody holds is dropped at once.
-        What of this request is not published yet counts as not computed any more: compute and commit it again.
+        What of this request is not published yet counts as not computed any more: compute and commit it again. With
+        layer groups it cannot be: what their windows have left is gone. Release the request then, and admit it again.
 
         Raises:
-            InvalidCommand: that token is not computed.
+            InvalidCommand: that token is not computed; or it is not published, and there are layer groups.
             ipc.SharedMemoryFull: there is no room for more log; nothing changed.
             UnknownRequest
         """
@@ -143,6 +144,11 @@ class TokenCalls(WholeCache):
         computed = max(self._computed(live), published)  # what is cached ahead matches, too
         if first >= computed:
             raise InvalidCommand(f"only {computed} tokens of request {request_id!r} are computed, none from {first} on")
+        if live.request.sides and first >= published:
+            raise InvalidCommand(
+                f"tokens from {first} on of request {request_id!r} are not published, and what windows of its layer "
+                "groups have left cannot be read again: release the request, and admit it again"
+            )
         if self._execute(commands.Distrust(request_id, first // self.config.block_size)):
             self._drop_unused(distrusted=True)
         live.computed = max(min(live.computed, first), published)

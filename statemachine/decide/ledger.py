@@ -74,7 +74,7 @@ def untrusted(state: State) -> set[Node]:
     for request in state.requests.values():
         node = request.leaf
         while node.parent is not None and node.start >= request.matched:
-            if not any(start <= node.start < stop for start, stop in request.duplicate_ranges + request.joined_ranges):
+            if request.has_cached(node):
                 found.add(node)
             node = node.parent
     return found

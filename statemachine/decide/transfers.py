@@ -106,12 +106,15 @@ def _back_up(state: State, command: Backup) -> list[Event]:
 
 
 def _awaits_its_step(state: State, run: Node) -> bool:
-    """Whether a request that holds a run has not computed so far yet.
+    """Whether a request has cached a run and not computed so far yet.
 
     The run's own mark is not enough: who shares a run that another has cached ahead, and ends before that step has,
     takes the mark along.
     """
-    return any(run.end > request.computed and holds(request.leaf, run) for request in state.requests.values())
+    return any(
+        run.end > request.computed and request.has_cached(run) and holds(request.leaf, run)
+        for request in state.requests.values()
+    )
 
 
 def _used_enough(state: State, node: Node) -> bool:

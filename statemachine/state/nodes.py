@@ -253,6 +253,11 @@ class Request:
             own = table[start:stop] + own
         return own
 
+    def has_cached(self, node: Node) -> bool:
+        """Whether the request has cached a run of its path itself: it neither found it, nor has a copy beside it."""
+        taken_over = self.duplicate_ranges + self.joined_ranges
+        return node.start >= self.matched and not any(start <= node.start < stop for start, stop in taken_over)
+
     def keeps(self, node: Node) -> bool:
         """Whether the block table holds a copy of the request's own of a run of its path."""
         return any(start <= node.start < stop for start, stop in self.duplicate_ranges)

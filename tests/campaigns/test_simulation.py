@@ -407,7 +407,7 @@ def test_a_copy_that_was_overtaken_is_met(monkeypatch: pytest.MonkeyPatch) -> No
             Plan(seed, Order.TSO, HostPolicy.EXCLUSIVE, 2, 7, 11, operations, faults).simulate()
 
     run_all()
-    monkeypatch.setattr(Ranks, "_give_up_overtaken", lambda self, done: None)
+    monkeypatch.setattr(Ranks, "_abandon_overtaken", lambda self, done: None)
     with pytest.raises(WrongBytes):
         run_all()
 

@@ -279,7 +279,19 @@ def test_every_command_says_that_a_log_contradicts_itself(command: str, logs: di
             assert logs["guilty"] in str(found.get("contradiction") or found.get("error") or found["violation"]), found
 
 
-NAMES_OF_OURS = {"self.name", "self.ledger", "self._ledger", "self._name", "self._manager.name", "ledger", "name"}
+NAMES_OF_OURS = {
+    *(
+        "self.name",
+        "self.ledger",
+        "self.ledger.name",
+        "self._ledger.name",
+        "self._ledger",
+        "self._name",
+        "self._manager.name",
+        "ledger",
+    ),
+    "name",
+}
 """Of ledgers and signals, looked at when they are given."""
 
 

@@ -99,6 +99,20 @@ def test_drafts_are_trimmed_and_what_is_settled_is_not(manager: CacheManager) ->
         manager.trim("r", 5)
 
 
+def test_what_windows_have_left_cannot_be_computed_again(manager: CacheManager) -> None:
+    """Else an engine that does as it is told reads block -1, and what it publishes then is found by others."""
+    manager.admit("r", [*range(23)])
+    manager.commit({"r": 18})
+    digest = state_digest(manager.state)
+    with pytest.raises(InvalidCommand, match="release the request, and admit it again"):
+        manager.distrust("r", 17)
+    assert state_digest(manager.state) == digest
+    manager.distrust("r", 9)
+    manager.commit({"r": 23})
+    manager.release("r")
+    assert manager.admit("s", [*range(23)]).cached_tokens <= 8
+
+
 def test_an_engine_that_dies_leaves_no_block_of_a_group(manager: CacheManager) -> None:
     manager.admit("r", [*range(40)])
     manager.commit({"r": 40})

@@ -113,7 +113,7 @@ def test_all_that_it_is_for_really_happens() -> None:
         stats = manager.stats()
     assert [request.tokens for request in requests] == texts
     assert 32 < most <= scheduler.budget
-    assert model.chunks > 20 and model.right > 100 and model.wrong > 100
+    assert model.chunks > 5 and model.right > 100 and model.wrong > 100
     assert len(spaces) == 2, "one adapter, and none"
     assert stats["requests"] > len(requests), "somebody was preempted"
     assert stats["swapped_out_blocks"] > 100 and stats["swapped_in_blocks"] > 100 and manager.config.ranks == 2

@@ -18,6 +18,7 @@ from vllm.v1.request import Request
 
 from kvledger.adapters.vllm.requests import NULL_BLOCKS, items_of, namespace_of, reason_of
 from kvledger.manager.manager import CacheManager
+from kvledger.text import logged, printable
 from statemachine.errors import InvalidCommand, OutOfBlocks
 from statemachine.events import ReleaseReason
 
@@ -103,7 +104,9 @@ class Shadow:
     def _depart(self, name: str, what: str) -> None:
         self.departures += 1
         if self.departures == 1:
-            _log.warning("ledger %s: vLLM departed from what it would do: %s: %s", self._ledger.name, name, what)
+            _log.warning(
+                "ledger %s: vLLM departed from what it would do: %s: %s", self._ledger.name, logged(name), logged(what)
+            )
         self._ledger.note_departure(name, what)
 
     def _held(self, noted: Held) -> None:
@@ -285,7 +288,7 @@ class Recorder:
 
     def _end(self, why: str) -> None:
         self._ended = True
-        _log.error("ledger %s: %s", self.ledger.name, why)
+        _log.error("ledger %s: %s", self.ledger.name, printable(why))
         self._queue.put((self._step, [Lost(why)]))
 
     def _told(self) -> None:
