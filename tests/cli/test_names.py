@@ -280,17 +280,8 @@ def test_every_command_says_that_a_log_contradicts_itself(command: str, logs: di
 
 
 NAMES_OF_OURS = {
-    *(
-        "self.name",
-        "self.ledger",
-        "self.ledger.name",
-        "self._ledger.name",
-        "self._ledger",
-        "self._name",
-        "self._manager.name",
-        "ledger",
-    ),
-    "name",
+    *("self.name", "self.ledger", "self.ledger.name", "self._ledger.name", "self._ledger", "self._name"),
+    *("self._manager.name", "ledger.name", "ledger", "name"),
 }
 """Of ledgers and signals, looked at when they are given."""
 
