@@ -20,6 +20,7 @@ from kvledger.adapters.vllm.requests import NULL_BLOCKS
 from kvledger.adapters.vllm.settings import expect_version, settings
 from kvledger.config import CacheConfig, ConfigError
 from kvledger.manager.manager import CacheManager
+from kvledger.text import printable
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def record(scheduler: Scheduler, name: str) -> Recorder | None:
     try:
         ledger = _ledger_of(scheduler, name)
     except (ConfigError, LedgerError) as error:
-        _log.warning("kvledger records nothing of this engine: %s", error)
+        _log.warning("kvledger records nothing of this engine: %s", printable(str(error)))
         return None
     _log.info("ledger %s records %d blocks", ledger.name, ledger.config.device_blocks)
     return Recorder(scheduler, ledger)
