@@ -492,9 +492,9 @@ MUTANTS = [
     ),
     mutant(
         "what a request joined counts as cached by it",
-        "statemachine/decide/ledger.py",
-        "request.duplicate_ranges + request.joined_ranges):",
-        "request.duplicate_ranges):",
+        "statemachine/state/nodes.py",
+        "taken_over = self.duplicate_ranges + self.joined_ranges",
+        "taken_over = self.duplicate_ranges",
         "tests/manager/test_engine_api.py::test_a_successor_keeps_what_others_vouch_for",
         ONE_TIER,
     ),
