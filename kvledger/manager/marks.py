@@ -4,6 +4,8 @@ A ledger knows what it has granted; it cannot see what is computed. An engine th
 calls its manager through :attr:`Marks.manager`, and says which positions it writes into which blocks. Without one
 nothing is different and nothing costs.
 
+An engine does not stop for it: what cannot be written ends the marks, with a line in the log of this module.
+
 The file has one JSON list per line. The first says which ledger it is about; the others begin with what they are, the
 last event of the ledger by then, and the scheduler's step; they end with the thread and its call sites, the innermost
 one first.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +24,7 @@ from typing import Any, Final, Self, SupportsInt, cast
 
 from kvledger.config import ConfigError
 from kvledger.manager.manager import CacheManager
+from kvledger.text import printable
 
 FORMAT: Final = "kvledger marks 1"
 CALLS: Final = frozenset(
@@ -31,7 +35,10 @@ CALLS: Final = frozenset(
     }
 )
 """Calls that change something."""
+_SUBJECTS = ("request_id", "counts", "tokens", "computed")
+"""What calls call the request that they are about, or the requests with a number for each."""
 _FRAMES = 3
+_log = logging.getLogger(__name__)
 
 
 class Marks:
@@ -79,19 +86,31 @@ class Marks:
 
     def called(self, name: str, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
         """A call of the manager begins."""
-        first = arguments[0] if arguments else next(iter(given.values()), None)
-        requests = [first] if isinstance(first, str) else [*first] if isinstance(first, Mapping) else []
-        self._note(name, requests)
+        first = arguments[0] if arguments else next((given[name] for name in _SUBJECTS if name in given), None)
+        named = [first] if isinstance(first, str) else [*first] if isinstance(first, Mapping) else []
+        self._note(name, [request for request in named if isinstance(request, str)])
 
     def _note(self, what: str, *values: Any) -> None:
         self._write([what, self._manager.next_sequence - 1, self.step, *values, _caller()])
 
     def _write(self, values: list[Any]) -> None:
-        os.write(self._file, json.dumps(values, separators=(",", ":")).encode() + b"\n")
+        if self._file < 0:
+            return
+        line = json.dumps(values, separators=(",", ":")).encode() + b"\n"
+        try:
+            if os.write(self._file, line) == len(line):
+                return
+            why = "the disk is full"
+        except OSError as error:
+            why = error.strerror
+        _log.error("the marks of ledger %s end here, and the engine goes on: %s", self._manager.name, printable(why))
+        self.close()
 
     def close(self) -> None:
         """End the file; the manager stays open."""
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -183,3 +184,25 @@ def test_marks_that_nobody_can_have_written_are_refused_by_their_line(tmp_path: 
     path.write_bytes(b'["kvledger marks 1", "a"]\n' + line + b"\n")
     with pytest.raises(SourceError, match="line 2"):
         list(read_marks(path, "a"))
+
+
+def test_an_engine_goes_on_where_its_marks_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk ends the marks and not the engine; a name of another type is the manager's to answer."""
+    path = tmp_path / "full.marks"
+    with CacheManager.create(f"full-{os.getpid()}", CacheConfig(block_size=4, device_blocks=8)) as manager:
+        with Marks(manager, path) as marks, marks.manager as same:
+            same.admit(tokens=[1, 2, 3, 4, 5], request_id="a")
+            assert same.commit({b"a": 5}) == [b"a"]  # type: ignore[dict-item,comparison-overlap]
+
+            def full(file: int, data: bytes) -> int:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            with monkeypatch.context() as patch:
+                patch.setattr("kvledger.manager.marks.os.write", full)
+                same.commit({"a": 5})
+            same.release("a")
+        assert not manager.state.requests and "end here, and the engine goes on: No space left" in caplog.text
+    noted = [(mark.what, mark.values) for mark in read_marks(path, "")]
+    assert noted == [("admit", [["a"]]), ("commit", [[]])]
