@@ -46,7 +46,7 @@ from statemachine.events import (
     WorkerJoined,
     WorkerLost,
 )
-from statemachine.records.replay import MISFITS, reason_of
+from statemachine.records.replay import MISFITS, misfit_text
 from statemachine.state.state import State
 from workers.processes import acknowledgements, loop
 
@@ -210,7 +210,7 @@ class Top:
                     try:
                         apply(self._state, entry.event)
                     except MISFITS as error:
-                        raise Contradiction(entry.sequence, f"event {entry.sequence}: {reason_of(error)}") from error
+                        raise Contradiction(entry.sequence, f"event {entry.sequence}: {misfit_text(error)}") from error
                     self._sequence = entry.sequence
                     self._note(entry)
                 seen += len(entries)

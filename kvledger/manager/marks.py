@@ -102,7 +102,7 @@ class Marks:
                 return
             why = "the disk is full"
         except OSError as error:
-            why = error.strerror
+            why = error.strerror or str(error)
         _log.error("the marks of ledger %s end here, and the engine goes on: %s", self._manager.name, printable(why))
         self.close()
 

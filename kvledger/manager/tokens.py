@@ -322,8 +322,8 @@ class TokenCalls(WholeCache):
         computed = self._computed(live)
         if count < computed:
             raise InvalidCommand(
-                f"{computed} tokens of request {request.request_id!r} are computed already, not only {count}: what "
-                "turned out bad has to be released"
+                f"{computed} tokens of request {request.request_id!r} are computed already, not only {count}: "
+                "distrust() what turned out bad"
             )
         first = min(request.waits_for.values(), default=None)
         if first is not None and count > max(first * self.config.block_size, computed):

@@ -70,7 +70,7 @@ def event_of(record: Record) -> Event:
     return codec.decode(record.kind, record.subject, record.args, record.payload)
 
 
-def reason_of(error: BaseException) -> str:
+def misfit_text(error: BaseException) -> str:
     """Put the reason of a misfit in one line. An error that nobody meant for people is named by its class."""
     text = str(error).partition("\n")[0]
     return text if isinstance(error, InvariantViolation | codec.CodecError) else f"{type(error).__name__}: {text}"
@@ -90,7 +90,7 @@ def step(state: State | None, event: Event) -> State:
     except InvariantViolation:
         raise
     except MISFITS as error:
-        raise InvariantViolation(reason_of(error)) from error
+        raise InvariantViolation(misfit_text(error)) from error
 
 
 class Replay:
@@ -154,7 +154,7 @@ class Replay:
             raise
         except MISFITS as error:
             assert record is not None
-            raise Contradiction(record.sequence, f"event {record.sequence}: {reason_of(error)}") from error
+            raise Contradiction(record.sequence, f"event {record.sequence}: {misfit_text(error)}") from error
 
     def _compare(self, state: State, event: DigestTaken, sequence: int) -> None:
         take = state_digest if event.scope == DigestScope.STATE else counters_digest

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request, RequestStatus
 
 from kvledger.adapters.vllm.blocks import Blocks, Found, Held
-from kvledger.adapters.vllm.requests import NULL_BLOCKS, items_of, namespace_of, reason_of
+from kvledger.adapters.vllm.requests import NULL_BLOCKS, items_of, namespace_of, release_reason
 from kvledger.config import ConfigError
 from kvledger.manager.manager import CacheManager
 from statemachine.errors import OutOfBlocks
@@ -313,7 +313,7 @@ class LedgerKVCacheManager(KVCacheManager):
         """A request is over, or preempted."""
         live = self.live.pop(request.request_id, None)
         if live is not None:
-            self.ledger.release(live.name, reason_of(request))
+            self.ledger.release(live.name, release_reason(request))
 
     def pop_blocks_for_free(self, request: Request) -> list[Any]:
         """Free the name at once, and the blocks when :meth:`Pool.free_blocks` gets the answer: a step still writes."""

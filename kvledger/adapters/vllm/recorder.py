@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from vllm.v1.request import Request
 
-from kvledger.adapters.vllm.requests import NULL_BLOCKS, items_of, namespace_of, reason_of
+from kvledger.adapters.vllm.requests import NULL_BLOCKS, items_of, namespace_of, release_reason
 from kvledger.manager.manager import CacheManager
 from kvledger.text import logged, printable
 from statemachine.errors import InvalidCommand, OutOfBlocks
@@ -244,7 +244,7 @@ class Recorder:
         def freed(request: Any) -> None:
             free(request)
             if told.pop(request.request_id, None) is not None:
-                noted.append(Freed(request.request_id, reason_of(request)))
+                noted.append(Freed(request.request_id, release_reason(request)))
 
         def cleared() -> bool:
             done: bool = reset()

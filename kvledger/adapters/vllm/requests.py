@@ -15,7 +15,7 @@ _REASONS = {
 }
 
 
-def reason_of(request: Request) -> ReleaseReason:
+def release_reason(request: Request) -> ReleaseReason:
     """Why a request that is being freed gives its blocks back."""
     if not request.is_finished():
         return ReleaseReason.PREEMPTED

@@ -10,7 +10,7 @@ from statemachine.apply import apply, genesis
 from statemachine.events import (
     Event,
 )
-from statemachine.records.replay import MISFITS, reason_of
+from statemachine.records.replay import MISFITS, misfit_text
 from statemachine.state.state import State
 
 
@@ -90,7 +90,7 @@ def _tell(source: Source, story: Story, first: int, last: int) -> Iterator[Fact]
                     story.before(state, event)
                     apply(state, event)
             except MISFITS as error:
-                yield Fact(entry.sequence, entry.time_ns, entry.step, f"contradicts the state: {reason_of(error)}")
+                yield Fact(entry.sequence, entry.time_ns, entry.step, f"contradicts the state: {misfit_text(error)}")
                 return
             text = story.after(state, entry, purpose)
             if text:

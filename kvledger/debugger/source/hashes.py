@@ -14,7 +14,7 @@ from statemachine.events import BlocksCached, Event, RequestMatched, Tier
 from statemachine.hashing import HASH_BYTES, block_hashes
 from statemachine.items import NO_ITEMS, BlockItems, within
 from statemachine.mentions import mentions
-from statemachine.records.replay import MISFITS, reason_of
+from statemachine.records.replay import MISFITS, misfit_text
 from statemachine.state import tree
 from statemachine.state.nodes import Node, Request
 from statemachine.state.state import State
@@ -98,7 +98,7 @@ class Content(NamedTuple):
                 else:
                     apply(state, event)
             except MISFITS as error:
-                raise Contradiction(entry.sequence, f"event {entry.sequence}: {reason_of(error)}") from error
+                raise Contradiction(entry.sequence, f"event {entry.sequence}: {misfit_text(error)}") from error
             after = self.blocks(state)
             found = mentions(event)
             named = any(

@@ -11,7 +11,7 @@ from statemachine.commands import Command
 from statemachine.decide.derive import NoCommand, is_step_of_resize, redecide
 from statemachine.errors import Contradiction
 from statemachine.events import DigestScope, DigestTaken, Event, LedgerOpened, PoolResized
-from statemachine.records.replay import MISFITS, reason_of
+from statemachine.records.replay import MISFITS, misfit_text
 from statemachine.records.snapshot import counters_digest, state_digest
 from statemachine.state.state import State
 
@@ -107,6 +107,6 @@ def decisions(source: Source, start: int, stop: int, progress: Progress = _silen
             try:
                 apply(state, entry.event)
             except MISFITS as error:
-                raise Contradiction(entry.sequence, f"event {entry.sequence}: {reason_of(error)}") from error
+                raise Contradiction(entry.sequence, f"event {entry.sequence}: {misfit_text(error)}") from error
             if not entry.sequence % 4096:
                 progress(entry.sequence - start, stop - start)

@@ -19,7 +19,7 @@ from statemachine.apply import apply, genesis
 from statemachine.errors import Contradiction
 from statemachine.events import Event
 from statemachine.records import codec
-from statemachine.records.replay import MISFITS, event_of, reason_of
+from statemachine.records.replay import MISFITS, event_of, misfit_text
 from statemachine.state.state import State
 
 
@@ -203,7 +203,7 @@ class Source(abc.ABC):
                 else:
                     apply(state, entry.event)
             except MISFITS as error:
-                raise Contradiction(entry.sequence, f"event {entry.sequence}: {reason_of(error)}") from error
+                raise Contradiction(entry.sequence, f"event {entry.sequence}: {misfit_text(error)}") from error
             yield entry, state
 
     def before(self, sequence: int) -> State | None:

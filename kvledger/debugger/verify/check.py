@@ -11,7 +11,7 @@ from kvledger.debugger.source.source import Entry, Source
 from statemachine.apply import apply, genesis
 from statemachine.check import check
 from statemachine.check.incremental import IncrementalCheck
-from statemachine.records.replay import MISFITS, reason_of
+from statemachine.records.replay import MISFITS, misfit_text
 from statemachine.records.snapshot import restore, snapshot
 from statemachine.state.state import State
 
@@ -73,7 +73,7 @@ def check_log(
                 apply(state, entry.event)
                 broken = check(state) if every_event_in_full else incremental.after(entry.event)
         except MISFITS as error:
-            return Checked(events, full, _violation(source, entry, [reason_of(error)], recent))
+            return Checked(events, full, _violation(source, entry, [misfit_text(error)], recent))
         if broken:
             return Checked(events, full, _violation(source, entry, broken, recent))
         if not events % FULL_EVERY:

@@ -22,7 +22,7 @@ from statemachine.decide.derive import NoCommand, commands_of, is_step_of_resize
 from statemachine.errors import CommandRejected, OutOfBlocks
 from statemachine.events import LedgerOpened, Outcome, TransferStarted
 from statemachine.items import NO_ITEMS, BlockItems, by_block
-from statemachine.records.replay import MISFITS, reason_of
+from statemachine.records.replay import MISFITS, misfit_text
 
 Progress = Callable[[int, int], None]
 
@@ -128,7 +128,7 @@ def _failing(state: Any, entry: Entry, holds: Predicate | None) -> str:
     try:
         apply(state, entry.event)
     except MISFITS as error:
-        return reason_of(error)
+        return misfit_text(error)
     if holds is not None:
         return "the predicate holds" if holds(state, entry) else ""
     return "; ".join(check(state))
