@@ -280,8 +280,14 @@ class TokenCalls(WholeCache):
 
     def _settle(self, computed: list[tuple[LiveRequest, int]]) -> None:
         """Free what the windows of requests have left: what was committed is settled."""
-        request_ids = [live.request.request_id for live, _ in computed]
-        self._execute(commands.Settle(request_ids, [count for _, count in computed]))
+        groups, size = self._state.groups, self.config.block_size
+        passing = [
+            (live.request.request_id, count)
+            for live, count in computed
+            if any(side.passed(group, count, size) for group, side in zip(groups, live.request.sides))
+        ]
+        if passing:
+            self._execute(commands.Settle([request_id for request_id, _ in passing], [count for _, count in passing]))
 
     def _publish(self, live: LiveRequest, blocks: int) -> None:
         """Publish the first ``blocks`` blocks of a request, whose content is known."""

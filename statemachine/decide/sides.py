@@ -117,8 +117,8 @@ def settle(state: State, command: Settle) -> list[Event]:
                     f"request {state.requests[id].request_id!r} has room for {len(side.table) * size} tokens, "
                     f"{told[id]} cannot be settled"
                 )
-            passed = group.dead(told[id]) // size
-            if passed > max(group.dead(side.settled) // size, side.begin, sinks):
+            passed = side.passed(group, told[id], size)
+            if passed:
                 requests.append(id)
                 settled.append(told[id])
                 blocks.extend(side.blocks(sinks, passed))

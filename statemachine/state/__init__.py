@@ -11,7 +11,7 @@ Rules:
 ::
 
     tree (find a path) · ownership ─► state ─► places (pool, orders) ─► order ─► nodes (run, request, transfer)
-                                        └────► groups (what layers of each kind need)
+                                        └──────────────────────────────────────────► groups (what layers of a kind need)
 
 Words: ``docs/glossary.md``.
 """

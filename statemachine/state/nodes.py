@@ -9,6 +9,7 @@ import numpy as np
 
 from statemachine.events import SWAP_IN, Direction, IntArray
 from statemachine.items import NO_ITEMS, BlockItems
+from statemachine.state.groups import Group
 
 ALL: Final = 2**32 - 1
 """More blocks than any request has."""
@@ -183,6 +184,14 @@ class Side:
         """Leading entries that never had a block: what it hit there is not cached for this group."""
         self.settled = 0
         """Tokens whose settling was told; what the window has left by then is given up."""
+
+    def passed(self, group: Group, settled: int, block_size: int) -> int:
+        """So many leading positions a window has left once ``settled`` tokens are; 0: no more than before."""
+        if not group.windowed:
+            return 0
+        passed = group.dead(settled) // block_size
+        before = group.dead(self.settled) // block_size
+        return passed if passed > max(before, self.begin, group.kept(block_size)) else 0
 
     def blocks(self, start: int = 0, stop: int = ALL) -> IntArray:
         """The blocks that stand between two positions of the table, in order."""
