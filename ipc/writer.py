@@ -451,14 +451,19 @@ class LogWriter:
         """Size of the segments that exist, without the one that is prepared."""
         return len(self._kept) * self._segment_bytes
 
-    def backlogs(self) -> dict[int, int]:
-        """By process id of each worker: how many bytes of sealed segments it has not read to their end."""
+    def backlogs(self) -> dict[str, int]:
+        """By name of each living worker: how many bytes of sealed segments it has not read to their end.
+
+        By name and not by process id, which is a number of the worker's own namespace. Of several of one name, such as
+        a worker that is ending and its successor, the least counts.
+        """
         kept = self._kept.copy()
-        return {
-            reader.pid: sum(base > reader.cursor for _, _, base, _ in kept) * self._segment_bytes
-            for reader in self._control.readers()
-            if reader.worker
-        }
+        found: dict[str, int] = {}
+        for reader in self._control.readers():
+            if reader.worker and reader.alive:
+                size = sum(base > reader.cursor for _, _, base, _ in kept) * self._segment_bytes
+                found[reader.name] = min(size, found.get(reader.name, size))
+        return found
 
     @property
     def rotations(self) -> int:

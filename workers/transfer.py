@@ -18,7 +18,7 @@ from statemachine.records import codec
 from workers.pools.backends import open_copies
 from workers.pools.layout import PoolLayout
 from workers.processes import acknowledgements
-from workers.processes.acknowledgements import Acknowledgement, EpochSeen, Status
+from workers.processes.acknowledgements import Acknowledgement, EpochSeen, Status, reader_name
 from workers.processes.loop import run
 
 _LOOK_AT_COPIES_S = 0.0002
@@ -56,7 +56,7 @@ class TransferWorker:
             retain_bytes=4 * _ACK_SEGMENT_BYTES,
         )
         self.reader = LogReader(
-            ledger, from_sequence=from_sequence, name=f"transfer {rank}", worker=True, kind_mask=_MASK
+            ledger, from_sequence=from_sequence, name=reader_name(rank), worker=True, kind_mask=_MASK
         )
         if self.reader.schema_hash != codec.SCHEMA_HASH:
             raise codec.CodecError("the engine runs another version of kvledger")

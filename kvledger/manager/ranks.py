@@ -24,7 +24,7 @@ from statemachine.events import Event, HostPolicy, Outcome, Tier
 from statemachine.state.nodes import Request, Transfer
 from statemachine.state.state import State
 from workers.pools.backends import ids_after
-from workers.processes.acknowledgements import Acknowledgement, EpochSeen, Status
+from workers.processes.acknowledgements import Acknowledgement, EpochSeen, Status, reader_name
 from workers.processes.supervisor import Change, Supervisor, WorkerFailed
 
 BlockTable = npt.NDArray[np.int32]
@@ -268,10 +268,11 @@ class Ranks:
             return
         self._rotations = self._writer.rotations
         most = self._config.worker_backlog_bytes
-        ranks = self.supervisor.ready_pids()
-        for pid, size in self._writer.backlogs().items():
-            if size > most and pid in ranks:
-                self.supervisor.kill(ranks[pid], f"it held {size:,} bytes of the log (worker_backlog_bytes {most:,})")
+        backlogs = self._writer.backlogs()
+        for rank in self.supervisor.ready_pids().values():
+            size = backlogs.get(reader_name(rank), 0)
+            if size > most:
+                self.supervisor.kill(rank, f"it held {size:,} bytes of the log (worker_backlog_bytes {most:,})")
 
     def _watch_workers(self) -> None:
         """Log who came and who went, and start a dead rank's worker again."""

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipc import LedgerExists, LogReader
+from ipc.control import Control
 from ipc.ownership import remove_objects
 from ipc.processes import start_time
 from kvledger import (
@@ -162,7 +163,16 @@ def test_what_times_out_while_a_rank_has_no_worker_is_not_quarantined_for_ever(
         assert manager.available_blocks() == 16 and replays(manager)
 
 
-def test_a_worker_that_does_not_read_is_replaced_before_the_log_is_full() -> None:
+@pytest.mark.parametrize("namespace", ["the same", "another"])
+def test_a_worker_that_does_not_read_is_replaced_before_the_log_is_full(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the process ids that workers give are numbers of another namespace."""
+    readers = Control.readers
+    if namespace == "another":
+        monkeypatch.setattr(
+            Control, "readers", lambda self: [line._replace(pid=line.line + 1) for line in readers(self)]
+        )
     config = CacheConfig(
         **{**vars(CONFIG), "segment_bytes": 64 << 10, "retain_bytes": None, "worker_backlog_bytes": 1 << 20}
     )

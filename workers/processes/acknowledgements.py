@@ -66,6 +66,11 @@ def log_name(ledger: str, rank: int, incarnation: int) -> str:
     return f"{ledger}.rank{rank}.{incarnation}"
 
 
+def reader_name(rank: int) -> str:
+    """Under which the transfer worker of a rank is registered as a reader of its ledger."""
+    return f"transfer {rank}"
+
+
 def signals_name(ledger: str, rank: int, incarnation: int) -> str:
     """Name of the signals of one incarnation of a rank's worker."""
     return f"/{ledger}.rank{rank}.{incarnation}.signals"
