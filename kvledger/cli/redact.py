@@ -25,8 +25,8 @@ def redact(
     """Rewrite a recording without prompts, request names and namespaces; all structure stays, so it can be handed on.
 
     With the same key file, equal prompts in several recordings stay equal. Keep the key to yourself: it tests guesses.
-    Of a recording that is damaged or cut off what can be read is rewritten, and the exit code is 2; of one that
-    contradicts itself all is, and the exit code is 1.
+    A recording that is damaged or cut off is rewritten up to there, without what is intact behind, and the exit code is
+    2; one that contradicts itself is rewritten to its end, and the exit code is 1.
     """
     import secrets
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import mmap
 import os
 import random
@@ -30,7 +31,7 @@ import numpy as np
 from ipc import KvlogReader, LedgerError, LedgerNotFound, Overrun, SharedMemoryFull
 from ipc.names import SHM
 from ipc.ownership import objects_of, remove_objects
-from kvledger import CacheConfig, CacheManager, CommandRejected, HostPolicy
+from kvledger import CacheManager, CommandRejected
 from kvledger.errors import HandoffError
 from kvledger.handoff.receiver import Receiver
 from kvledger.handoff.sender import Sender
@@ -41,6 +42,7 @@ from statemachine.errors import InvariantViolation
 from statemachine.events import Outcome
 from statemachine.records.replay import Replay
 from statemachine.records.snapshot import restore, state_digest
+from tests.campaigns import chaos
 from tests.campaigns.chaos import BLOCK, Workload
 from tests.waiting import PATIENCE_S, wait_until
 from workers import WorkerFailed
@@ -51,18 +53,7 @@ ROOM_BYTES = 24 << 20
 """Of /dev/shm; the two instances need about a quarter of it for their pools."""
 NO_ROOM = 3
 """Exit status of an engine that could not begin for want of room."""
-CONFIG = CacheConfig(
-    block_size=BLOCK,
-    device_blocks=40,
-    host_blocks=40,
-    host_policy=HostPolicy.EXCLUSIVE,
-    ranks=2,
-    layers=2,
-    block_bytes=64,
-    segment_bytes=64 << 10,
-    retain_bytes=512 << 10,
-    transfer_timeout_s=2.0,
-)
+CONFIG = dataclasses.replace(chaos.CONFIG, retain_bytes=512 << 10, transfer_timeout_s=2.0)
 ROLES = {
     "workers.transfer": "worker",
     "workers.handoff.pusher": "pusher",
