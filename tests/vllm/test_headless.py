@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("vllm")
 
@@ -20,6 +21,7 @@ from kvledger import CacheManager, ConfigError
 from kvledger.adapters.vllm import LedgerAsyncScheduler, LedgerScheduler, record
 from kvledger.adapters.vllm.manager import LedgerKVCacheManager
 from kvledger.adapters.vllm.settings import expect_version, settings
+from kvledger.cli import app
 from statemachine.check import check
 from statemachine.events import EngineDeparted
 from statemachine.records.replay import event_of
@@ -139,6 +141,38 @@ def test_a_recorded_engine_does_what_its_ledger_says(shape: Shape, aborts: bool)
         assert recorder.departures == 0 and not ledger.state.requests and not check(ledger.state)
         assert ledger.available_blocks() == shape.blocks - 1
         assert (ledger.state.counters.device_hit_blocks > 0) == shape.caching
+    finally:
+        scheduler.shutdown()
+
+
+def test_the_commands_speak_of_a_recorded_engine(tmp_path: Path) -> None:
+    """An unmodified vLLM, in its own names of requests and its own blocks."""
+    scheduler = scheduler_of(Shape())
+    recorder = record(scheduler, f"recorded-{os.getpid()}")
+    assert recorder is not None
+    engine, file = Engine(scheduler, Shape()), str(tmp_path / "vllm.kvlog")
+    try:
+        for act in conversations(1, 40, Shape(), aborts=True):
+            act(engine)
+            engine.step()
+        recorder.flush()
+        (name, request), *_ = recorder.ledger.state.numbers.items()
+        blocks = recorder.ledger.state.requests[request].table.tolist()
+        while engine.step():
+            pass
+        recorder.flush()
+        for expected, *command in (
+            ("", "record", recorder.ledger.name, file, "--once"),
+            ("all invariants hold", "check", file),
+            ("nothing is held", "leaks", file),
+            (f"request {name!r} gets device block", "explain", file, "request", name),
+            (f"{name!r}", "explain", file, "block", str(blocks[-1])),
+            ("device", "what-if", file, "--device-blocks", "400"),
+            ("first seen", "misses", file),
+            ("device", "top", recorder.ledger.name, "--once"),
+        ):
+            done = CliRunner().invoke(app, command)
+            assert not done.exit_code and expected in done.output, (command, done.output)
     finally:
         scheduler.shutdown()
 
