@@ -13,6 +13,7 @@ from typing import SupportsIndex
 from kvledger.config import member_of, names_of
 from statemachine.errors import InvalidCommand
 from statemachine.events import IntArray, ReleaseReason, Tier
+from statemachine.state.groups import Kind
 from statemachine.state.state import State
 
 
@@ -68,6 +69,14 @@ def expect_group(state: State, group: SupportsIndex) -> int:
     number = expect_count("group", group)
     if number > len(state.groups):
         raise InvalidCommand(f"this ledger has the layer groups 0 to {len(state.groups)}, not {number}")
+    return number
+
+
+def expect_static(state: State, tokens: SupportsIndex) -> int:
+    """Take a number of tokens for the static groups; refuse any where the ledger has no such group."""
+    number = expect_count("static_tokens", tokens)
+    if number and not any(group.kind == Kind.STATIC for group in state.groups):
+        raise InvalidCommand(f"{number} static_tokens have no place: this ledger has no static() group")
     return number
 
 

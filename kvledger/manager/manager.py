@@ -22,6 +22,7 @@ from kvledger.manager.arguments import (
     expect_group,
     expect_namespace,
     expect_seconds,
+    expect_static,
     reason_of,
 )
 from kvledger.manager.blocks import BlockCalls
@@ -224,7 +225,7 @@ class CacheManager(BlockCalls):
             must_fit: refuse unless the whole prompt would fit, though only the first chunk gets room.
             reserve: so many tokens of room have to stay for requests that run; default:
                 :attr:`CacheConfig.watermark_blocks`. Where nobody runs, it may take all.
-            static_tokens: room for so many tokens in each :func:`kvledger.groups.static` group.
+            static_tokens: room for so many tokens in each :func:`kvledger.groups.static` group; there has to be one.
 
         Raises:
             OutOfBlocks: there is no room; nothing is pinned. Ask :meth:`can_admit` first to have it as an answer.
@@ -303,7 +304,7 @@ class CacheManager(BlockCalls):
             kept = -(-expect_count("reserve", reserve) // self.config.block_size)
         fit = all_blocks if must_fit else 0
         namespace = self._namespace(namespace)
-        fixed = expect_count("static_tokens", static_tokens)
+        fixed = expect_static(self._state, static_tokens)
         return commands.Admit(request_id, words, namespace, limit, count, records, kept, chunk, fit, fixed)
 
     def _admit_prospect(self, request_id: str, prospect: Prospect) -> Admission:

@@ -152,6 +152,15 @@ def test_what_knows_no_groups_says_so(manager: CacheManager) -> None:
             call()
 
 
+def test_static_tokens_without_a_place_for_them_are_refused() -> None:
+    for groups in ((), (full(), window(10, blocks=20))):
+        with CacheManager.create(NAME, CacheConfig(block_size=4, device_blocks=40, groups=groups)) as manager:
+            for call in (manager.admit, manager.can_admit):
+                with pytest.raises(InvalidCommand, match="no static"):
+                    call("r", [1, 2, 3], static_tokens=9)
+            assert manager.next_sequence == 2
+
+
 def test_one_group_costs_no_event() -> None:
     seen = []
     with CacheManager.create(NAME, CacheConfig(block_size=4, device_blocks=40, groups=(full(),))) as manager:
