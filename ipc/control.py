@@ -259,6 +259,18 @@ class Control:
         """Index of the first word of a reader line."""
         return _LINES // 8 + number * 8
 
+    def worker_cursors(self) -> dict[str, int]:
+        """By name of each living worker: the sequence of the next record it wants.
+
+        By name and not by process id, which is a number of the worker's own namespace. Of several of one name, such as
+        a worker that is ending and its successor, the one that is further counts.
+        """
+        found: dict[str, int] = {}
+        for reader in self.readers():
+            if reader.worker and reader.alive:
+                found[reader.name] = max(reader.cursor, found.get(reader.name, 0))
+        return found
+
     def readers(self) -> list[ReaderLine]:
         """All registered readers, dead ones too."""
         found = []

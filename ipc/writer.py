@@ -452,18 +452,12 @@ class LogWriter:
         return len(self._kept) * self._segment_bytes
 
     def backlogs(self) -> dict[str, int]:
-        """By name of each living worker: how many bytes of sealed segments it has not read to their end.
-
-        By name and not by process id, which is a number of the worker's own namespace. Of several of one name, such as
-        a worker that is ending and its successor, the least counts.
-        """
+        """By name of each living worker: how many bytes of sealed segments it has not read to their end."""
         kept = self._kept.copy()
-        found: dict[str, int] = {}
-        for reader in self._control.readers():
-            if reader.worker and reader.alive:
-                size = sum(base > reader.cursor for _, _, base, _ in kept) * self._segment_bytes
-                found[reader.name] = min(size, found.get(reader.name, size))
-        return found
+        return {
+            name: sum(base > cursor for _, _, base, _ in kept) * self._segment_bytes
+            for name, cursor in self._control.worker_cursors().items()
+        }
 
     @property
     def rotations(self) -> int:

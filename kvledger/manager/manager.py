@@ -299,13 +299,12 @@ class CacheManager(BlockCalls):
         if new_tokens is not None and blocks is not None:
             raise InvalidCommand("give blocks or new_tokens: both say how much room there has to be")
         chunk = -1 if new_tokens is None else expect_count("new_tokens", new_tokens)
-        kept = int(self.config.watermark_blocks)  # a share has become a number
-        if reserve is not None:
-            kept = -(-expect_count("reserve", reserve) // self.config.block_size)
+        size, watermark = self.config.block_size, int(self.config.watermark_blocks)  # a share has become a number
+        kept = watermark if reserve is None else -(-expect_count("reserve", reserve) // size)
         fit = all_blocks if must_fit else 0
         namespace = self._namespace(namespace)
-        fixed = expect_static(self._state, static_tokens)
-        return commands.Admit(request_id, words, namespace, limit, count, records, kept, chunk, fit, fixed)
+        static = expect_static(self._state, static_tokens)
+        return commands.Admit(request_id, words, namespace, limit, count, records, kept, chunk, fit, static)
 
     def _admit_prospect(self, request_id: str, prospect: Prospect) -> Admission:
         self._expect_owner()
