@@ -19,7 +19,7 @@ from kvledger.debugger.source.places import clock
 from kvledger.text import printable
 
 if TYPE_CHECKING:
-    from kvledger.debugger.misses.misses import Cause, Group, Misses
+    from kvledger.debugger.misses.misses import Cause, Family, Misses
 
 
 def misses(
@@ -61,7 +61,7 @@ def _print(found: Misses, most: int, words: bool) -> None:
             table.add_row(cause, f"{blocks:,}", f"{blocks / found.blocks:.1%}")
     output().print(table)
     _over_time(found)
-    _groups(found, most)
+    _families(found, most)
     for departure in found.departures[:most]:
         behind = f"{count(departure.departing, 'block')} that were there before or in part, {departure.new:,} new ones"
         run = f", behind run {departure.run}" if departure.run else ""
@@ -73,10 +73,10 @@ def _print(found: Misses, most: int, words: bool) -> None:
         )
     _spaces(found)
     for pushed in found.pushed[:most]:
-        by = "ahead of need" if pushed.by is None else f"for those of {_group(found, pushed.by)}"
+        by = "ahead of need" if pushed.by is None else f"for those of {_family(found, pushed.by)}"
         shortest, middle, longest = pushed.ages_s
         line(
-            f"{count(pushed.blocks, 'block')} of {_group(found, pushed.group)} had been evicted {by}, "
+            f"{count(pushed.blocks, 'block')} of {_family(found, pushed.family)} had been evicted {by}, "
             f"{middle:.1f} s before ({shortest:.1f} to {longest:.1f}); the last at event {pushed.event}"
         )
 
@@ -91,15 +91,15 @@ def _over_time(found: Misses) -> None:
     output().print(table)
 
 
-def _groups(found: Misses, most: int) -> None:
-    groups: dict[Group, Counter[Cause]] = {}
-    for (_, group, cause), blocks in found.counts.items():
-        groups.setdefault(group, Counter())[cause] += blocks
-    if len(groups) < 2:
+def _families(found: Misses, most: int) -> None:
+    families: dict[Family, Counter[Cause]] = {}
+    for (_, family, cause), blocks in found.counts.items():
+        families.setdefault(family, Counter())[cause] += blocks
+    if len(families) < 2:
         return
     table = _table("requests that begin as", "blocks", "hits", "most misses")
-    for group in sorted(groups, key=lambda group: (-groups[group].total(), group))[:most]:
-        table.add_row(_group(found, group), *_row(groups[group]))
+    for family in sorted(families, key=lambda family: (-families[family].total(), family))[:most]:
+        table.add_row(_family(found, family), *_row(families[family]))
     output().print(table)
 
 
@@ -108,7 +108,7 @@ def _spaces(found: Misses) -> None:
     pairs: Counter[tuple[bytes, bytes]] = Counter()
     for pushed in found.pushed:
         if pushed.by is not None:
-            pairs[pushed.group.namespace, pushed.by.namespace] += pushed.blocks
+            pairs[pushed.family.namespace, pushed.by.namespace] += pushed.blocks
     if len({namespace for pair in pairs for namespace in pair}) < 2:
         return
     for (namespace, other), blocks in sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0])):
@@ -125,9 +125,9 @@ def _row(causes: Counter[Cause]) -> tuple[str, str, str]:
     return f"{causes.total():,}", f"{hits / causes.total():.1%}", f"{worst[1]} ({worst[0]:,})" if worst else ""
 
 
-def _group(found: Misses, group: Group) -> str:
-    space = f" ({namespace_name(group.namespace)})" if group.namespace else ""
-    return f"{found.names[group]!r}{space}"
+def _family(found: Misses, family: Family) -> str:
+    space = f" ({namespace_name(family.namespace)})" if family.namespace else ""
+    return f"{found.names[family]!r}{space}"
 
 
 def _table(first: str, *names: str) -> Table:
@@ -139,26 +139,26 @@ def _table(first: str, *names: str) -> Table:
 
 
 def _as_json(found: Misses, words: bool) -> dict[str, object]:
-    def named(group: Group | None) -> dict[str, str] | None:
-        if group is None:
+    def named(family: Family | None) -> dict[str, str] | None:
+        if family is None:
             return None
-        space = printable(namespace_name(group.namespace))
-        return {"namespace": space, "first_block": group.first, "begun_by": found.names[group]}
+        space = printable(namespace_name(family.namespace))
+        return {"namespace": space, "first_block": family.first, "begun_by": found.names[family]}
 
-    counts: Iterable[tuple[tuple[int, Group, Cause], int]] = sorted(found.counts.items())
+    counts: Iterable[tuple[tuple[int, Family, Cause], int]] = sorted(found.counts.items())
     return {
         "requests": found.requests,
         "blocks": found.blocks,
         "causes": {str(cause): blocks for cause, blocks in found.by_cause().items()},
         "counts": [
-            {"from_ns": found.times_ns[time], "group": named(group), "cause": str(cause), "blocks": blocks}
-            for (time, group, cause), blocks in counts
+            {"from_ns": found.times_ns[time], "family": named(family), "cause": str(cause), "blocks": blocks}
+            for (time, family, cause), blocks in counts
         ],
         "departures": [
             {name: value for name, value in departure._asdict().items() if words or name != "tokens"}
             for departure in found.departures
         ],
         "evicted_for": [
-            {**pushed._asdict(), "group": named(pushed.group), "by": named(pushed.by)} for pushed in found.pushed
+            {**pushed._asdict(), "family": named(pushed.family), "by": named(pushed.by)} for pushed in found.pushed
         ],
     }

@@ -11,6 +11,8 @@ from collections.abc import Container
 from enum import IntEnum
 from typing import NamedTuple
 
+import xxhash
+
 from statemachine.hashing import ALGORITHMS, block_hashes
 from statemachine.items import NO_ITEMS, BlockItems
 from statemachine.state.nodes import Node
@@ -102,7 +104,7 @@ class Memory:
 
     def bring(self, parent: int, content: bytes, request: int) -> None:
         """A request has a block with this content behind the block ``parent``."""
-        self._tokens[hash(content)] = request
+        self._tokens[xxhash.xxh3_64_intdigest(content)] = request
         siblings = self._children.setdefault(parent, [])
         place = bisect.bisect_left(siblings, content, key=_content)
         if place < len(siblings) and siblings[place][0] == content:
@@ -117,7 +119,7 @@ class Memory:
 
     def seen(self, content: bytes) -> int:
         """The request that last brought the same tokens, behind whatever beginning; 0: nobody did."""
-        return self._tokens.get(hash(content), 0)
+        return self._tokens.get(xxhash.xxh3_64_intdigest(content), 0)
 
     def departure(self, parent: int, content: bytes) -> tuple[int, int, bytes]:
         """How many tokens a block shares with the nearest one that followed the same block, who brought that, and it.

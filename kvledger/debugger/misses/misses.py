@@ -59,8 +59,8 @@ class Cause(StrEnum):
 HITS = (Cause.DEVICE, Cause.HOST)
 
 
-class Group(NamedTuple):
-    """Requests of one namespace that begin with the same block."""
+class Family(NamedTuple):
+    """A family of requests: those of one namespace that begin with the same block."""
 
     namespace: bytes
     first: str
@@ -89,10 +89,10 @@ class Departure(NamedTuple):
 
 
 class Pushed(NamedTuple):
-    """Blocks of one group that were asked for in vain, since they were evicted to make room for another group."""
+    """Blocks of one family that were asked for in vain, since they were evicted to make room for another family."""
 
-    group: Group
-    by: Group | None
+    family: Family
+    by: Family | None
     """``None``: room was made ahead of need, or before this log begins."""
     blocks: int
     ages_s: list[float]
@@ -106,15 +106,15 @@ class Misses(NamedTuple):
 
     requests: int
     blocks: int
-    counts: Counter[tuple[int, Group, Cause]]
-    """Blocks by time (0 to :data:`TIMES` - 1), group and cause."""
+    counts: Counter[tuple[int, Family, Cause]]
+    """Blocks by time (0 to :data:`TIMES` - 1), family and cause."""
     times_ns: list[int]
     """When each of the times begins."""
     departures: list[Departure]
     """Those that cost most first."""
     pushed: list[Pushed]
-    names: dict[Group, str]
-    """The request that began each group."""
+    names: dict[Family, str]
+    """The request that began each family."""
 
     def by_cause(self) -> dict[Cause, int]:
         """Blocks by cause, all of them in their order."""
@@ -127,8 +127,8 @@ class Misses(NamedTuple):
 class _Asked:
     """What a living request asked for, and what it came to."""
 
-    def __init__(self, group: Group, time: int | None, start: int, keys: list[int], causes: list[Cause]) -> None:
-        self.group = group
+    def __init__(self, family: Family, time: int | None, start: int, keys: list[int], causes: list[Cause]) -> None:
+        self.family = family
         self.time = time
         """``None``: it began outside of what is counted."""
         self.start = start
@@ -192,11 +192,11 @@ class _Count:
         self._begun = begun_ns
         self._length = max(ended_ns - begun_ns + 1, 1)
         self._asked: dict[int, _Asked] = {}
-        self._groups: dict[int, Group] = {}
-        self._names: dict[Group, str] = {}
-        self._counts: Counter[tuple[int, Group, Cause]] = Counter()
+        self._families: dict[int, Family] = {}
+        self._names: dict[Family, str] = {}
+        self._counts: Counter[tuple[int, Family, Cause]] = Counter()
         self._departures: dict[int, _Departures] = {}
-        self._pushed: dict[tuple[Group, Group | None], tuple[array[int], int]] = {}
+        self._pushed: dict[tuple[Family, Family | None], tuple[array[int], int]] = {}
         self._requests = self._blocks = 0
 
     def event(self, state: State, entry: Entry) -> None:
@@ -234,13 +234,13 @@ class _Count:
         keys = memory.keys(state, event.words, request.leaf, request.items)
         if not found + len(keys):
             return
-        group = self._group(state, request)
-        self._groups[request.number] = group
-        self._names.setdefault(group, request.request_id)
+        family = self._family(state, request)
+        self._families[request.number] = family
+        self._names.setdefault(family, request.request_id)
         counted = entry.sequence >= self._start
         time = (entry.time_ns - self._begun) * TIMES // self._length if counted else None
         causes = self._causes(state, entry, request, keys, counted)
-        self._asked[request.number] = _Asked(group, time, found, keys, causes)
+        self._asked[request.number] = _Asked(family, time, found, keys, causes)
         asked = Fate(Step.ASKED, entry.sequence, entry.time_ns, request.number)
         for key, cause in zip(keys, causes):
             if cause not in (Cause.KEPT, Cause.NOT_READY):
@@ -248,16 +248,16 @@ class _Count:
         if time is not None:
             self._requests += 1
             self._blocks += found + len(keys)
-            self._counts[time, group, Cause.DEVICE] += event.device_blocks
-            self._counts[time, group, Cause.HOST] += event.host_blocks
+            self._counts[time, family, Cause.DEVICE] += event.device_blocks
+            self._counts[time, family, Cause.HOST] += event.host_blocks
             for cause in causes:
-                self._counts[time, group, cause] += 1
+                self._counts[time, family, cause] += 1
 
-    def _group(self, state: State, request: Request) -> Group:
+    def _family(self, state: State, request: Request) -> Family:
         path = state.path(request.leaf)
         words = (path[0].words if path else request.words)[: state.block_bytes]
         hashes = block_hashes(words, state.opened.block_size, request.namespace, items=request.items)
-        return Group(request.namespace, hashes[0].hex())
+        return Family(request.namespace, hashes[0].hex())
 
     def _causes(self, state: State, entry: Entry, request: Request, keys: list[int], counted: bool) -> list[Cause]:
         memory, size, words = self._memory, state.block_bytes, request.words
@@ -309,7 +309,7 @@ class _Count:
         if fate.step != Step.EVICTED:
             return Cause.LOST
         if counted:
-            pair = self._groups[request.number], self._groups.get(fate.by)
+            pair = self._families[request.number], self._families.get(fate.by)
             ages, newest = self._pushed.get(pair, (array("q"), 0))
             ages.append(entry.time_ns - fate.time_ns)
             self._pushed[pair] = ages, max(newest, fate.sequence)
@@ -323,9 +323,9 @@ class _Count:
         for position in range(request.leaf.end - blocks, request.leaf.end):
             index = position - asked.start
             if 0 <= index < len(asked.causes) and asked.causes[index] not in HITS:
-                self._counts[asked.time, asked.group, asked.causes[index]] -= 1
+                self._counts[asked.time, asked.family, asked.causes[index]] -= 1
                 asked.causes[index] = Cause.DEVICE
-                self._counts[asked.time, asked.group, Cause.DEVICE] += 1
+                self._counts[asked.time, asked.family, Cause.DEVICE] += 1
 
     def _published(self, state: State, entry: Entry, number: int) -> None:
         request = state.requests[number]
@@ -343,10 +343,10 @@ class _Count:
         if asked is None:
             return
         for key in asked.keys:
-            fate = self._memory.fates.get((key, asked.group.namespace))
+            fate = self._memory.fates.get((key, asked.family.namespace))
             if fate is not None and fate.step == Step.ASKED and fate.by == number:
                 dropped = fate._replace(step=Step.DROPPED, sequence=entry.sequence, time_ns=entry.time_ns)
-                self._memory.note(key, asked.group.namespace, dropped)
+                self._memory.note(key, asked.family.namespace, dropped)
 
     def result(self) -> Misses:
         """All that was counted."""
@@ -356,11 +356,11 @@ class _Count:
         ]
         departures.sort(key=lambda d: (-d.departing - d.new, d.token))
         pushed = []
-        for (group, by), (ages, newest) in self._pushed.items():
+        for (family, by), (ages, newest) in self._pushed.items():
             ordered = sorted(ages)
             shown = [age / 1e9 for age in (ordered[0], ordered[len(ordered) // 2], ordered[-1])]
-            pushed.append(Pushed(group, by, len(ordered), shown, newest))
-        pushed.sort(key=lambda p: (-p.blocks, p.group, p.by or Group(b"", "")))
+            pushed.append(Pushed(family, by, len(ordered), shown, newest))
+        pushed.sort(key=lambda p: (-p.blocks, p.family, p.by or Family(b"", "")))
         times = [self._begun + self._length * time // TIMES for time in range(TIMES)]
         counts = Counter({key: blocks for key, blocks in self._counts.items() if blocks})
         return Misses(self._requests, self._blocks, counts, times, departures, pushed, self._names)
